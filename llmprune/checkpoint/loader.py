@@ -1,0 +1,172 @@
+"""Fills a skeleton from a checkpoint, one module at a time, and turns its parameters back into checkpoint tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.checkpoint.names import convert, natural, parameter_names, revert
+from llmprune.checkpoint.sink import Sink
+from llmprune.checkpoint.source import DTYPES, Source
+from llmprune.errors import RequestError, StoppedError
+
+
+class Loader:
+    """Maps a source onto a skeleton. With a ``sink``, tensors that a run has finished are read from there instead.
+
+    Raises RequestError when the source lacks tensors, or holds them in other shapes or in a dtype that cannot be computed with.
+    """
+
+    def __init__(self, source: Source, skeleton: PreTrainedModel, block_path: str, blocks: int) -> None:
+        self.source = source
+        self.skeleton = skeleton
+        self.sink: Sink | None = None
+        names, self.converted = parameter_names(skeleton, list(source.tensors))
+        self.parameter_of = names
+        self.keys_of: dict[str, list[str]] = {}  # parameter -> checkpoint keys
+        for key in sorted(names, key=natural):
+            self.keys_of.setdefault(names[key], []).append(key)
+        self.empty: dict[str, Tensor] = dict(skeleton.state_dict())  # meta parameters; persistent buffers are real until loaded
+        self.tied: dict[str, str] = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.empty}
+        self._prefixes = [f"{block_path}.{i}." for i in range(blocks)]
+        self._in_block: list[list[str]] = [[] for _ in range(blocks)]
+        self._outer: list[str] = []
+        for key in names:
+            self._home(names[key]).append(key)
+        self._check()
+
+    def _home(self, parameter: str) -> list[str]:
+        base = self._prefixes[0].removesuffix("0.")
+        if parameter.startswith(base):
+            return self._in_block[int(parameter.removeprefix(base).split(".", 1)[0])]
+        return self._outer
+
+    def _check(self) -> None:
+        dtypes = {k: self.source.tensors[k].dtype for k in self.parameter_of}
+        odd = sorted(k for k, d in dtypes.items() if d not in DTYPES)
+        odd += sorted(k for k in odd or dtypes if dtypes[k] in ("I8", "U8") and self.empty[self.parameter_of[k]].is_floating_point())
+        if odd:
+            raise RequestError(f"{odd[0]}: stored as {dtypes[odd[0]]}, a quantised format ({len(odd)} tensors)", "prune the unquantised checkpoint")
+        wrong = [
+            f"{k} is {list(self.source.tensors[k].shape)}, the config says {list(self.empty[p].shape)}"
+            for k, p in self.parameter_of.items()
+            if k not in self.converted and self.source.tensors[k].shape != tuple(self.empty[p].shape)
+        ]
+        if wrong:
+            raise RequestError(f"{len(wrong)} tensors of another shape: {wrong[0]}", "config.json and weights do not belong together")
+        filled_by_conversion = {self.parameter_of[k].rpartition(".")[0] for k in self.converted}
+        missing = [
+            p
+            for p in self.empty
+            if p not in self.keys_of and p not in self.tied and not any(p.startswith(path) for path in filled_by_conversion if path)
+        ]
+        if missing:
+            raise RequestError(f"{len(missing)} tensors missing: {', '.join(missing[:4])}", "the checkpoint is incomplete; fetch it again")
+
+    def load_block(self, index: int, device: torch.device) -> nn.Module:
+        """The block with its weights on ``device``, in the skeleton's dtype."""
+        self._fill(self._in_block[index])
+        block = self.skeleton.get_submodule(self._prefixes[index].removesuffix("."))
+        empty = [name for name, p in block.named_parameters() if p.is_meta]
+        if empty:
+            raise RequestError(f"{self._prefixes[index]}{empty[0]}: not filled by the checkpoint", "the checkpoint does not fit this architecture")
+        return block.to(device)
+
+    def free_block(self, index: int) -> None:
+        self._empty(self._prefixes[index])
+
+    def load_outer(self, device: torch.device) -> None:
+        """Everything outside the blocks: embeddings, final norm, head."""
+        self._fill(self._outer)
+        for name in self._outer_parameters():
+            if name in self.tied:
+                continue
+            module, leaf = self._place(name)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to(device), requires_grad=False)
+        for target, source in self.tied.items():
+            module, leaf = self._place(target)
+            module._parameters[leaf] = self.skeleton.get_parameter(source)
+
+    def free_outer(self) -> None:
+        for name in self._outer_parameters():
+            module, leaf = self._place(name)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(self.empty[name], device="meta"), requires_grad=False)
+
+    def _outer_parameters(self) -> list[str]:
+        base = self._prefixes[0].removesuffix("0.")
+        return [name for name in self.empty if not name.startswith(base)]
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype in which the checkpoint holds a parameter."""
+        return DTYPES[self.source.tensors[self.keys_of[parameter][0]].dtype]
+
+    def checkpoint_tensors(self, parameters: Iterable[str]) -> dict[str, Tensor]:
+        """These parameters of the skeleton as checkpoint tensors, in the stored dtype. The parameters' values must fit it exactly.
+
+        Raises StoppedError when transformers' conversion does not lead back to the names in the checkpoint.
+        """
+        plain, merged = {}, {}
+        for name in parameters:
+            keys = self.keys_of[name]
+            tensor = self.skeleton.get_parameter(name).detach()
+            if self.converted.isdisjoint(keys):
+                plain[keys[0]] = tensor
+            else:
+                merged[name] = tensor
+        if merged:
+            back = revert(self.skeleton, merged)
+            expected = {key for name in merged for key in self.keys_of[name]}
+            if set(back) != expected:
+                odd = sorted(set(back) ^ expected)[0]
+                raise StoppedError(f"{odd}: the conversion back to the checkpoint's names does not match", "report this architecture")
+            plain |= back
+        return {k: t.to("cpu", DTYPES[self.source.tensors[k].dtype]).contiguous() for k, t in plain.items()}
+
+    def _fill(self, keys: list[str]) -> None:
+        tensors = self._read(keys)
+        for key in keys:
+            if key not in self.converted:
+                self._set(self.parameter_of[key], tensors.pop(key))
+        if tensors:
+            dtype = next(p.dtype for p in self.empty.values() if p.is_floating_point())
+            try:
+                convert(self.skeleton, tensors, dtype)
+            except ValueError as error:
+                raise RequestError(str(error), "the checkpoint does not fit this architecture") from None
+            for name in {self.parameter_of[k] for k in tensors}:
+                self._check_back(name, tensors)
+
+    def _check_back(self, name: str, tensors: dict[str, Tensor]) -> None:
+        for key, tensor in self.checkpoint_tensors([name]).items():
+            if not torch.equal(tensor, tensors[key]):
+                raise StoppedError(f"{key}: does not survive transformers' conversion and back", "report this architecture")
+
+    def _read(self, keys: list[str]) -> dict[str, Tensor]:
+        finished = [k for k in keys if self.sink is not None and k in self.sink.written]
+        rest = [k for k in keys if k not in set(finished)]
+        read = self.source.read_many(rest)
+        return read | (self.sink.read_many(finished) if self.sink else {})
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.skeleton.get_submodule(path), leaf
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        module, leaf = self._place(name)
+        dtype = self.empty[name].dtype
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor.to(dtype)
+
+    def _empty(self, prefix: str) -> None:
+        block = self.skeleton.get_submodule(prefix.removesuffix("."))
+        for module in block.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

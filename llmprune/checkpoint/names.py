@@ -1,0 +1,74 @@
+"""From a checkpoint's tensor names to a model's parameters and back, by transformers' own key conversion.
+
+The only user of transformers' internals. Most architectures store each parameter under its own name (or one that differs by a prefix);
+others store experts one by one, or fused, and need tensors merged or split.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+
+def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str]]:
+    """(checkpoint key -> parameter it goes into, the keys whose tensors must be merged, split or transposed on the way).
+
+    Keys that the model has no place for are left out. Several keys may go into one parameter; one key may fill several (only the first is
+    named then).
+    """
+    state = skeleton.state_dict()
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    prefix = skeleton.base_model_prefix
+    names, converted = {}, set()
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name in state:
+            names[key] = name
+            if pattern is not None:
+                converted.add(key)
+    return names, converted
+
+
+def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Fill the skeleton's parameters that these checkpoint tensors make up, in ``dtype``.
+
+    Raises ValueError when transformers cannot convert them.
+    """
+    config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(skeleton), device_map={"": "cpu"}, dtype=dtype)
+    quiet = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(skeleton, dict(tensors), config, None)
+    finally:
+        if quiet:
+            transformers_logging.enable_progress_bar()
+    problems = [*info.unexpected_keys, *info.conversion_errors, *info.error_msgs, *info.mismatched_keys]
+    if problems:
+        raise ValueError(f"transformers could not convert {str(problems[0])[:200]}")
+
+
+def revert(skeleton: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint tensors that these converted parameters were made of."""
+    return revert_weight_conversion(skeleton, parameters)
+
+
+def natural(key: str) -> list[tuple[int, str]]:
+    """Sort key that puts expert 10 after expert 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]

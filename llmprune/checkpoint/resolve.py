@@ -1,0 +1,66 @@
+"""What ``--model`` names: an alias, a local folder, or a Hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmprune.checkpoint.source import Source, open_folder
+from llmprune.errors import RequestError
+
+BUNDLED = Path(__file__).parent.parent / "data" / "bundled"
+# alias -> Hub id; the bundled model stands under None
+ALIASES: dict[str, str | None] = {
+    "llama": None,
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "gemma-3-1b": "google/gemma-3-1b-pt",
+    "opt-125m": "facebook/opt-125m",
+    "gpt2": "openai-community/gpt2",
+    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
+    "olmoe": "allenai/OLMoE-1B-7B-0924",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+
+
+def is_bundled(model: str) -> bool:
+    return model in ALIASES and ALIASES[model] is None
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """Open what ``model`` names. A local folder goes before a Hub id of the same spelling.
+
+    Raises RequestError when nothing of that name can be had.
+    """
+    if is_bundled(model):
+        return open_folder(BUNDLED / model, model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return open_folder(folder, folder.resolve().name)
+    target = ALIASES.get(model) or model
+    if not HUB_ID.fullmatch(target):
+        raise RequestError(f"model {model!r}: no such folder and no alias", f"aliases: {', '.join(ALIASES)}; or a Hub id such as org/name")
+    return _download(target, revision)
+
+
+def _download(repo: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hint = "check the id and your network; gated models need `hf auth login`"
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(WANTED), ignore_patterns=["original/*", "*/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RequestError(f"model {repo!r}: not a local folder, and the Hub says: {first[:160]}", hint) from None
+    except OSError as error:
+        raise RequestError(f"model {repo!r}: not a local folder, and the Hub cannot be reached ({error})"[:300], hint) from None
+    return open_folder(folder, repo, folder.name)  # the snapshot folder is named for its commit

@@ -1,0 +1,125 @@
+"""Writes the pruned checkpoint: the source's own shards, names and byte layout, with pruned tensors put in their places as they come.
+
+Every file is laid out (and its space reserved) at the start, so a full disk is met before any computing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor, uint8
+
+from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, write_range
+from llmprune.checkpoint.source import Source, read_tensor
+from llmprune.errors import RequestError
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+class Sink:
+    """The output folder in the making. ``written`` holds the keys whose pruned tensors are on disk, with their hashes."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        self.folder = folder
+        self.source = source
+        self.written: dict[str, str] = {}
+
+    def lay_out(self) -> None:
+        """Create every shard with its header and reserve its space. Repeating it changes nothing."""
+        self.folder.mkdir(exist_ok=True)
+        for file, header in self.source.headers.items():
+            handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                os.posix_fallocate(handle, 0, self.source.states[file][0])
+                write_range(handle, 0, memoryview(header))
+            except OSError as error:
+                raise RequestError(f"{self.folder.parent}: {error.strerror} for {self.source.bytes:,} bytes", "free some space") from None
+            finally:
+                os.close(handle)
+        sync_folder(self.folder)
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Put tensors in their places, durably; their sha256 by key."""
+        hashes = {}
+        for file, keys in self._by_file(tensors).items():
+            handle = os.open(self.folder / file, os.O_RDWR)
+            try:
+                for key in keys:
+                    data = memoryview(tensors[key].contiguous().view(-1).view(uint8).numpy())
+                    hashes[key] = hashlib.sha256(data).hexdigest()
+                    write_range(handle, self.source.tensors[key].start, data)
+                os.fdatasync(handle)
+            finally:
+                os.close(handle)
+        self.written |= hashes
+        return hashes
+
+    def accept(self, hashes: dict[str, str]) -> bool:
+        """Take tensors that an earlier process wrote as finished, if every one still has its hash."""
+        for file, keys in self._by_file(hashes).items():
+            handle = os.open(self.folder / file, os.O_RDONLY)
+            try:
+                for key in keys:
+                    entry = self.source.tensors[key]
+                    digest = hashlib.sha256(read_range(handle, entry.start, entry.end - entry.start, file)).hexdigest()
+                    if digest != hashes[key]:
+                        return False
+            finally:
+                os.close(handle)
+        self.written |= hashes
+        return True
+
+    def read_many(self, keys: list[str]) -> dict[str, Tensor]:
+        out = {}
+        for file, wanted in self._by_file(keys).items():
+            handle = os.open(self.folder / file, os.O_RDONLY)
+            try:
+                for key in wanted:
+                    out[key] = read_tensor(handle, self.source.tensors[key])
+            finally:
+                os.close(handle)
+        return out
+
+    def finish(self) -> None:
+        """Copy every other tensor byte for byte, and the files that belong to the weights."""
+        for file in self.source.headers:
+            source = os.open(self.source.folder / file, os.O_RDONLY)
+            target = os.open(self.folder / file, os.O_RDWR)
+            try:
+                for key, entry in self.source.tensors.items():
+                    if entry.file != file or key in self.written:
+                        continue
+                    for start in range(entry.start, entry.end, CHUNK):
+                        write_range(target, start, memoryview(read_range(source, start, min(CHUNK, entry.end - start), file)))
+                os.fsync(target)
+            finally:
+                os.close(source)
+                os.close(target)
+        for pattern in COMPANIONS:
+            for path in sorted(self.source.folder.glob(pattern)):
+                if path.is_file():
+                    (self.folder / path.name).write_bytes(path.read_bytes())
+        sync_folder(self.folder)
+
+    def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        files: dict[str, list[str]] = {}
+        for key in keys:
+            files.setdefault(self.source.tensors[key].file, []).append(key)
+        return files

@@ -1,0 +1,235 @@
+"""The one reader of checkpoints: safetensors headers checked strictly, tensors by ``pread``, never pickles, never outside the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.files import CHUNK, read_range
+from llmprune.errors import RequestError, StoppedError
+
+MAX_JSON = 64 << 20
+MAX_HEADER = 100 << 20
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, dtype and shape as stored, absolute byte range."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass
+class Source:
+    """An opened checkpoint folder.
+
+    ``config`` is config.json as stored; ``tensors`` all entries of all weight files; ``headers`` the raw leading bytes of each file.
+    """
+
+    folder: Path
+    name: str  # as it is shown: alias, Hub id, or last name of the folder
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, Entry]
+    headers: dict[str, bytes]
+    states: dict[str, tuple[int, int]]  # size and mtime of each file when it was opened
+    hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each file, after scan()
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for size, _ in self.states.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, in memory of its own."""
+        return self.read_many([name])[name]
+
+    def read_many(self, names: list[str]) -> dict[str, Tensor]:
+        """Several tensors, each file opened once. Raises StoppedError when a file changed since it was opened."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        out = {}
+        for file, wanted in by_file.items():
+            handle = os.open(self.folder / file, os.O_RDONLY)
+            try:
+                if _state(os.fstat(handle)) != self.states[file]:
+                    raise StoppedError(f"{file}: changed during the run", "restore it, or start again with --restart")
+                for name in wanted:
+                    out[name] = read_tensor(handle, self.tensors[name])
+            finally:
+                os.close(handle)
+        return out
+
+    def scan(self) -> None:
+        """One pass over all weights before anything is computed: file hashes, and every float finite.
+
+        Raises RequestError naming the tensors that hold NaN or infinity.
+        """
+        bad = []
+        for file in self.headers:
+            digest = hashlib.sha256(self.headers[file])
+            entries = sorted((e for e in self.tensors.items() if e[1].file == file), key=lambda item: item[1].start)
+            handle = os.open(self.folder / file, os.O_RDONLY)
+            try:
+                for name, entry in entries:
+                    count = 0
+                    for start in range(entry.start, entry.end, CHUNK):
+                        data = read_range(handle, start, min(CHUNK, entry.end - start), file)
+                        digest.update(data)
+                        dtype = DTYPES.get(entry.dtype)
+                        if dtype is not None and dtype.is_floating_point:
+                            count += int((~torch.isfinite(torch.frombuffer(data, dtype=dtype))).sum())
+                    if count:
+                        bad.append(f"{name} ({count})")
+            finally:
+                os.close(handle)
+            self.hashes[file] = digest.hexdigest()
+        if bad:
+            more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+            raise RequestError(f"{self.name}: NaN or infinite weights in {', '.join(bad[:3])}{more}", "repair or re-download the checkpoint")
+
+
+def read_tensor(handle: int, entry: Entry) -> Tensor:
+    """The tensor at an entry's byte range of an open file."""
+    dtype = DTYPES[entry.dtype]
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(read_range(handle, entry.start, entry.end - entry.start, entry.file), dtype=dtype).view(entry.shape)
+
+
+def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
+    """Open a local checkpoint from its metadata alone; no tensor is read.
+
+    Raises RequestError for a missing or malformed config, index, file or header, or a file whose size does not match its header.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{name}: no such folder", "give a folder, a Hub id such as org/name, or an alias (llmprune methods aliases)")
+    config = read_json(folder / "config.json")
+    files, index = _weight_files(folder)
+    tensors: dict[str, Entry] = {}
+    headers, states = {}, {}
+    for file in files:
+        headers[file], entries, states[file] = _read_header(folder, file)
+        twice = tensors.keys() & entries.keys()
+        if twice:
+            raise RequestError(f"{file}: {sorted(twice)[0]!r} is in another file too", "the checkpoint is inconsistent; fetch it again")
+        tensors |= entries
+    if index is not None:
+        wrong = sorted(k for k, f in index.items() if k not in tensors or tensors[k].file != f)
+        wrong += sorted(tensors.keys() - index.keys())
+        if wrong:
+            raise RequestError(f"{INDEX}: out of step with the files for {len(wrong)} tensors, first {wrong[0]!r}", "fetch the checkpoint again")
+    return Source(folder, name, revision, config, tensors, headers, states)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of sane size; RequestError otherwise."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise RequestError(f"{path.name}: {size} bytes, more than {MAX_JSON}", "this is no sane file of its kind")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{path.parent.name}/{path.name}: {error.strerror}", "give a folder with a Hugging Face checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path.name}: not valid JSON ({str(error)[:80]})", "fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path.name}: holds no JSON object", "fetch the checkpoint again")
+    return value
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    single, index = folder / "model.safetensors", folder / INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RequestError(f"{INDEX}: has no weight_map", "fetch the checkpoint again")
+        unsafe = [f for f in weight_map.values() if not isinstance(f, str) or not SAFE_NAME.fullmatch(f)]
+        if unsafe:
+            raise RequestError(f"{INDEX}: {unsafe[0]!r} is no safetensors file of this folder", "convert the checkpoint to safetensors")
+        files = sorted(set(weight_map.values()))
+        missing = [f for f in files if not (folder / f).is_file()]
+        if missing:
+            raise RequestError(f"{folder.name}: {len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}", "fetch them again")
+        return files, weight_map
+    if single.is_file():
+        return [single.name], None
+    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+    hint = "convert it first: load it with transformers and save_pretrained()" if pickles else "give a folder with model.safetensors"
+    raise RequestError(f"{folder.name}: no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""), hint)
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tuple[int, int]]:
+    broken = "the file is truncated or damaged; fetch it again"
+    handle = os.open(folder / file, os.O_RDONLY)
+    try:
+        state = _state(os.fstat(handle))
+        if state[0] < 8:
+            raise RequestError(f"{file}: {state[0]} bytes, too short for safetensors", broken)
+        lead = bytes(read_range(handle, 0, 8, file))
+        length = struct.unpack("<Q", lead)[0]
+        if length > MAX_HEADER or length > state[0] - 8:
+            raise RequestError(f"{file}: header of {length} bytes in a file of {state[0]}", broken)
+        raw = bytes(read_range(handle, 8, length, file))
+    finally:
+        os.close(handle)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise RequestError(f"{file}: header is not JSON", broken) from None
+    if not isinstance(header, dict):
+        raise RequestError(f"{file}: header is no JSON object", broken)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    at = 8 + length
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.end)):
+        if entry.start != at:
+            raise RequestError(f"{file}: hole or overlap in the data at byte {at}", broken)
+        at = entry.end
+    if at != state[0]:
+        raise RequestError(f"{file}: header describes {at} bytes, the file has {state[0]}", broken)
+    return lead + raw, entries, state
+
+
+def _entry(file: str, name: str, value: Any, base: int) -> Entry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and end - start == math.prod(shape) * SIZES[dtype]
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise RequestError(f"{file}: malformed entry {name!r}", "the file is damaged; fetch it again")
+    return Entry(file, dtype, shape, base + start, base + end)

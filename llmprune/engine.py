@@ -1,0 +1,152 @@
+"""The whole of one-shot pruning: blocks in order, each watched, pruned, kept, and run again so that the next sees pruned inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.criteria.magnitude import Magnitude
+from llmprune.errors import StoppedError
+from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.model.watch import Watch
+from llmprune.solvers.mask_only import MaskOnly
+from llmprune.stream import Flow, Stream
+from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
+
+Progress = Callable[[int, int], None]
+BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
+
+
+def selected(stream: Stream, selection: Selection) -> dict[int, list[Matrix]]:
+    """The matrices that are pruned, block by block."""
+    blocks = enumerate(zip(stream.names, stream.walk.blocks, strict=True))
+    return {i: [m for m in block_matrices(block) if selection.takes(f"{name}.{m.name}")] for i, (name, block) in blocks}
+
+
+def ratios(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[str, float]:
+    """What each matrix gives up, by full name."""
+    sizes = {f"{stream.names[i]}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
+    return plan.allocation.share(sizes, plan.sparsity)
+
+
+@torch.no_grad()
+def prune(
+    stream: Stream,
+    windows_NL: Tensor,
+    plan: Plan,
+    matrices: dict[int, list[Matrix]],
+    finished: Mapping[int, BlockReport] | None = None,
+    on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
+) -> list[BlockReport]:
+    """Prune every block of a model on the outputs of the pruned blocks before it.
+
+    windows_NL: calibration token ids. ``finished`` blocks (of an interrupted run) are only run through. ``on_block`` is told of each newly
+    pruned block once its tensors are kept.
+    Raises StoppedError when statistics or outputs are not finite, or a block's output is destroyed.
+    """
+    finished = finished or {}
+    asked = ratios(stream, matrices, plan)
+    flow = Flow(stream, windows_NL)
+    reports = []
+    for index, name in enumerate(stream.names):
+        with stream.block(index) as block:
+            if index in finished:
+                flow.through(index, block)
+                reports.append(finished[index])
+                continue
+            clock = Clock()
+            statistics = watch(flow, index, block, matrices[index], plan, clock)
+            rows = [prune_matrix(stream, index, block, m, statistics.pop(m.name), plan, asked[f"{name}.{m.name}"]) for m in matrices[index]]
+            clock.lap("solve")
+            hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
+            clock.lap("write")
+            error = run_again(flow, index, block, plan)
+            clock.lap("forward")
+        reports.append(BlockReport(name, error, tuple(rows), clock.seconds))
+        on_block(index, reports[-1], hashes)
+    return reports
+
+
+def watch(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: "Clock") -> dict[str, Stats]:
+    """Run the unpruned block on the pruned path's inputs; what entered each of its matrices. Its outputs wait in ``flow.outputs``."""
+    watching = Watch(block, matrices, plan.needs)
+    for batch in range(len(flow)):
+        with watching:
+            flow.outputs[batch] = flow.run(index, block, batch)
+        watching.next_batch()
+    watching.close()
+    clock.lap("forward", less=watching.seconds)
+    clock.seconds["statistics"] = watching.seconds
+    return watching.stats
+
+
+def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
+    """Score, mask and repair one matrix in float32, rounded to the dtype it is stored in."""
+    view_RC = matrix.view(block)
+    drop = plan.pattern.dropped(matrix.rows, matrix.columns, sparsity)
+    pruned = solve(view_RC.float(), stats, plan, drop)
+    stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
+    if not bool(torch.isfinite(stored_RC).all()):
+        raise StoppedError(f"{stream.names[index]}.{matrix.name}: pruned weights are not finite", "calibrate with other text, or report this")
+    view_RC.copy_(stored_RC)
+    zeros = int((stored_RC == 0).sum())
+    name = f"{stream.names[index]}.{matrix.name}"
+    return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+
+
+def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
+    """Apply the plan's method to one matrix; one that no token reached (a silent expert) is ranked by magnitude, which is noted."""
+    if drop == 0:
+        return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
+    if plan.needs and stats.tokens == 0:
+        score_RC = Magnitude().score(weight_RC, stats)
+        pruned = MaskOnly().solve(weight_RC, score_RC, stats, plan.pattern, drop)
+        return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))
+    score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
+    pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
+    notes = pruned.notes + dead_inputs(stats)
+    return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)
+
+
+def dead_inputs(stats: Stats) -> tuple[str, ...]:
+    squares_C = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC.diagonal() if stats.gram_CC is not None else None
+    dead = 0 if squares_C is None else int((squares_C == 0).sum())
+    return (f"{dead} dead inputs",) if dead else ()
+
+
+def run_again(flow: Flow, index: int, block: nn.Module, plan: Plan) -> float:
+    """Run the pruned block, go on to the next one; the relative squared error of its output."""
+    wrong = total = 0.0
+    for batch in range(len(flow)):
+        dense_NLD = flow.outputs[batch].float()
+        pruned_NLD = flow.run(index, block, batch)
+        total += float(dense_NLD.square().sum(dtype=torch.float64))
+        wrong += float(dense_NLD.sub_(pruned_NLD.float()).square().sum(dtype=torch.float64))
+        flow.outputs[batch] = pruned_NLD
+    flow.advance()
+    error = wrong / total if total else 0.0
+    if not math.isfinite(error):
+        raise StoppedError(f"{flow.stream.names[index]}: its output is not finite", "compute in --dtype float32")
+    if error > BLOWN_UP and not plan.accept_damage:
+        raise StoppedError(
+            f"{flow.stream.names[index]}: relative output error {error:.3g} after pruning, above {BLOWN_UP:g}",
+            "ask for less sparsity or a better method; --accept-damage goes on",
+        )
+    return error
+
+
+class Clock:
+    """Seconds by part of the work on one block."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, part: str, less: float = 0.0) -> None:
+        now = perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last - less
+        self._last = now

@@ -1,0 +1,32 @@
+"""Expected failures. Every message says what, where, the values; the hint says the remedy."""
+
+from __future__ import annotations
+
+
+class LlmpruneError(Exception):
+    """An expected failure: one line of message, one line of hint, and the exit code of the command."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RequestError(LlmpruneError):
+    """The request is refused before any long work; nothing was written."""
+
+    exit_code = 2
+
+
+class StoppedError(LlmpruneError):
+    """A run had to stop in the middle; the same command goes on from the last finished block."""
+
+    exit_code = 3
+
+
+class PromiseError(LlmpruneError):
+    """A checked promise does not hold, such as a group that breaks 2:4."""
+
+    exit_code = 1

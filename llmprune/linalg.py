@@ -1,0 +1,112 @@
+"""Numerics shared by patterns and solvers: ranking, damping, inverse factors.
+
+Shapes: R = output rows, C = input columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import StoppedError
+from llmprune.types import Mask, Stats
+
+SMALL_GROUP = 8  # up to this length pairwise comparison beats selection
+DAMPING_LADDER = (1.0, 10.0, 100.0)
+
+
+def drop_smallest(score: Tensor, k: int) -> Mask:
+    """Keep-mask with exactly ``k`` False along the last axis: the smallest scores, of equal ones the earlier position.
+
+    score: [..., n] without NaN. The only place in the project that ranks.
+    """
+    n = score.shape[-1]
+    if k == 0 or k == n:
+        return torch.full_like(score, k == 0, dtype=torch.bool)
+    if n <= SMALL_GROUP:
+        return _ranks(score) >= k
+    threshold = score.kthvalue(k, dim=-1, keepdim=True).values
+    keep = score > threshold
+    surplus = (n - k) - keep.sum(-1, keepdim=True)  # tied weights that have to stay, the later ones
+    if bool(surplus.any()):
+        tied = score == threshold
+        keep |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
+    return keep
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Rank of each entry along a short last axis, ties by position."""
+    entries = score.unbind(-1)
+    ranks = [torch.zeros_like(entry, dtype=torch.int8) for entry in entries]
+    for i, left in enumerate(entries):
+        for j in range(i + 1, len(entries)):
+            left_first = left <= entries[j]
+            ranks[j] += left_first
+            ranks[i] += ~left_first
+    return torch.stack(ranks, -1)
+
+
+def damped(gram_CC: Tensor, damping: float) -> Tensor:
+    """gram + damping * mean(diagonal) * I. A never-seen column gets the damping alone, so it costs almost nothing to drop."""
+    out_CC = gram_CC.clone()
+    out_CC.diagonal().add_(damping * gram_CC.diagonal().mean())
+    return out_CC
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper-triangular U with U^T U = (gram + damping * mean(diag) * I)^-1."""
+
+    upper_CC: Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+
+def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
+    """The Cholesky factor of the damped inverse, without forming the inverse.
+
+    With J the reversal of order and J H J = M M^T, the factor V = J M J is upper triangular and H = V V^T, so U = V^-1.
+    A matrix that is not positive definite is retried with 10 and 100 times the damping, then once more in float64; each retry is noted.
+
+    Raises StoppedError when the Gram matrix is not finite or every retry fails.
+    """
+    if not bool(torch.isfinite(gram_CC).all()):
+        raise StoppedError("the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations")
+    for dtype in (gram_CC.dtype, torch.float64):
+        for step in DAMPING_LADDER:
+            flipped_CC = damped(gram_CC.to(dtype), damping * step).flip((0, 1))
+            lower_CC, failed = torch.linalg.cholesky_ex(flipped_CC)
+            if not bool(failed):
+                upper_CC = triangular_inverse(lower_CC.flip((0, 1))).to(gram_CC.dtype)
+                if bool(torch.isfinite(upper_CC).all()):
+                    retried = step != 1.0 or dtype != gram_CC.dtype
+                    note = f"Gram matrix not positive definite: damping raised to {damping * step:g}, {str(dtype).removeprefix('torch.')}"
+                    return Factor(upper_CC, damping * step, (note,) if retried else ())
+    raise StoppedError(
+        f"the Gram matrix [{gram_CC.shape[0]} columns] stays indefinite even with {DAMPING_LADDER[-1]:g} x the damping in float64",
+        "calibrate with more or other text",
+    )
+
+
+def triangular_inverse(upper_CC: Tensor, base: int = 128) -> Tensor:
+    """Inverse of an upper-triangular matrix by halves: most of the work becomes matrix products."""
+    n = upper_CC.shape[0]
+    if n <= base:
+        identity = torch.eye(n, dtype=upper_CC.dtype, device=upper_CC.device)
+        return torch.linalg.solve_triangular(upper_CC, identity, upper=True)
+    h = n // 2
+    out_CC = torch.zeros_like(upper_CC)
+    out_CC[:h, :h] = triangular_inverse(upper_CC[:h, :h], base)
+    out_CC[h:, h:] = triangular_inverse(upper_CC[h:, h:], base)
+    out_CC[:h, h:] = out_CC[:h, :h] @ (upper_CC[:h, h:] @ out_CC[h:, h:]).neg_()
+    return out_CC
+
+
+def factor_of(stats: Stats, damping: float) -> Factor:
+    """The inverse factor of a matrix's Gram, computed once for all matrices that share the input."""
+    if damping not in stats.factors:
+        assert stats.gram_CC is not None, "a solver that needs the Gram matrix declares it"
+        stats.factors[damping] = inverse_factor(stats.gram_CC, damping)
+    return stats.factors[damping]

@@ -1,0 +1,178 @@
+"""The decoder blocks of any causal LM, and what its own forward passes to each of them.
+
+A model is run once with a recorder in the place of every block: each recorder keeps the arguments meant for its block and passes the
+hidden states through. Blocks can then be run one at a time with exactly what the model would have given them; the real blocks may be
+on the meta device meanwhile.
+
+Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block besides its hidden states; ``keyword`` names those when they are not the first positional argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None = None
+
+
+class _AllRecorded(Exception):
+    """Ends the model's forward once the last block has been reached: neither final norm nor head is needed."""
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Path of the ModuleList of decoder blocks.
+
+    Raises RequestError when the model has none, or several that could be it.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder = model.get_decoder()
+    for root in (decoder, model):
+        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
+        if len(outermost) == 1:
+            return names[id(outermost[0])]
+    raise RequestError(
+        f"{type(model).__name__}: no single list of {count} decoder blocks found", "the architecture cannot be walked block by block"
+    )
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: hands its call to ``receive`` and passes on what that returns."""
+
+    def __init__(self, block: nn.Module, receive: Callable[[Tensor, Call], Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: the recorder owns no weights
+        object.__setattr__(self, "_receive", receive)
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read attributes of their blocks, such as ``layer_type``."""
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self._receive(args[0], Call(args[1:], kwargs))
+        kwargs = dict(kwargs)
+        return self._receive(kwargs.pop("hidden_states"), Call((), kwargs, "hidden_states"))
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, receive: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
+    real = list(blocks)
+    for i, block in enumerate(real):
+        blocks[i] = _Recorder(block, lambda hidden, call, i=i: receive(i, hidden, call))
+    try:
+        yield
+    finally:
+        for i, block in enumerate(real):
+            blocks[i] = block
+
+
+class Walk:
+    """Runs a model around its blocks.
+
+    ``tuples`` is True for architectures whose blocks return a tuple; it is found out on the first recording.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path = find_blocks(model)
+        self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
+        self.tuples: bool | None = None
+
+    def record(self, ids_NL: Tensor) -> tuple[Tensor, list[Call]]:
+        """(hidden states that enter block 0, the call of every block) for one micro-batch of token ids."""
+        for tuples in (False, True) if self.tuples is None else (self.tuples,):
+            recorded = self._record(ids_NL, tuples)
+            if recorded is not None:
+                self.tuples = tuples if len(self.blocks) > 1 else self.tuples
+                return recorded
+        raise RequestError(
+            f"{type(self.model).__name__}: the hidden states change between the blocks of {self.path}",
+            "the architecture cannot be walked block by block",
+        )
+
+    def _record(self, ids_NL: Tensor, tuples: bool) -> tuple[Tensor, list[Call]] | None:
+        first: list[Tensor] = []
+        calls: list[Call] = []
+        straight = True
+
+        def receive(i: int, hidden: Tensor, call: Call) -> Any:
+            nonlocal straight
+            if not first:
+                first.append(hidden)
+            straight = straight and hidden is first[0] and i == len(calls)
+            calls.append(call)
+            if len(calls) == len(self.blocks) or not straight:
+                raise _AllRecorded
+            return (hidden,) if tuples else hidden
+
+        try:
+            with _replaced(self.blocks, receive):
+                self.model(input_ids=ids_NL, use_cache=False)
+        except _AllRecorded:
+            pass
+        return (first[0], calls) if straight and len(calls) == len(self.blocks) else None
+
+    def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
+        """[N, L, V]: the model's own final norm and head on the hidden states that leave the last block."""
+        last = len(self.blocks) - 1
+
+        def receive(i: int, hidden: Tensor, call: Call) -> Any:
+            out = hidden_NLD if i == last else hidden
+            return (out,) if self.tuples else out
+
+        with _replaced(self.blocks, receive):
+            return self.model(input_ids=ids_NL, use_cache=False).logits
+
+
+def replay(block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
+    """Run one block with its recorded call; the hidden states that leave it."""
+    if call.keyword is None:
+        out = block(hidden_NLD, *call.args, **call.kwargs)
+    else:
+        out = block(*call.args, **{call.keyword: hidden_NLD}, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Interned:
+    """Keeps one copy of equal tensors among recorded calls: masks and rotary tables repeat from block to block and batch to batch."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._same: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def batch(self, calls: list[Call]) -> list[Call]:
+        self._same = {}
+        return [Call(tuple(self._value(a) for a in c.args), {k: self._value(v) for k, v in c.kwargs.items()}, c.keyword) for c in calls]
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if type(value) is tuple:
+            return tuple(self._value(v) for v in value)
+        return value  # lists and dicts stay themselves: some models let their blocks fill them
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._same:
+            twins = self._kept.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), [])
+            twin = next((t for t in twins if torch.equal(t, tensor)), None)
+            if twin is None:
+                twin = tensor
+                twins.append(tensor)
+            self._same[id(tensor)] = (tensor, twin)  # the tensor is held, so its id stays its own
+        return self._same[id(tensor)][1]

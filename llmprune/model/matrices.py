@@ -1,0 +1,79 @@
+"""Every prunable matrix of a block as a [R, C] view: nn.Linear, Conv1D (stored transposed), one expert of a fused 3-D parameter.
+
+R = output rows, C = input columns.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Left alone unless --only names them: routers (the name is a whole path component), Mamba's x_proj and dt_proj.
+# Norms, embeddings and short convolutions are no matrices here.
+LEFT_ALONE = re.compile(r"(^|\.)(gate|router|shared_expert_gate|x_proj|dt_proj)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a block: where it lies and how it is stored."""
+
+    name: str  # path inside the block; one expert has its index in brackets
+    parameter: str
+    expert: int | None
+    transposed: bool  # stored [C, R]
+    rows: int
+    columns: int
+
+    def stored(self, block: nn.Module) -> Tensor:
+        """The stored slice, sharing memory with the parameter."""
+        parameter = block.get_parameter(self.parameter).data
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def view(self, block: nn.Module) -> Tensor:
+        """[R, C] view, sharing memory with the parameter."""
+        stored = self.stored(block)
+        return stored.T if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which matrices are pruned: all but the default exceptions and ``skip``, or just those that ``only`` names.
+
+    Both are regular expressions searched in the full name, such as ``model.layers.3.mlp.down_proj.weight``.
+    """
+
+    skip: str | None = None
+    only: str | None = None
+
+    def takes(self, name: str) -> bool:
+        if self.skip and re.search(self.skip, name):
+            return False
+        return bool(re.search(self.only, name)) if self.only else not LEFT_ALONE.search(name)
+
+
+def block_matrices(block: nn.Module) -> list[Matrix]:
+    """All matrices of a block, in the order of its parameters; works on the meta device too."""
+    found = []
+    for path, module in block.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.Linear | Conv1D):
+            transposed = isinstance(module, Conv1D)
+            found.append(_matrix(f"{prefix}weight", None, transposed, module.weight))
+            continue
+        # a bare 2-D "weight" is a router's: it multiplies like a Linear. 3-D parameters are stacks of experts.
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
+                found.append(_matrix(f"{prefix}{name}", None, False, parameter))
+            elif parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                transposed = getattr(module, "is_transposed", False)  # set by transformers' experts interface
+                found += [_matrix(f"{prefix}{name}", e, transposed, parameter[e]) for e in range(parameter.shape[0])]
+    return found
+
+
+def _matrix(parameter: str, expert: int | None, transposed: bool, stored: Tensor) -> Matrix:
+    rows, columns = reversed(stored.shape) if transposed else stored.shape
+    name = parameter if expert is None else f"{parameter}[{expert}]"
+    return Matrix(name, parameter, expert, transposed, rows, columns)

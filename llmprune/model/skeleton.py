@@ -1,0 +1,44 @@
+"""A model without weights, made from its config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmprune.errors import RequestError
+
+# Keys of config.json that could make transformers fetch or choose code: never followed.
+NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+MAX_LAYERS = 2_000
+
+
+def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM that a stored config describes: parameters on the meta device, other buffers (rotary tables) real.
+
+    Raises RequestError for an unknown or unusable config, and for one whose weights are quantised.
+    """
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise RequestError(f"config.json: the weights are already quantised ({method})", "prune the unquantised checkpoint, then quantise")
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        hint = "it needs remote code, which is not run" if "auto_map" in config else "update transformers, or give a causal LM that it knows"
+        raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)
+    layers = config.get("num_hidden_layers", config.get("n_layer", 1))
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
+    try:
+        parsed = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config.items() if k not in NOT_FOLLOWED})
+        if type(parsed) not in AutoModelForCausalLM._model_mapping:
+            raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError, RuntimeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", "check the config against the checkpoint") from None
+    model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
+    return model.eval().requires_grad_(False)

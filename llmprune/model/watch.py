@@ -1,0 +1,125 @@
+"""Statistics that follow parameters, not modules: every product with a watched weight is seen, whoever computes it.
+
+C = input columns of a matrix, T = tokens.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llmprune.errors import StoppedError
+from llmprune.model.matrices import Matrix
+from llmprune.types import Stat, Stats
+
+# product -> positions of (input, weight) among its arguments; keyword names as torch spells them
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    F.linear: (0, 1),
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.mm: (0, 1),
+    torch.addmm: (1, 2),
+    Tensor.addmm: (1, 2),
+}
+_WEIGHT_KEYWORDS = ("weight", "other", "mat2")
+_INPUT_KEYWORDS = ("input", "mat1")
+PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
+
+
+class Watch(TorchFunctionMode):
+    """Sums what enters each watched matrix while it is active; inputs that several matrices share are summed once.
+
+    ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
+    Call ``next_batch`` before each forward and ``close`` after the last one.
+    """
+
+    def __init__(self, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> None:
+        super().__init__()
+        self.needs = needs
+        self.seconds = 0.0  # spent on the sums
+        self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
+        self._names = {m.stored(block).data_ptr(): m for m in matrices}
+        self._found: set[str] = set()  # matrices that were used at least once
+        self._tokens = dict.fromkeys(self.stats, 0)
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        places = _PRODUCTS.get(func)
+        if places:
+            weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS)
+            matrix = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+            if matrix is not None:
+                self._add(matrix, _argument(args, kwargs, places[0], _INPUT_KEYWORDS))
+        return func(*args, **kwargs)
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+
+    def _add(self, matrix: Matrix, value: Tensor) -> None:
+        tokens = value.numel() // value.shape[-1]
+        self._tokens[matrix.name] += tokens
+        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        known = key in self._seen
+        if matrix.name not in self._found:
+            self._found.add(matrix.name)
+            if known:
+                self.stats[matrix.name] = self._seen[key][1]
+        if not known:
+            stats = self.stats[matrix.name]
+            self._seen[key] = (value, stats)
+            began = perf_counter()
+            _accumulate(stats, value.reshape(-1, value.shape[-1]).float(), self.needs)
+            self.seconds += perf_counter() - began
+
+    def close(self) -> None:
+        """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""
+        self._seen.clear()
+        for stats in {id(s): s for s in self.stats.values()}.values():
+            if stats.gram_CC is not None:
+                _mirror(stats.gram_CC)
+        for name, stats in self.stats.items():
+            if stats.tokens != self._tokens[name]:
+                raise StoppedError(f"{name}: saw {self._tokens[name]} tokens, its shared input {stats.tokens}", "report this architecture")
+            total = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC
+            if total is not None and not bool(torch.isfinite(total).all()):
+                raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
+            if total is not None and not bool(total.any()):
+                raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keywords: tuple[str, ...]) -> Any:
+    if position < len(args):
+        return args[position]
+    return next((kwargs[k] for k in keywords if k in kwargs), None)
+
+
+def _accumulate(stats: Stats, value_TC: Tensor, needs: frozenset[Stat]) -> None:
+    stats.tokens += value_TC.shape[0]
+    width = value_TC.shape[1]
+    if "gram" in needs:
+        if stats.gram_CC is None:
+            stats.gram_CC = value_TC.new_zeros(width, width)
+        for a in range(0, width, PANEL):  # lower triangle, panel by panel
+            b = min(a + PANEL, width)
+            stats.gram_CC[a:b, :b].addmm_(value_TC[:, a:b].T, value_TC[:, :b])
+    if "input_sq" in needs:
+        squares_C = value_TC.square().sum(0)
+        stats.input_sq_C = squares_C if stats.input_sq_C is None else stats.input_sq_C.add_(squares_C)
+
+
+def _mirror(gram_CC: Tensor) -> None:
+    """Fill the upper triangle from the lower one, in place."""
+    width = gram_CC.shape[0]
+    for a in range(0, width, PANEL):
+        b = min(a + PANEL, width)
+        diagonal = gram_CC[a:b, a:b]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        gram_CC[a:b, b:] = gram_CC[b:, a:b].T

@@ -1,0 +1,34 @@
+"""N of every M consecutive weights along the input dimension are kept ("2:4" = 2 non-zeros in every 4).
+
+Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.linalg import drop_smallest
+from llmprune.types import Mask
+
+
+@dataclass(frozen=True)
+class NM:
+    n: int = 2
+    m: int = 4
+
+    @property
+    def unit(self) -> int:
+        return self.m
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def dropped(self, rows: int, columns: int, sparsity: float) -> int:
+        return rows * columns // self.m * (self.m - self.n)
+
+    def project(self, score_RC: Tensor, drop: int) -> Mask:
+        groups = score_RC.reshape(-1, self.m)
+        return drop_smallest(groups, self.m - self.n).view(score_RC.shape)

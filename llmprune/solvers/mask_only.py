@@ -1,0 +1,20 @@
+"""Zero what the pattern drops by the criterion's score; the other weights stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.types import Pattern, Pruned, Stat, Stats
+
+
+@dataclass(frozen=True)
+class MaskOnly:
+    needs: frozenset[Stat] = frozenset()
+    own_score: bool = False
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
+        assert score_RC is not None, "the recipe gives this solver a criterion"
+        keep_RC = pattern.project(score_RC, drop)
+        return Pruned(weight_RC.masked_fill(~keep_RC, 0), keep_RC)

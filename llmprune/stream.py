@@ -1,0 +1,231 @@
+"""Blocks in order: load, run, free; and where the hidden states wait in between.
+
+Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.checkpoint.files import read_range, write_range
+from llmprune.checkpoint.loader import Loader
+from llmprune.checkpoint.sink import Sink
+from llmprune.checkpoint.source import Source
+from llmprune.model.blocks import Call, Interned, Walk, replay
+from llmprune.model.skeleton import build_skeleton
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+
+
+class Stream(Protocol):
+    """A model whose blocks come one at a time. Blocks keep what ``keep`` was told of when they are loaded again."""
+
+    walk: Walk
+    names: list[str]  # path of every block
+
+    def block(self, index: int) -> AbstractContextManager[nn.Module]: ...
+
+    def outer(self) -> AbstractContextManager[None]:
+        """Embeddings, final norm and head in place."""
+        ...
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype that a block's parameter has on disk (or in the live model)."""
+        ...
+
+    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+        """Store these changed parameters of a loaded block; hashes of what was written."""
+        ...
+
+    def device_of(self, index: int) -> torch.device: ...
+
+    scratch: Path | None  # folder for hidden states that do not fit in memory
+
+
+class CheckpointStream:
+    """Blocks come from safetensors and leave memory after use."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.skeleton: PreTrainedModel = build_skeleton(source.config, dtype)
+        self.walk = Walk(self.skeleton)
+        self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
+        self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names))
+        self.scratch: Path | None = None
+        for module in self.skeleton.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[leaf] = buffer.to(device)
+
+    def write_to(self, sink: Sink) -> None:
+        self.loader.sink = sink
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        try:
+            yield self.loader.load_block(index, self.device)
+        finally:
+            self.loader.free_block(index)
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        try:
+            self.loader.load_outer(self.device)
+            yield
+        finally:
+            self.loader.free_outer()
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        return self.loader.stored_dtype(f"{self.names[index]}.{parameter}")
+
+    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+        assert self.loader.sink is not None
+        return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.names[index]}.{p}" for p in parameters))
+
+    def device_of(self, index: int) -> torch.device:
+        return self.device
+
+
+class LiveStream:
+    """A model that is in memory already; its weights are changed in place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.walk = Walk(model)
+        self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
+        self.scratch: Path | None = None
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        yield self.walk.blocks[index]
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        yield
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        return self.walk.blocks[index].get_parameter(parameter).dtype
+
+    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+        return {}
+
+    def device_of(self, index: int) -> torch.device:
+        return next(self.walk.blocks[index].parameters()).device
+
+
+class MemoryHidden:
+    """Hidden states of each micro-batch, in memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._kept: dict[int, Tensor] = {}
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._kept[batch]
+
+    def __setitem__(self, batch: int, hidden_NLD: Tensor) -> None:
+        self._kept[batch] = hidden_NLD.to(self.device)
+
+
+class FileHidden:
+    """Hidden states of each micro-batch, in a nameless file: read and written, never mapped, gone with the process."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._end = 0
+
+    def __getitem__(self, batch: int) -> Tensor:
+        start, shape, dtype = self._places[batch]
+        return torch.frombuffer(read_range(self._file.fileno(), start, shape.numel() * dtype.itemsize, "hidden states"), dtype=dtype).view(shape)
+
+    def __setitem__(self, batch: int, hidden_NLD: Tensor) -> None:
+        if batch not in self._places:
+            self._places[batch] = (self._end, hidden_NLD.shape, hidden_NLD.dtype)
+            self._end += hidden_NLD.numel() * hidden_NLD.dtype.itemsize
+        data = hidden_NLD.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        write_range(self._file.fileno(), self._places[batch][0], memoryview(data))
+
+
+def memory_limit() -> int:
+    """Bytes this process may still take: free RAM, or what its control group leaves."""
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def place_hidden(size: int, device: torch.device, folder: Path | None) -> MemoryHidden | FileHidden:
+    """Where one generation of hidden states of ``size`` bytes goes: the compute device, RAM, or a file; two generations must fit in half."""
+    if device.type == "cuda" and 4 * size < torch.cuda.mem_get_info(device)[0]:
+        return MemoryHidden(device)
+    if 4 * size < memory_limit():
+        return MemoryHidden(torch.device("cpu"))
+    return FileHidden(folder)
+
+
+class Flow:
+    """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
+
+    def __init__(self, stream: Stream, windows_NL: Tensor) -> None:
+        device = stream.device_of(0)
+        size = max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
+        self.stream = stream
+        self.ids = list(windows_NL.split(size))
+        self.calls: list[list[Call]] = []
+        interned = Interned()
+        stores: list[MemoryHidden | FileHidden] = []
+        with stream.outer():
+            for j, ids_NL in enumerate(self.ids):
+                hidden_NLD, calls = stream.walk.record(ids_NL.to(device))
+                if not stores:
+                    total = hidden_NLD.nbytes * len(self.ids)
+                    stores = [place_hidden(total, device, stream.scratch) for _ in range(2)]
+                stores[0][j] = hidden_NLD
+                self.calls.append(interned.batch(calls))
+        self.hidden, self.outputs = stores
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
+        """Hidden states of one micro-batch that leave the block."""
+        device = self.stream.device_of(index)
+        call = self.calls[batch][index]
+        moved = Call(send_to_device(call.args, device), send_to_device(call.kwargs, device), call.keyword)
+        return replay(block, self.hidden[batch].to(device), moved)
+
+    def advance(self) -> None:
+        """What left the block enters the next one."""
+        self.hidden, self.outputs = self.outputs, self.hidden
+
+    def through(self, index: int, block: nn.Module) -> None:
+        """Run the block on every micro-batch and go on to the next block."""
+        for batch in range(len(self)):
+            self.outputs[batch] = self.run(index, block, batch)
+        self.advance()
+
+    def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids [1, L], logits [1, L, V]) of every window, after the last block."""
+        device = self.stream.device_of(len(self.stream.names) - 1)
+        with self.stream.outer():
+            for batch, ids_NL in enumerate(self.ids):
+                hidden_NLD = self.hidden[batch].to(device)
+                for n in range(len(ids_NL)):
+                    ids = ids_NL[n : n + 1].to(device)
+                    yield ids, self.stream.walk.logits(ids, hidden_NLD[n : n + 1])

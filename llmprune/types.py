@@ -1,0 +1,140 @@
+"""The few values that travel between floors, and the protocols that methods follow.
+
+Shapes: R = output rows, C = input columns, T = tokens, N = windows, L = window length, D = hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
+Stat: TypeAlias = Literal["input_sq", "gram"]
+
+
+@dataclass
+class Stats:
+    """Sums over calibration tokens of what enters one matrix; None = nobody asked for it.
+
+    Matrices that share an input share one Stats object, so what is derived from it (``factors``) is computed once.
+    """
+
+    tokens: int = 0
+    input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
+    gram_CC: Tensor | None = None  # sum over tokens of x x^T
+    factors: dict[float, Any] = field(default_factory=dict)  # damping -> linalg.Factor
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a solver hands back for one matrix."""
+
+    weight_RC: Tensor
+    keep_RC: Mask
+    lost: float | None = None  # squared error added to the outputs, summed over rows and calibration tokens
+    notes: tuple[str, ...] = ()  # what had to be done differently (damping retries and the like)
+
+
+class Criterion(Protocol):
+    """Scores every weight; the smallest scores go first."""
+
+    needs: frozenset[Stat]
+
+    def score(self, weight_RC: Tensor, stats: Stats) -> Tensor: ...
+
+
+class Pattern(Protocol):
+    """Which shapes of zeros are allowed."""
+
+    unit: int  # columns that are decided together (1: any weight on its own)
+
+    def dropped(self, rows: int, columns: int, sparsity: float) -> int:
+        """Exact number of weights that go from a [rows, columns] matrix."""
+        ...
+
+    def project(self, score_RC: Tensor, drop: int) -> Mask:
+        """Keep-mask with exactly ``drop`` False, the smallest scores that the pattern lets go."""
+        ...
+
+
+class Solver(Protocol):
+    """Chooses the mask (from the score, or its own saliency) and repairs the weights that stay."""
+
+    needs: frozenset[Stat]
+    own_score: bool  # True: ranks by its own saliency and takes no criterion
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned: ...
+
+
+class Allocation(Protocol):
+    """Shares one budget out over the matrices."""
+
+    def share(self, sizes: dict[str, int], sparsity: float) -> dict[str, float]:
+        """Ratio for each named matrix, given its number of weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request, in values: what the engine needs to prune any model."""
+
+    criterion: Criterion | None
+    pattern: Pattern
+    solver: Solver
+    allocation: Allocation
+    sparsity: float
+    accept_damage: bool = False
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
+        return own | self.solver.needs
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happened to one matrix."""
+
+    matrix: str
+    rows: int
+    columns: int
+    asked: float  # ratio that the allocation gave
+    zeros: int  # exact count in the saved dtype
+    lost: float | None
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block: its rows and the relative squared error of its output on the pruned path's inputs."""
+
+    block: str
+    output_error: float
+    rows: tuple[Row, ...]
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with its definition: exp of the mean NLL over the L-1 targets of non-overlapping windows."""
+
+    value: float
+    dataset: str
+    split: str
+    window: int
+    windows: int
+    tokens: int  # number of predicted targets
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.4g} ({self.dataset}, {self.split}, {self.windows} windows of {self.window}, "
+            f"stride {self.window}, {self.tokens:,} targets, {self.dtype})"
+        )
