@@ -73,7 +73,9 @@ def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
     Raises StoppedError when the Gram matrix is not finite or every retry fails.
     """
     if not bool(torch.isfinite(gram_CC).all()):
-        raise StoppedError("the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations")
+        raise StoppedError(
+            "the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations"
+        )
     for dtype in (gram_CC.dtype, torch.float64):
         for step in DAMPING_LADDER:
             flipped_CC = damped(gram_CC.to(dtype), damping * step).flip((0, 1))

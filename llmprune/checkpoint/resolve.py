@@ -5,28 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llmprune.checkpoint.aliases import ALIASES
 from llmprune.checkpoint.source import Source, open_folder
 from llmprune.errors import RequestError
 
 BUNDLED = Path(__file__).parent.parent / "data" / "bundled"
-# alias -> Hub id; the bundled model stands under None
-ALIASES: dict[str, str | None] = {
-    "llama": None,
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "gemma-3-1b": "google/gemma-3-1b-pt",
-    "opt-125m": "facebook/opt-125m",
-    "gpt2": "openai-community/gpt2",
-    "mixtral": "mistralai/Mixtral-8x7B-v0.1",
-    "olmoe": "allenai/OLMoE-1B-7B-0924",
-    "gpt-oss-20b": "openai/gpt-oss-20b",
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 

@@ -65,7 +65,9 @@ def read_text(spec: str, purpose: str, characters: int | None, seed: int) -> Tex
         repo, _, config = spec.partition(":")
         if repo.count("/") != 1:
             names = ", ".join([*KNOWN, *BUNDLED_NAMES])
-            raise RequestError(f"data {spec!r}: no such file and no known data set", f"give a .txt, .jsonl or .parquet file, {names}, or org/name[:config]")
+            raise RequestError(
+                f"data {spec!r}: no such file and no known data set", f"give a .txt, .jsonl or .parquet file, {names}, or org/name[:config]"
+            )
         known = Known(repo, config or None, "\n\n", {"calibration": "train", "evaluation": "test"})
     split = known.splits[purpose]
     rows = _open(known.repo, known.config, split, known.files[purpose] if known.files else None)

@@ -46,9 +46,7 @@ def find_blocks(model: nn.Module) -> str:
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
         if len(outermost) == 1:
             return names[id(outermost[0])]
-    raise RequestError(
-        f"{type(model).__name__}: no single list of {count} decoder blocks found", "the architecture cannot be walked block by block"
-    )
+    raise RequestError(f"{type(model).__name__}: no single list of {count} decoder blocks found", "the architecture cannot be walked block by block")
 
 
 class _Recorder(nn.Module):

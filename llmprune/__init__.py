@@ -1,0 +1,30 @@
+"""llmprune: one-shot pruning of Hugging Face language models.
+
+    import llmprune
+    report = llmprune.prune("llama", sparsity=0.5, pattern="2:4", output="llama-2of4")
+
+Importing this package loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LlmpruneError", "evaluate", "load", "prune"]
+
+if TYPE_CHECKING:
+    from llmprune.api import evaluate, load, prune
+    from llmprune.errors import LlmpruneError
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LlmpruneError":
+        from llmprune.errors import LlmpruneError
+
+        return LlmpruneError
+    if name in __all__:
+        import llmprune.api
+
+        return getattr(llmprune.api, name)
+    raise AttributeError(f"module 'llmprune' has no attribute {name!r}")

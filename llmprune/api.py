@@ -1,0 +1,142 @@
+"""The Python face: ``prune`` a checkpoint or a live model, ``evaluate`` it, ``load`` a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmprune.checkpoint.resolve import open_source
+from llmprune.data.windows import Windows, read_windows
+from llmprune.engine import prune as prune_stream
+from llmprune.engine import selected
+from llmprune.errors import RequestError
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, prepare, quiet, run
+from llmprune.model.matrices import Selection
+from llmprune.preflight import check_ids, check_length, check_matrices, choose_device, choose_dtype
+from llmprune.recipe import Recipe, read_recipe
+from llmprune.report.result import Report
+from llmprune.stream import CheckpointStream, LiveStream
+from llmprune.types import Perplexity
+
+
+def prune(
+    model: str | PathLike[str] | nn.Module,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    *,
+    calibration: str | Tensor | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress = quiet,
+    **options: Any,
+) -> Report:
+    """Prune a checkpoint into a folder, or a live model in place.
+
+    model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
+    tokenizer: for a live model that is calibrated on text. options: every other field of a recipe (``llmprune.recipe.Recipe``).
+    Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
+    """
+    windows = calibration if isinstance(calibration, Tensor) else None
+    values = options | {"pattern": pattern, "sparsity": sparsity}
+    values |= {"calibration": calibration} if isinstance(calibration, str) else {}
+    if isinstance(model, nn.Module):
+        recipe = read_recipe(None, {"model": type(model).__name__} | values)
+        return _prune_live(model, recipe, windows, tokenizer)
+    return run(prepare(read_recipe(None, {"model": str(model)} | values), windows, overwrite, restart), progress)
+
+
+def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
+    plan = recipe.plan()
+    with _each_expert_alone(model):
+        stream = LiveStream(model)
+        matrices = selected(stream, Selection(recipe.skip, recipe.only))
+        check_matrices(matrices, stream.names, plan.pattern)
+        windows = _live_windows(model, recipe, given, tokenizer)
+        blocks = prune_stream(stream, windows.ids_NL, plan, matrices)
+    return Report(
+        recipe=recipe.resolved(),
+        source={"name": type(model).__name__, "revision": None, "files": {}},
+        calibration=describe(windows),
+        blocks=tuple(blocks),
+        perplexity=(),
+        parameters=model.num_parameters(),
+        environment={"torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")},
+    )
+
+
+def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Windows:
+    length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
+    check_length(length, model.config)
+    if given is None:
+        if tokenizer is None or recipe.calibration is None:
+            raise RequestError(
+                "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
+            )
+        samples = recipe.samples or DEFAULT_SAMPLES
+        windows = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, recipe.seed)
+        windows = (windows.shuffled(recipe.seed) if recipe.shuffle else windows).first(samples)
+    else:
+        windows = Windows(given.cpu(), "given token ids", "all")
+    check_ids(windows.ids_NL, model.get_input_embeddings().num_embeddings, windows.dataset)
+    return windows
+
+
+@contextmanager
+def _each_expert_alone(model: Any) -> Iterator[None]:
+    """Evaluation mode, with one product an expert so that each can be watched; both as before afterwards."""
+    experts, training = model.config._experts_implementation, model.training
+    model.eval()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(experts)
+        model.train(training)
+
+
+def evaluate(
+    model: str | PathLike[str],
+    data: str | list[str],
+    *,
+    window: int | None = None,
+    samples: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    progress: Progress = quiet,
+) -> list[Perplexity]:
+    """Perplexity of a checkpoint on each data set, one block in memory at a time.
+
+    window: tokens of a window. samples: the first so many windows instead of all. Raises RequestError when something cannot be read.
+    """
+    source = open_source(str(model), revision)
+    chosen = choose_device(device)
+    stream = CheckpointStream(source, choose_dtype(dtype, chosen, source), chosen)
+    length = window or default_length(str(model), stream.skeleton.config)
+    check_length(length, stream.skeleton.config)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    found = []
+    for spec in [data] if isinstance(data, str) else data:
+        windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)
+        windows = windows.first(samples) if samples else windows
+        check_ids(windows.ids_NL, stream.skeleton.get_input_embeddings().num_embeddings, windows.dataset)
+        found.append(perplexity(stream, windows, lambda d, t: progress("perplexity", d, t)))
+    return found
+
+
+def load(folder: str | PathLike[str], **options: Any) -> Any:
+    """(model, tokenizer) of a result, by plain transformers. options go to ``from_pretrained``."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path.name}: holds no model", "give the output folder of a run")
+    return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,245 @@
+"""The command line: words only. Nothing heavy is imported until a command has its arguments."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from llmprune.errors import LlmpruneError, PromiseError, RequestError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="One-shot pruning of Hugging Face language models.\n\nWithout a command, options mean prune: llmprune --model llama --pattern 2:4",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Text = Optional[str]
+Count = Optional[int]
+
+
+@app.command()
+def prune(
+    model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
+    sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
+    pattern: Annotated[Text, typer.Option(help="unstructured, or N:M such as 2:4")] = None,
+    method: Annotated[Text, typer.Option(help="a paper's own recipe; see llmprune methods")] = None,
+    criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,
+    solver: Annotated[Text, typer.Option(help="what chooses the mask and repairs the rest")] = None,
+    group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
+    allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices")] = None,
+    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
+    sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="draw the windows at random instead of taking the first")] = False,
+    recipe: Annotated[Text, typer.Option(help="TOML file; flags go on top of it")] = None,
+    output: Annotated[Text, typer.Option(help="folder of the result")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output, at the end")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted run has left")] = False,
+    seed: Annotated[Count, typer.Option(help="of everything drawn at random")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu, cuda ...")] = None,
+    dtype: Annotated[Text, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left alone")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices that are pruned")] = None,
+    eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
+    accept_damage: Annotated[bool, typer.Option("--accept-damage", help="go on when a block's output is destroyed")] = False,
+    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Prune a model into a folder that plain transformers loads."""
+    from llmprune.recipe import Recipe, read_recipe
+
+    given = {k: v for k, v in locals().items() if k in Recipe.model_fields and v not in (None, False, [])}
+    request = read_recipe(Path(recipe) if recipe else None, given)
+    _announce(request.model, as_json)
+    from llmprune.job import prepare, run
+    from llmprune.report.tables import print_plan, print_report
+
+    job = prepare(request, overwrite=overwrite, restart=restart)
+    if not as_json:
+        print_plan(job, out)
+    if dry_run:
+        if as_json:
+            print(json.dumps({"recipe": job.recipe.resolved(), "matrices": sum(map(len, job.matrices.values()))}))
+        return
+    with _progress() as progress:
+        report = run(job, progress)
+    print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
+
+
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,
+    window: Annotated[Count, typer.Option(help="tokens of a window")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows instead of all")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = "auto",
+    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure a model's perplexity, one block in memory at a time."""
+    if not data and model != "llama":
+        raise RequestError("no data", "add --data wikitext2, c4, or a file")
+    _announce(model, as_json)
+    from dataclasses import asdict
+
+    from llmprune.api import evaluate
+
+    with _progress() as progress:
+        found = evaluate(
+            model, data or ["bundled-evaluation"], window=window, samples=samples, device=device, dtype=dtype, revision=revision, progress=progress
+        )
+    if as_json:
+        print(json.dumps([asdict(p) for p in found], indent=1))
+    else:
+        for value in found:
+            out.print(f"perplexity: {value}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count the zeros of every block matrix, and check an N:M pattern group by group."""
+    from llmprune.methods import parse_nm
+
+    asked = parse_nm(verify) if verify else None
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.resolve import open_source
+    from llmprune.model.matrices import Selection
+    from llmprune.report.inspection import inspect as inspect_source
+    from llmprune.report.tables import print_inspection
+
+    found = inspect_source(open_source(model), Selection(skip, only), asked)
+    print(json.dumps([asdict(i) for i in found], indent=1)) if as_json else print_inspection(found, out)
+    if asked:
+        broken = [i for i in found if i.broken]
+        if broken:
+            groups = sum(i.broken or 0 for i in broken)
+            raise PromiseError(
+                f"{verify}: broken in {groups:,} groups of {len(broken)} matrices, first {broken[0].matrix}", "prune with --pattern " + verify
+            )
+        err.print(f"{verify}: kept by every group of all {len(found)} matrices")
+
+
+@app.command()
+def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
+    """List what can be asked for, or show one method's equation and paper."""
+    from llmprune.checkpoint.aliases import ALIASES
+    from llmprune.methods import DEFAULT_METHOD, KINDS, METHODS, check_name, document, names
+
+    everything = {kind: names(kind) for kind in KINDS}
+    if name is not None:
+        check_name("method", name, sorted({n for ns in everything.values() for n in ns} | METHODS.keys()))
+    for method, parts in METHODS.items():
+        if name in (None, method):
+            pair = " + ".join(p for p in (parts.criterion, parts.solver) if p)
+            default = ", the default" if method == DEFAULT_METHOD else ""
+            out.print(f"--method {method}: {pair}, unstructured weights compete per {parts.group}{default}", markup=False)
+    for kind, ns in everything.items():
+        for one in ns:
+            text = document(kind, one)
+            if name is None:
+                out.print(f"{kind}/{one}: {text.splitlines()[0]}", markup=False)
+            elif name == one:
+                out.print(f"\n{kind}/{one}\n{text}", markup=False)
+    if name is None:
+        out.print("aliases: " + ", ".join(f"{a} = {i or 'bundled'}" for a, i in ALIASES.items()), markup=False)
+
+
+def _announce(model: str, as_json: bool) -> None:
+    """The first line of output, when the bundled model is used."""
+    if model == "llama":
+        (err if as_json else out).print(
+            "llama: the small bundled Llama (1.8M parameters, a demonstration, not a useful language model); "
+            "for another give --model FOLDER, a Hub id such as org/name, or an alias (llmprune methods)",
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar a step, with the time left, on standard error."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in tasks or bars.tasks[tasks[step]].finished and done < total:
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield progress
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1, 2, 3, 130 or 143 and never shows a traceback for what can be expected."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("-") and words[0] not in ("--help", "--version"):
+        words = ["prune", *words]
+    if words == ["--version"]:
+        import llmprune
+
+        print(llmprune.__version__)
+        return
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(words, prog_name="llmprune", standalone_mode=False) or 0
+    except LlmpruneError as error:
+        code = _say(error.message, error.hint, error.exit_code)
+    except typer.Exit as error:
+        code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = _say("interrupted", "the same command goes on from the last finished block", 130)
+    except _Terminated:
+        code = _say("terminated", "the same command goes on from the last finished block", 143)
+    except typer.TyperException as error:
+        code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
+    except (MemoryError, OSError, RuntimeError) as error:
+        code = _broken(error)
+    sys.exit(code)
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _say(message: str, hint: str, code: int) -> int:
+    err.print(f"error: {message}", markup=False, soft_wrap=True)
+    if hint:
+        err.print(f"hint: {hint}", markup=False, soft_wrap=True)
+    return code
+
+
+def _broken(error: BaseException) -> int:
+    """The machine ran short of something: one line, and the run can go on. Anything else is a fault of ours and keeps its traceback."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        return _say(f"{text[:200]}", "once that is mended, the same command goes on from the last finished block", 3)
+    if isinstance(error, MemoryError) or "memory" in text.lower():
+        return _say(f"out of memory ({text[:120]})", "use fewer --samples or a shorter --sequence-length; nothing is lost", 3)
+    raise error

@@ -1,0 +1,209 @@
+"""One pruning run from request to folder: preflight, windows, perplexity, pruning with a journal, perplexity again, publication."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import llmprune
+from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.journal import Journal, partial_folder
+from llmprune.checkpoint.resolve import is_bundled, open_source
+from llmprune.checkpoint.sink import Sink
+from llmprune.checkpoint.source import Source
+from llmprune.data.store import load_windows, save_windows
+from llmprune.data.windows import Windows, read_windows
+from llmprune.engine import prune, selected
+from llmprune.errors import RequestError
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.model.matrices import Matrix, Selection
+from llmprune.preflight import check_ids, check_length, check_matrices, check_output, check_space, choose_device, choose_dtype
+from llmprune.recipe import Recipe
+from llmprune.report.result import Report, block_from_json, block_to_json, measured
+from llmprune.stream import CheckpointStream
+from llmprune.types import BlockReport, Perplexity, Plan
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+BUNDLED_LENGTH = 256
+HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
+
+Progress = Callable[[str, int, int], None]
+
+
+def quiet(step: str, done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+@dataclass
+class Job:
+    """A checked run, ready to start: what ``--dry-run`` describes."""
+
+    recipe: Recipe
+    plan: Plan
+    source: Source
+    stream: CheckpointStream
+    matrices: dict[int, list[Matrix]]
+    calibration: Windows
+    evaluation: list[Windows]
+    output: Path
+    overwrite: bool
+    restart: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that must be equal for a run to go on where another stopped."""
+        return {
+            "llmprune": llmprune.__version__,
+            "recipe": self.recipe.resolved(),
+            "source": self.source.hashes,
+            "calibration": self.calibration.sha256,
+            "evaluation": [w.sha256 for w in self.evaluation],
+            "environment": environment(self.stream),
+        }
+
+
+def environment(stream: CheckpointStream) -> dict[str, Any]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return libraries | {
+        "llmprune": llmprune.__version__,
+        "python": platform.python_version(),
+        "device": str(stream.device),
+        "dtype": str(stream.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False) -> Job:
+    """Check a request against the model, its data and the disk. Nothing is written and no forward is run.
+
+    windows: calibration token ids [N, L] that stand in for a text. Raises RequestError.
+    """
+    plan = recipe.plan()
+    source = open_source(recipe.model, recipe.revision)
+    output = Path(recipe.output or recipe.default_output).expanduser()
+    check_output(output, source.folder, overwrite)
+    device = choose_device(recipe.device)
+    stream = CheckpointStream(source, choose_dtype(recipe.dtype, device, source), device)
+    matrices = selected(stream, Selection(recipe.skip, recipe.only))
+    check_matrices(matrices, stream.names, plan.pattern)
+    check_space(output, source)
+    stored = None if restart else load_windows(partial_folder(output))
+    calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
+    for data in (calibration, *evaluation):
+        check_ids(data.ids_NL, stream.skeleton.get_input_embeddings().num_embeddings, data.dataset)
+    source.scan()
+    return Job(recipe, plan, source, stream, matrices, calibration, evaluation, output, overwrite, restart)
+
+
+def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream, given: Tensor | None) -> tuple[Windows, list[Windows]]:
+    """(calibration windows, evaluation windows) as the recipe and its defaults say."""
+    length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
+    check_length(length, stream.skeleton.config)
+    if given is not None and not recipe.eval:
+        return Windows(given, "given token ids", "all"), []
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    evaluation = [read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe)]
+    if given is not None:
+        return Windows(given, "given token ids", "all"), evaluation
+    samples = recipe.samples or DEFAULT_SAMPLES
+    spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
+    windows = read_windows(spec, "calibration", tokenizer, length, samples + HELD_BACK, recipe.seed)
+    if recipe.shuffle:
+        windows = windows.shuffled(recipe.seed)
+    have = len(windows.ids_NL)
+    if recipe.samples and have < recipe.samples:
+        raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
+    if not evaluation:
+        spare = have - recipe.samples if recipe.samples else max(have - samples, have // 8)
+        samples = min(samples, have - min(spare, HELD_BACK))
+        evaluation = [windows.after(samples).first(HELD_BACK)] if have > samples else []
+    return windows.first(samples), evaluation
+
+
+def evaluation_sets(recipe: Recipe) -> list[str]:
+    return recipe.eval or (["bundled-evaluation"] if is_bundled(recipe.model) else [])
+
+
+def default_length(model: str, config: Any) -> int:
+    if is_bundled(model):
+        return BUNDLED_LENGTH
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
+    return min(DEFAULT_LENGTH, positions)
+
+
+def run(job: Job, progress: Progress = quiet) -> Report:
+    """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
+    began = perf_counter()
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(job.output, job.identity, job.restart)
+    try:
+        save_windows(journal.folder, job.calibration, job.evaluation)
+        sink = Sink(journal.weights, job.source)
+        sink.lay_out()
+        finished = finished_blocks(journal, sink, len(job.stream.names))
+        dense = dense_perplexities(job, journal, progress)
+        job.stream.write_to(sink)
+        job.stream.scratch = journal.folder
+        progress("prune", len(finished), len(job.stream.names))
+
+        def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
+            record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
+            journal.write(f"block-{index:05d}", record)
+            progress("prune", index + 1, len(job.stream.names))
+
+        blocks = prune(job.stream, job.calibration.ids_NL, job.plan, job.matrices, finished, on_block)
+        pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
+        sink.finish()
+        report = Report(
+            recipe=job.recipe.resolved(),
+            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
+            calibration=describe(job.calibration),
+            blocks=tuple(blocks),
+            perplexity=measured(dense, pruned),
+            parameters=job.stream.skeleton.num_parameters(),
+            environment=environment(job.stream),
+            output=job.output,
+            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
+        )
+        write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
+        journal.publish()
+        return report
+    except BaseException:
+        journal.close()
+        raise
+
+
+def finished_blocks(journal: Journal, sink: Sink, blocks: int) -> dict[int, BlockReport]:
+    """The leading blocks that an earlier process finished and whose tensors still have their hashes."""
+    finished: dict[int, BlockReport] = {}
+    for index in range(blocks):
+        record = journal.read(f"block-{index:05d}")
+        if record is None or not sink.accept(record["hashes"]):
+            break
+        finished[index] = block_from_json(record["report"], record["seconds"])
+    return finished
+
+
+def dense_perplexities(job: Job, journal: Journal, progress: Progress) -> list[Perplexity]:
+    record = journal.read("dense")
+    if record is None:
+        values = [perplexity(job.stream, w, lambda d, t: progress("perplexity, dense", d, t)) for w in job.evaluation]
+        record = {"perplexity": [asdict(p) for p in values]}
+        journal.write("dense", record)
+    return [Perplexity(**p) for p in record["perplexity"]]
+
+
+def describe(windows: Windows) -> dict[str, Any]:
+    count, length = windows.ids_NL.shape
+    name = {"dataset": windows.dataset, "split": windows.split}
+    return name | {"windows": count, "window": length, "tokens": count * length, "sha256": windows.sha256}

@@ -1,0 +1,87 @@
+"""A method is a file: ``llmprune/<kind>/<name>.py`` holds one public dataclass. There is no registry to edit.
+
+Listing and checking names imports nothing heavy; only ``build`` imports the method asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmprune.errors import RequestError
+
+KINDS = ("criteria", "patterns", "solvers", "allocation")
+Group = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's own recipe, for comparison: its criterion, solver, and the group in which unstructured weights compete."""
+
+    criterion: str | None
+    solver: str
+    group: Group
+
+
+METHODS = {
+    "magnitude": Method("magnitude", "mask_only", "matrix"),
+    "wanda": Method("wanda", "mask_only", "row"),
+    "sparsegpt": Method(None, "sparsegpt", "matrix"),
+}
+DEFAULT_METHOD = "sparsegpt"
+
+
+def names(kind: str) -> list[str]:
+    """The methods of one kind, in alphabetical order."""
+    package = importlib.import_module(f"llmprune.{kind}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def check_name(what: str, name: str, known: list[str]) -> None:
+    """RequestError naming the nearest known name, unless ``name`` is one."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RequestError(f"{what} {name!r} is unknown", f"{hint}there are: {', '.join(known)}")
+
+
+def build(kind: str, name: str, **options: Any) -> Any:
+    """The method of that name, made with its options. Raises RequestError for an unknown name or option."""
+    check_name(kind, name, names(kind))
+    module = importlib.import_module(f"llmprune.{kind}.{name}")
+    (cls,) = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__]
+    for option in options:
+        check_name(f"{kind}.{name} option", option, [f.name for f in dataclasses.fields(cls)])
+    return cls(**options)
+
+
+def build_pattern(text: str, group: Group) -> Any:
+    """The pattern that ``text`` spells: "unstructured" or N:M. Raises RequestError for anything else."""
+    if text == "unstructured":
+        return build("patterns", "unstructured", group=group)
+    n, m = parse_nm(text)
+    return build("patterns", "nm", n=n, m=m)
+
+
+def parse_nm(text: str) -> tuple[int, int]:
+    """(N, M) of a pattern such as "2:4": N non-zeros in every M. Raises RequestError when it is none."""
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+    if not match:
+        raise RequestError(f"pattern {text!r} is unknown", "there are: unstructured, and N:M such as 2:4 (2 non-zeros in every 4)")
+    n, m = int(match[1]), int(match[2])
+    if not 0 < n < m:
+        raise RequestError(f"pattern {text!r} would keep {n} of every {m} weights", "N:M needs 0 < N < M, such as 2:4")
+    return n, m
+
+
+def document(kind: str, name: str) -> str:
+    """The docstring of a method's file (equation, paper, link), read without importing it."""
+    path = Path(__file__).parent / kind / f"{name}.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

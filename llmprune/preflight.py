@@ -1,0 +1,90 @@
+"""Everything that can be refused from metadata, before the first forward: folders, devices, shapes, lengths, disk space."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from llmprune.checkpoint.journal import partial_folder
+from llmprune.checkpoint.source import DTYPES, Source
+from llmprune.errors import RequestError
+from llmprune.model.matrices import Matrix
+from llmprune.types import Pattern
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder."""
+    if output.exists() and output.resolve().samefile(source):
+        raise RequestError(f"output {output.name}: is the source model", "choose another --output")
+    if source.resolve() in output.resolve().parents:
+        raise RequestError(f"output {output.name}: lies inside the source model's folder", "choose another --output")
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"output {output.name}: is a file", "choose another --output")
+    if output.exists() and not overwrite:
+        raise RequestError(f"output {output.name}: exists already", "add --overwrite to replace it at the end, or choose another --output")
+    if output.exists() and not ((output / "config.json").exists() or not any(output.iterdir())):
+        raise RequestError(f"output {output.name}: holds no model, so it is not replaced", "choose another --output")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RequestError(f"output {output.name}: {parent.name} cannot be written to", "choose another --output")
+
+
+def check_space(output: Path, source: Source) -> None:
+    """The weights fit on the output's disk; what a partial run has laid out already counts as had."""
+    parent = next(p for p in output.absolute().parents if p.exists())
+    status = os.statvfs(parent)
+    had = sum(p.stat().st_size for p in (partial_folder(output) / "output").glob("*.safetensors"))
+    free = status.f_bavail * status.f_frsize
+    if source.bytes - had > free:
+        raise RequestError(f"output {output.name}: needs {source.bytes - had:,} bytes, the disk has {free:,} free", "free some space")
+
+
+def choose_device(device: str) -> torch.device:
+    """The device asked for; "auto" is what accelerate finds best."""
+    if device == "auto":
+        return torch.device(PartialState().default_device)
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"device {device!r}: {str(error).splitlines()[0][:120]}", "give auto, cpu, or a device that torch sees") from None
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtype:
+    """The compute dtype asked for; "auto" is float32 on CPU (half precision is slow there) and the checkpoint's elsewhere."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":
+        return torch.float32
+    stored = {DTYPES.get(e.dtype) for e in source.tensors.values()} - {None}
+    return next((d for d in (torch.bfloat16, torch.float16) if d in stored), torch.float32)
+
+
+def check_matrices(matrices: dict[int, list[Matrix]], names: list[str], pattern: Pattern) -> None:
+    """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
+    if not any(matrices.values()):
+        raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
+    bad = [f"{names[i]}.{m.name} [{m.rows}, {m.columns}]" for i, ms in matrices.items() for m in ms if m.columns % pattern.unit]
+    if bad:
+        raise RequestError(
+            f"{len(bad)} matrices have a width that {pattern.unit} does not divide: {', '.join(bad[:2])}",
+            "choose another pattern, or leave them out with --skip",
+        )
+
+
+def check_length(length: int, config: Any) -> None:
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RequestError(f"windows of {length} tokens: the model has {positions} positions", f"--sequence-length {positions} or less")
+
+
+def check_ids(ids_NL: Tensor, vocabulary: int, dataset: str) -> None:
+    highest = int(ids_NL.max())
+    if highest >= vocabulary or int(ids_NL.min()) < 0:
+        raise RequestError(f"{dataset}: token id {highest}, the model's vocabulary ends at {vocabulary - 1}", "the tokenizer is not this model's")

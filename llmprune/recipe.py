@@ -1,0 +1,187 @@
+"""The request: a TOML recipe with command-line flags on top, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llmprune.errors import RequestError
+from llmprune.methods import DEFAULT_METHOD, METHODS, Group, build, build_pattern, check_name, names, parse_nm
+
+if TYPE_CHECKING:
+    from llmprune.types import Plan
+
+MAX_RECIPE = 1 << 20
+
+
+class Recipe(BaseModel):
+    """Everything that a pruning run can be asked for. Unset fields take the defaults that README names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field(description="folder, Hub id or alias")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
+    sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
+    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4")
+    method: str | None = Field(None, description="a paper's own recipe")
+    criterion: str | None = Field(None, description="what scores the weights")
+    solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay")
+    group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
+    allocation: str = Field("uniform", description="how the ratio is shared out over the matrices")
+    calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
+    samples: int | None = Field(None, ge=1, description="calibration windows")
+    sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
+    shuffle: bool = Field(False, description="draw the windows at random instead of taking the first")
+    seed: int = Field(0, ge=0, description="of everything that is drawn at random")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype; the saved dtype is the source's")
+    skip: str | None = Field(None, description="regular expression: matrices that are left alone")
+    only: str | None = Field(None, description="regular expression: the only matrices that are pruned")
+    eval: list[str] = Field(default_factory=list, description="data to measure the perplexity on, before and after")
+    accept_damage: bool = Field(False, description="go on when a block's output is destroyed")
+    output: str | None = Field(None, description="folder of the result")
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _read_sparsity(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
+            if not match:
+                raise ValueError("is no number")
+            value = float(match[1]) / (100 if match[2] else 1)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not 0 <= value < 1:
+                raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
+            return float(value)
+        return value
+
+    @field_validator("skip", "only")
+    @classmethod
+    def _check_pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression ({error})") from None
+        return value
+
+    @property
+    def ratio(self) -> float:
+        """The sparsity asked for, from the pattern where it is left out."""
+        if self.pattern == "unstructured":
+            assert self.sparsity is not None
+            return self.sparsity
+        n, m = parse_nm(self.pattern)
+        return 1 - n / m
+
+    @property
+    def parts(self) -> tuple[str | None, str, Group]:
+        """(criterion, solver, group): from the method, or as they were asked for one by one."""
+        if self.criterion is None and self.solver is None:
+            method = METHODS[self.method or DEFAULT_METHOD]
+            return method.criterion, method.solver, self.group or method.group
+        return self.criterion, self.solver or "mask_only", self.group or "row"
+
+    def checked(self) -> Recipe:
+        """Self, when the fields agree with each other; RequestError otherwise."""
+        if self.pattern == "unstructured":
+            if self.sparsity is None:
+                raise RequestError("no sparsity", "add --sparsity 0.5, or --pattern 2:4")
+        else:
+            n, m = parse_nm(self.pattern)
+            if self.sparsity is not None and abs(self.sparsity - self.ratio) > 1e-9:
+                raise RequestError(f"pattern {self.pattern} means sparsity {1 - n / m:g}, not {self.sparsity:g}", "leave one of them out")
+            if self.group is not None:
+                raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
+        if self.method is not None:
+            check_name("method", self.method, list(METHODS))
+            if self.criterion is not None or self.solver is not None:
+                raise RequestError(f"method {self.method!r} together with a criterion or solver", "give the method, or its parts")
+        check_name("allocation", self.allocation, names("allocation"))
+        self._check_parts()
+        return self
+
+    def _check_parts(self) -> None:
+        if self.criterion is not None:
+            check_name("criterion", self.criterion, names("criteria"))
+        if self.solver is not None:
+            check_name("solver", self.solver, names("solvers"))
+        criterion, solver, _ = self.parts
+        own_score = build("solvers", solver).own_score
+        if own_score and criterion is not None:
+            raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
+        if not own_score and criterion is None:
+            raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
+
+    def plan(self) -> Plan:
+        """The request in values, for the engine."""
+        from llmprune.types import Plan
+
+        criterion, solver, group = self.parts
+        return Plan(
+            criterion=build("criteria", criterion) if criterion else None,
+            pattern=build_pattern(self.pattern, group),
+            solver=build("solvers", solver),
+            allocation=build("allocation", self.allocation),
+            sparsity=self.ratio,
+            accept_damage=self.accept_damage,
+        )
+
+    @property
+    def default_output(self) -> str:
+        """``<model>-<pattern>-<sparsity>``, in the current folder."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(self.model).name or "model")
+        return f"{name}-{self.pattern.replace(':', 'of')}-{self.ratio:g}"
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as it is saved: paths as their last name, what only names places left out."""
+        value = self.model_dump(exclude={"output"})
+        criterion, solver, group = self.parts
+        value |= {"sparsity": self.ratio, "criterion": criterion, "solver": solver}
+        value["group"] = group if self.pattern == "unstructured" else None
+        for key in ("model", "calibration"):
+            if value[key] is not None and Path(value[key]).expanduser().exists():
+                value[key] = Path(value[key]).expanduser().resolve().name
+        value["eval"] = [Path(e).name if Path(e).expanduser().exists() else e for e in self.eval]
+        return value
+
+
+def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
+    stored = _read_toml(path) if path else {}
+    for key in stored:
+        check_name("recipe key", key, list(Recipe.model_fields))
+    parts = {"method": ("criterion", "solver"), "criterion": ("method",), "solver": ("method",)}
+    for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
+        if flag in flags:
+            stored = {k: v for k, v in stored.items() if k not in replaced}
+    values = stored | flags
+    if "model" not in values:
+        raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")
+    try:
+        return Recipe(**values).checked()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
+
+
+def _description(field: str) -> str:
+    known = Recipe.model_fields.get(field.split(".")[0])
+    return (known.description if known else None) or "see llmprune prune --help"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_RECIPE:
+            raise RequestError(f"{path.name}: larger than {MAX_RECIPE} bytes", "this is no recipe")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"recipe {path.name}: not valid TOML ({error})", 'write sparsity = 0.5 and pattern = "2:4"') from None

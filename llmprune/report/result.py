@@ -1,0 +1,93 @@
+"""What a run found: the Report, and how it is written to llmprune.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmprune.types import BlockReport, Perplexity, Row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A perplexity before and after, by the same definition."""
+
+    dense: Perplexity
+    pruned: Perplexity
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a run.
+
+    ``parameters`` counts the whole model. ``output`` is None for a live model.
+    """
+
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    calibration: dict[str, Any]
+    blocks: tuple[BlockReport, ...]
+    perplexity: tuple[Measured, ...]
+    parameters: int
+    environment: dict[str, Any]
+    output: Path | None = None
+    timings: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for block in self.blocks for row in block.rows]
+
+    @property
+    def zeros(self) -> int:
+        return sum(row.zeros for row in self.rows)
+
+    @property
+    def weights(self) -> int:
+        """Weights in the pruned matrices."""
+        return sum(row.rows * row.columns for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros in the pruned matrices."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
+        return {
+            "recipe": self.recipe,
+            "source": self.source,
+            "calibration": self.calibration,
+            "sparsity": {
+                "asked": self.recipe["sparsity"],
+                "pruned_matrices": self.sparsity,
+                "zeros": self.zeros,
+                "weights": self.weights,
+                "parameters": self.parameters,
+            },
+            "perplexity": [asdict(m) for m in self.perplexity],
+            "blocks": [block_to_json(b) for b in self.blocks],
+            "notes": self.notes,
+            "environment": self.environment,
+            "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},
+        }
+
+
+def block_to_json(block: BlockReport) -> dict[str, Any]:
+    value = asdict(block)
+    del value["seconds"]
+    return value
+
+
+def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
+    rows = tuple(Row(**{**row, "notes": tuple(row["notes"])}) for row in value["rows"])
+    return BlockReport(value["block"], value["output_error"], rows, seconds)
+
+
+def measured(dense: Sequence[Perplexity], pruned: Sequence[Perplexity]) -> tuple[Measured, ...]:
+    return tuple(Measured(d, p) for d, p in zip(dense, pruned, strict=True))

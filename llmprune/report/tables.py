@@ -1,0 +1,67 @@
+"""Rich tables: what a run did, block by block, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from llmprune.job import Job
+from llmprune.report.inspection import Inspected
+from llmprune.report.result import Report
+
+MOST_NOTES = 10
+
+
+def print_plan(job: Job, console: Console) -> None:
+    """What a checked run is about to do."""
+    recipe, windows = job.recipe.resolved(), job.calibration
+    count, length = windows.ids_NL.shape
+    matrices = [m for ms in job.matrices.values() for m in ms]
+    weights = sum(m.rows * m.columns for m in matrices)
+    parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
+    group = f" per {recipe['group']}" if recipe["group"] else ""
+    console.print(
+        f"{job.source.name}: {len(matrices)} matrices in {len(job.matrices)} blocks, {weights:,} weights; "
+        f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios",
+        soft_wrap=True,
+    )
+    console.print(f"calibration: {count} windows of {length} from {windows.dataset} ({windows.split})", soft_wrap=True)
+    console.print(
+        f"output: {job.output} ({job.source.bytes:,} bytes), {job.stream.device}, {str(job.stream.dtype).removeprefix('torch.')}", soft_wrap=True
+    )
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The closing table: per block sparsity, relative output error, seconds; then the perplexities, notes and where the result is."""
+    table = Table("block", "matrices", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for block in report.blocks:
+        weights = sum(r.rows * r.columns for r in block.rows)
+        sparsity = sum(r.zeros for r in block.rows) / weights if weights else 0.0
+        seconds = sum(block.seconds.values())
+        table.add_row(block.block, str(len(block.rows)), f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
+    console.print(table)
+    share = report.zeros / report.parameters
+    console.print(
+        f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}), {share:.2%} of the model", soft_wrap=True
+    )
+    for pair in report.perplexity:
+        console.print(f"perplexity, dense:  {pair.dense}", soft_wrap=True)
+        console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)
+    for note in report.notes[:MOST_NOTES]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if len(report.notes) > MOST_NOTES:
+        console.print(f"note: and {len(report.notes) - MOST_NOTES} more in llmprune.json")
+    if report.output is not None:
+        console.print(f"saved: {report.output}", soft_wrap=True)
+
+
+def print_inspection(found: list[Inspected], console: Console) -> None:
+    table = Table("matrix", "shape", "zeros", "sparsity", "keeps")
+    for item in found:
+        table.add_row(item.matrix, f"{item.rows} x {item.columns}", f"{item.zeros:,}", f"{item.sparsity:.4%}", " ".join(item.patterns))
+    console.print(table)
+    weights = sum(i.rows * i.columns for i in found)
+    zeros = sum(i.zeros for i in found)
+    console.print(f"{len(found)} matrices, {zeros:,} of {weights:,} weights are zero ({zeros / max(1, weights):.4%})")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets everything up, lints, checks types and runs the tests. Further arguments go to pytest.
+source "$(dirname "$0")/environment.sh"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -q "$@"
