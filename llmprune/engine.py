@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
+from llmprune.linalg import all_finite
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.model.watch import Watch
 from llmprune.solvers.mask_only import MaskOnly
@@ -90,7 +91,7 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     drop = plan.pattern.dropped(matrix.rows, matrix.columns, sparsity)
     pruned = solve(view_RC.float(), stats, plan, drop)
     stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
-    if not bool(torch.isfinite(stored_RC).all()):
+    if not all_finite(stored_RC):
         raise StoppedError(f"{stream.names[index]}.{matrix.name}: pruned weights are not finite", "calibrate with other text, or report this")
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())

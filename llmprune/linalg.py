@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,13 +28,27 @@ def drop_smallest(score: Tensor, k: int) -> Mask:
         return torch.full_like(score, k == 0, dtype=torch.bool)
     if n <= SMALL_GROUP:
         return _ranks(score) >= k
-    threshold = score.kthvalue(k, dim=-1, keepdim=True).values
+    threshold = _kth_smallest(score, k)
     keep = score > threshold
     surplus = (n - k) - keep.sum(-1, keepdim=True)  # tied weights that have to stay, the later ones
     if bool(surplus.any()):
         tied = score == threshold
         keep |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
     return keep
+
+
+def _kth_smallest(score: Tensor, k: int) -> Tensor:
+    """[..., 1]; on CPU by numpy's vectorised selection, several times faster than torch's."""
+    if score.device.type != "cpu":
+        return score.kthvalue(k, dim=-1, keepdim=True).values
+    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=-1)[..., k - 1 : k].copy())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity: decided by the sum, which carries both, and looked at closely only if that is not finite."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    total = tensor.sum(dtype=torch.float32 if half else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _ranks(score: Tensor) -> Tensor:
@@ -72,7 +87,7 @@ def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
 
     Raises StoppedError when the Gram matrix is not finite or every retry fails.
     """
-    if not bool(torch.isfinite(gram_CC).all()):
+    if not all_finite(gram_CC):
         raise StoppedError(
             "the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations"
         )
@@ -82,7 +97,7 @@ def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
             lower_CC, failed = torch.linalg.cholesky_ex(flipped_CC)
             if not bool(failed):
                 upper_CC = triangular_inverse(lower_CC.flip((0, 1))).to(gram_CC.dtype)
-                if bool(torch.isfinite(upper_CC).all()):
+                if all_finite(upper_CC):
                     retried = step != 1.0 or dtype != gram_CC.dtype
                     note = f"Gram matrix not positive definite: damping raised to {damping * step:g}, {str(dtype).removeprefix('torch.')}"
                     return Factor(upper_CC, damping * step, (note,) if retried else ())

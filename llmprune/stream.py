@@ -6,10 +6,10 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ from llmprune.checkpoint.files import read_range, write_range
 from llmprune.checkpoint.loader import Loader
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
-from llmprune.model.blocks import Call, Interned, Walk, replay
+from llmprune.model.blocks import Call, Interned, Walk
 from llmprune.model.skeleton import build_skeleton
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
@@ -179,6 +179,17 @@ def place_hidden(size: int, device: torch.device, folder: Path | None) -> Memory
     return FileHidden(folder)
 
 
+def moved_to(device: torch.device, value: Any) -> Any:
+    """An argument of a block on ``device``. A mapping stays itself: blocks of some models fill it for the blocks after them."""
+    if type(value) is tuple:
+        return tuple(moved_to(device, v) for v in value)
+    if isinstance(value, MutableMapping):
+        for key in list(value):
+            value[key] = moved_to(device, value[key])
+        return value
+    return send_to_device(value, device)
+
+
 class Flow:
     """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
 
@@ -207,8 +218,8 @@ class Flow:
         """Hidden states of one micro-batch that leave the block."""
         device = self.stream.device_of(index)
         call = self.calls[batch][index]
-        moved = Call(send_to_device(call.args, device), send_to_device(call.kwargs, device), call.keyword)
-        return replay(block, self.hidden[batch].to(device), moved)
+        moved = Call(moved_to(device, call.args), {k: moved_to(device, v) for k, v in call.kwargs.items()}, call.keyword)
+        return self.stream.walk.replay(block, self.hidden[batch].to(device), moved)
 
     def advance(self) -> None:
         """What left the block enters the next one."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.files import CHUNK, read_range
 from llmprune.errors import RequestError, StoppedError
+from llmprune.linalg import all_finite
 
 MAX_JSON = 64 << 20
 MAX_HEADER = 100 << 20
@@ -107,7 +108,8 @@ class Source:
                         digest.update(data)
                         dtype = DTYPES.get(entry.dtype)
                         if dtype is not None and dtype.is_floating_point:
-                            count += int((~torch.isfinite(torch.frombuffer(data, dtype=dtype))).sum())
+                            values = torch.frombuffer(data, dtype=dtype)
+                            count += 0 if all_finite(values) else int((~torch.isfinite(values)).sum())
                     if count:
                         bad.append(f"{name} ({count})")
             finally:

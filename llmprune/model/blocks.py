@@ -83,7 +83,9 @@ def _replaced(blocks: nn.ModuleList, receive: Callable[[int, Tensor, Call], Any]
 class Walk:
     """Runs a model around its blocks.
 
-    ``tuples`` is True for architectures whose blocks return a tuple; it is found out on the first recording.
+    ``tuples`` is True for architectures whose blocks return a tuple; it is found out on the first recording, with one block on its first run.
+
+    Raises RequestError when the blocks cannot be found or share weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,6 +93,7 @@ class Walk:
         self.path = find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
         self.tuples: bool | None = None
+        _refuse_shared(model, self.path, self.blocks)
 
     def record(self, ids_NL: Tensor) -> tuple[Tensor, list[Call]]:
         """(hidden states that enter block 0, the call of every block) for one micro-batch of token ids."""
@@ -105,15 +108,16 @@ class Walk:
         )
 
     def _record(self, ids_NL: Tensor, tuples: bool) -> tuple[Tensor, list[Call]] | None:
-        first: list[Tensor] = []
+        """None when a block's recorder did not get exactly what the one before it passed on."""
+        first: list[Tensor] = []  # as it was passed on, and a copy: a change in place shows too
         calls: list[Call] = []
         straight = True
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
             nonlocal straight
             if not first:
-                first.append(hidden)
-            straight = straight and hidden is first[0] and i == len(calls)
+                first.extend((hidden, hidden.clone()))
+            straight = straight and i == len(calls) and _same_memory(hidden, first[0]) and torch.equal(hidden, first[1])
             calls.append(call)
             if len(calls) == len(self.blocks) or not straight:
                 raise _AllRecorded
@@ -124,7 +128,12 @@ class Walk:
                 self.model(input_ids=ids_NL, use_cache=False)
         except _AllRecorded:
             pass
-        return (first[0], calls) if straight and len(calls) == len(self.blocks) else None
+        except (ValueError, TypeError, IndexError):  # the model takes more from a block than hidden states
+            if not calls:
+                raise
+            return None
+        whole = straight and len(calls) == len(self.blocks) and first[1].shape[:2] == ids_NL.shape and first[1].dim() == 3
+        return (first[1], calls) if whole else None
 
     def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
         """[N, L, V]: the model's own final norm and head on the hidden states that leave the last block."""
@@ -137,14 +146,28 @@ class Walk:
         with _replaced(self.blocks, receive):
             return self.model(input_ids=ids_NL, use_cache=False).logits
 
+    def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
+        """Run one block with its recorded call; the hidden states that leave it."""
+        if call.keyword is None:
+            out = block(hidden_NLD, *call.args, **call.kwargs)
+        else:
+            out = block(*call.args, **{call.keyword: hidden_NLD}, **call.kwargs)
+        self.tuples = isinstance(out, tuple)
+        return out[0] if self.tuples else out
 
-def replay(block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
-    """Run one block with its recorded call; the hidden states that leave it."""
-    if call.keyword is None:
-        out = block(hidden_NLD, *call.args, **call.kwargs)
-    else:
-        out = block(*call.args, **{call.keyword: hidden_NLD}, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """The same tensor, or a view of all of it: what a model slices "from 0 on" is not changed."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _refuse_shared(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
+    """A weight that several blocks use would be pruned once for each of them, on different inputs."""
+    users: dict[int, int] = {}
+    for i, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if users.setdefault(id(parameter), i) != i:
+                raise RequestError(f"{path}.{i}.{name}: shared with block {users[id(parameter)]}", "models whose blocks share weights cannot be pruned")
 
 
 class Interned:

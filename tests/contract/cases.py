@@ -1,0 +1,158 @@
+"""Every method that exists, found by name, in all its variants; and small inputs to hold it to.
+
+A method is made with each value of its Literal fields; a pattern with fields ``n`` and ``m`` with the N:M pairs below. Nothing here knows a
+method's name. A new statistic is taught to ``make_stats``; everything else of a new file is found by itself.
+
+Shapes: R = output rows, C = input columns, T = tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune.methods import build, names
+from llmprune.types import Criterion, Pattern, Pruned, Solver, Stats
+
+PAIRS = [(1, 4), (2, 4), (4, 8), (3, 6), (1, 3), (7, 8), (2, 16)]
+SHAPES = [(7, 13), (5, 172), (1, 24), (9, 4), (1, 1)]  # columns are rounded up to the pattern's unit
+SPARSITIES = [0.001, 0.01, 0.3, 0.5, 0.7, 0.99, 0.999]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A method in one variant, under the name that a failure shows."""
+
+    id: str
+    method: Any
+
+
+@dataclass(frozen=True)
+class Combo:
+    """What a plan holds for one matrix."""
+
+    id: str
+    criterion: Criterion | None
+    pattern: Pattern
+    solver: Solver
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.solver.needs | (self.criterion.needs if self.criterion else frozenset())
+
+    def run(self, weight_RC: Tensor, stats: Stats, drop: int) -> Pruned:
+        score_RC = self.criterion.score(weight_RC, stats) if self.criterion else None
+        return self.solver.solve(weight_RC, score_RC, stats, self.pattern, drop)
+
+    def shapes(self) -> list[tuple[int, int]]:
+        unit = self.pattern.unit
+        return list(dict.fromkeys((rows, -(-columns // unit) * unit) for rows, columns in SHAPES))
+
+    def drops(self, rows: int, columns: int) -> list[int]:
+        """The distinct counts that the sparsities ask of a shape."""
+        return sorted({self.pattern.dropped(rows, columns, s) for s in SPARSITIES})
+
+
+def made(kind: str) -> list[Made]:
+    return [variant for name in names(kind) for variant in _variants(kind, name)]
+
+
+def _variants(kind: str, name: str) -> list[Made]:
+    cls = type(build(kind, name))
+    hints = get_type_hints(cls)
+    free = {f.name: get_args(hints[f.name]) for f in dataclasses.fields(cls) if get_origin(hints[f.name]) is Literal}
+    choices: list[dict[str, Any]] = [dict(zip(free, values, strict=True)) for values in itertools.product(*free.values())]
+    if {"n", "m"} <= hints.keys():
+        choices = [{**c, "n": n, "m": m} for c in choices for n, m in PAIRS]
+    return [Made(f"{name}[{','.join(map(str, c.values()))}]" if c else name, build(kind, name, **c)) for c in choices]
+
+
+CRITERIA = made("criteria")
+PATTERNS = made("patterns")
+SOLVERS = made("solvers")
+ALLOCATIONS = made("allocation")
+NOBODY = [Made("", None)]
+COMBOS = [
+    Combo("+".join(part.id for part in (criterion, pattern, solver) if part.id), criterion.method, pattern.method, solver.method)
+    for solver in SOLVERS
+    for criterion in (NOBODY if solver.method.own_score else CRITERIA)
+    for pattern in PATTERNS
+]
+
+
+def fixed(pattern: Pattern) -> bool:
+    """Whether the pattern alone says how much goes, as N:M does."""
+    return "sparsity" in dir(pattern)
+
+
+def each(things: list[Any]) -> list[Any]:
+    return [pytest.param(t, id=t.id) for t in things]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_weight(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights without zeros and, but for accidents, without ties."""
+    weight_RC = torch.randn(rows, columns, generator=generator(seed), dtype=torch.float64)
+    assert bool((weight_RC != 0).all())
+    return weight_RC.to(dtype)
+
+
+def make_inputs(columns: int, seed: int = 1, tokens: int | None = None) -> Tensor:
+    """Correlated inputs of unlike scales, in float64."""
+    tokens = 2 * columns + 16 if tokens is None else tokens
+    g = generator(seed)
+    value_TC = torch.randn(tokens, columns, generator=g, dtype=torch.float64)
+    value_TC += 0.5 * value_TC.roll(1, dims=1) + 0.5 * torch.randn(tokens, 1, generator=g, dtype=torch.float64)
+    return value_TC * (0.25 + 2 * torch.rand(columns, generator=g, dtype=torch.float64))
+
+
+def make_stats(needs: frozenset[str], value_TC: Tensor, dtype: torch.dtype = torch.float32) -> Stats:
+    """Just the statistics that were asked for, so that one used without being declared is missed at once."""
+    makers = {
+        "input_sq": lambda: {"input_sq_C": value_TC.square().sum(0).to(dtype)},
+        "gram": lambda: {"gram_CC": (value_TC.T @ value_TC).to(dtype)},
+    }
+    unknown = needs - makers.keys()
+    assert not unknown, f"teach make_stats in {__file__} the statistics {sorted(unknown)}"
+    fields: dict[str, Tensor] = {}
+    for need in needs:
+        fields |= makers[need]()
+    return Stats(tokens=value_TC.shape[0], **fields)
+
+
+def tensors_of(stats: Stats) -> dict[str, Tensor]:
+    found = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return left.contiguous().view(torch.uint8).equal(right.contiguous().view(torch.uint8)) if left.numel() else True
+
+
+def check_promises(combo: Combo, pruned: Pruned, weight_RC: Tensor, drop: int, where: str) -> None:
+    """What holds for every result: exact count, +0.0 where dropped, finite, the dtype and shape of the weight, groups of N:M."""
+    keep_RC, out_RC = pruned.keep_RC, pruned.weight_RC
+    assert keep_RC.dtype == torch.bool, where
+    assert keep_RC.shape == weight_RC.shape == out_RC.shape, where
+    assert out_RC.dtype == weight_RC.dtype, where
+    assert int((~keep_RC).sum()) == drop, where
+    assert bool((out_RC[~keep_RC] == 0).all()), where
+    assert not bool(out_RC[~keep_RC].signbit().any()), f"{where}: -0.0"
+    assert bool(torch.isfinite(out_RC).all()), where
+    if hasattr(combo.pattern, "n") and hasattr(combo.pattern, "m"):
+        gone = (~keep_RC).reshape(weight_RC.shape[0], -1, combo.pattern.m).sum(-1)
+        assert bool((gone == combo.pattern.m - combo.pattern.n).all()), where
+    if pruned.lost is not None:
+        assert pruned.lost >= 0, where
+        assert pruned.lost < float("inf"), where

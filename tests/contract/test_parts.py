@@ -1,0 +1,179 @@
+"""Promises of criteria, patterns and allocations on their own. Methods are found by name: see cases.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.cases import (
+    ALLOCATIONS,
+    COMBOS,
+    CRITERIA,
+    PATTERNS,
+    SHAPES,
+    SOLVERS,
+    SPARSITIES,
+    Made,
+    each,
+    fixed,
+    generator,
+    make_inputs,
+    make_stats,
+    make_weight,
+    same_bits,
+    tensors_of,
+)
+from llmprune.errors import RequestError
+from llmprune.methods import KINDS, METHODS, build, document, names
+
+all_criteria = pytest.mark.parametrize("made", each(CRITERIA))
+all_patterns = pytest.mark.parametrize("made", each(PATTERNS))
+all_allocations = pytest.mark.parametrize("made", each(ALLOCATIONS))
+
+
+def test_the_suite_sees_every_method() -> None:
+    seen = {"criteria": CRITERIA, "patterns": PATTERNS, "solvers": SOLVERS, "allocation": ALLOCATIONS}
+    for kind in KINDS:
+        assert names(kind), kind
+        assert {made.id.split("[")[0] for made in seen[kind]} == set(names(kind))
+    in_combos = {type(p) for c in COMBOS for p in (c.criterion, c.pattern, c.solver) if p is not None}
+    assert in_combos == {type(made.method) for kind in ("criteria", "patterns", "solvers") for made in seen[kind]}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in names(kind)])
+def test_a_method_is_a_frozen_dataclass_whose_file_names_its_source(kind: str, name: str) -> None:
+    method = build(kind, name)
+    assert type(method).__dataclass_params__.frozen
+    assert build(kind, name) == method
+    text = document(kind, name)
+    assert text, "the first lines say what it is"
+    with pytest.raises(RequestError):
+        build(kind, name, no_such_option=1)
+    if kind in ("criteria", "solvers"):
+        assert isinstance(method.needs, frozenset)
+
+
+def test_recipes_of_papers_name_methods_that_exist() -> None:
+    for name, method in METHODS.items():
+        solver = build("solvers", method.solver)
+        assert solver.own_score == (method.criterion is None), name
+        if method.criterion is not None:
+            build("criteria", method.criterion)
+        build("patterns", "unstructured", group=method.group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@all_criteria
+def test_scores_are_numbers_of_the_weights_shape_and_dtype(made: Made, dtype: torch.dtype) -> None:
+    for rows, columns in SHAPES:
+        weight_RC = make_weight(rows, columns, dtype=dtype)
+        weight_RC.view(-1)[::3] = 0
+        stats = make_stats(made.method.needs, make_inputs(columns).masked_fill(torch.arange(columns) % 5 == 1, 0), dtype)
+        before = [weight_RC.clone(), *(t.clone() for t in tensors_of(stats).values())]
+        score_RC = made.method.score(weight_RC, stats)
+        assert score_RC.shape == weight_RC.shape
+        assert score_RC.dtype == dtype
+        assert not bool(score_RC.isnan().any())
+        assert all(same_bits(b, a) for b, a in zip(before, [weight_RC, *tensors_of(stats).values()], strict=True))
+        assert same_bits(score_RC, made.method.score(weight_RC, stats))
+
+
+def scores_like(rows: int, columns: int) -> dict[str, Tensor]:
+    g = generator(rows * 1000 + columns)
+    plain = torch.rand(rows, columns, generator=g)
+    return {
+        "plain": plain,
+        "equal": torch.ones(rows, columns),
+        "few": (plain * 3).floor(),
+        "half-infinite": plain.masked_fill(plain > 0.5, torch.inf),
+        "infinite": torch.full((rows, columns), torch.inf),
+        "negative": plain - 0.5,
+        "minus-infinite": plain.masked_fill(plain > 0.5, -torch.inf),
+        "signed-zeros": torch.where(plain > 0.5, 0.0, -0.0),
+    }
+
+
+@all_patterns
+def test_a_pattern_lets_go_of_exactly_what_is_asked(made: Made) -> None:
+    pattern = made.method
+    for rows, columns in SHAPES:
+        columns = -(-columns // pattern.unit) * pattern.unit
+        size = rows * columns
+        for kind, score_RC in scores_like(rows, columns).items():
+            before_RC = score_RC.clone()
+            for sparsity in SPARSITIES if fixed(pattern) else [0.0, *SPARSITIES, 1.0]:
+                drop = pattern.dropped(rows, columns, sparsity)
+                wanted = pattern.sparsity if fixed(pattern) else sparsity
+                assert type(drop) is int
+                assert abs(drop - wanted * size) <= 0.5 + 1e-9 * size
+                keep_RC = pattern.project(score_RC, drop)
+                assert keep_RC.dtype == torch.bool
+                assert keep_RC.shape == score_RC.shape
+                assert int((~keep_RC).sum()) == drop, f"{kind} [{rows}, {columns}], {drop} asked"
+            assert same_bits(score_RC, before_RC)
+
+
+@all_patterns
+def test_a_pattern_looks_at_the_order_of_scores(made: Made) -> None:
+    """Doubling all scores changes nothing; a dropped weight that scores even less stays dropped; a kept one that scores more stays kept."""
+    pattern = made.method
+    rows, columns = 6, 6 * pattern.unit
+    score_RC = torch.rand(rows, columns, generator=generator(4)) + 0.1
+    for sparsity in (0.3, 0.5, 0.75):
+        drop = pattern.dropped(rows, columns, sparsity)
+        keep_RC = pattern.project(score_RC, drop)
+        assert pattern.project(score_RC * 2, drop).equal(keep_RC)
+        assert not bool(pattern.project(torch.where(keep_RC, score_RC, score_RC / 2), drop)[~keep_RC].any())
+        for r, c in ((0, 0), (2, 3), (5, columns - 1)):
+            moved_RC = score_RC.clone()
+            moved_RC[r, c] = score_RC[r, c] * 4 if keep_RC[r, c] else 0.0
+            assert pattern.project(moved_RC, drop)[r, c] == keep_RC[r, c]
+
+
+@all_patterns
+def test_of_equal_scores_the_same_go_every_time(made: Made) -> None:
+    """Ties by position: equal scores end up the same whatever their common value, and the first go before the last."""
+    pattern = made.method
+    rows, columns = 5, 12 * pattern.unit
+    drop = pattern.dropped(rows, columns, 0.3)
+    keeps = [pattern.project(torch.full((rows, columns), value), drop) for value in (0.0, 1.0, 1e30)]
+    assert keeps[0].equal(keeps[1])
+    assert keeps[0].equal(keeps[2])
+    assert not bool(keeps[0][0, 0])
+    assert bool(keeps[0][-1, -1])
+
+
+SIZES = [{"a": 64}, {"a": 64, "b": 4096, "c": 172 * 64, "d": 1}, {f"block.{i}.{m}": 256 * (i + 1) for i in range(5) for m in "qkvo"}]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["one", "unlike", "blocks"])
+@all_allocations
+def test_an_allocation_spends_the_budget(made: Made, sizes: dict[str, int]) -> None:
+    before = dict(sizes)
+    for sparsity in (0.0, *SPARSITIES):
+        ratios = made.method.share(sizes, sparsity)
+        assert list(ratios) == list(sizes)
+        assert all(0 <= ratio <= 1 for ratio in ratios.values())
+        spent = sum(ratios[name] * size for name, size in sizes.items())
+        assert spent == pytest.approx(sparsity * sum(sizes.values()), rel=1e-9, abs=1e-9)
+        assert made.method.share(sizes, sparsity) == ratios
+        if sparsity == 0:
+            assert set(ratios.values()) == {0.0}
+    assert sizes == before
+
+
+@all_allocations
+def test_an_allocation_does_not_depend_on_names_order(made: Made) -> None:
+    sizes = SIZES[2]
+    straight = made.method.share(sizes, 0.5)
+    turned = made.method.share(dict(reversed(sizes.items())), 0.5)
+    assert turned == pytest.approx(straight)
+
+
+def test_variants_are_built_from_literal_fields() -> None:
+    """The suite's own finder: a pattern with a Literal field is there in each of its values."""
+    groups = [dataclasses.asdict(made.method).get("group") for made in PATTERNS]
+    assert {"row", "matrix"} <= set(groups)
