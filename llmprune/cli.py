@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def prune(
     """Prune a model into a folder that plain transformers loads."""
     from llmprune.recipe import Recipe, read_recipe
 
-    given = {k: v for k, v in locals().items() if k in Recipe.model_fields and v not in (None, False, [])}
+    given = {k: v for k, v in locals().items() if k in Recipe.model_fields and not (v is None or v is False or v == [])}
     request = read_recipe(Path(recipe) if recipe else None, given)
     _announce(request.model, as_json)
     from llmprune.job import prepare, run
@@ -203,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(llmprune.__version__)
         return
     signal.signal(signal.SIGTERM, _terminated)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line that counts
     try:
         code = app(words, prog_name="llmprune", standalone_mode=False) or 0
     except LlmpruneError as error:

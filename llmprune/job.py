@@ -63,13 +63,11 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """All that must be equal for a run to go on where another stopped."""
         return {
-            "llmprune": llmprune.__version__,
             "recipe": self.recipe.resolved(),
             "source": self.source.hashes,
             "calibration": self.calibration.sha256,
             "evaluation": [w.sha256 for w in self.evaluation],
-            "environment": environment(self.stream),
-        }
+        } | environment(self.stream)
 
 
 def environment(stream: CheckpointStream) -> dict[str, Any]:
@@ -147,6 +145,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
+        check_output(job.output, job.source.folder, job.overwrite)  # another run may have finished it meanwhile
         save_windows(journal.folder, job.calibration, job.evaluation)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()

@@ -39,9 +39,9 @@ def drop_smallest(score: Tensor, k: int) -> Mask:
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """[..., 1]; on CPU by numpy's vectorised selection, several times faster than torch's."""
-    if score.device.type != "cpu":
+    if score.device.type != "cpu" or score.dtype == torch.bfloat16:  # which numpy does not know
         return score.kthvalue(k, dim=-1, keepdim=True).values
-    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=-1)[..., k - 1 : k].copy())
+    return torch.from_numpy(np.partition(score.detach().numpy(), k - 1, axis=-1)[..., k - 1 : k].copy())
 
 
 def all_finite(tensor: Tensor) -> bool:

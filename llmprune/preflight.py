@@ -21,8 +21,8 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder."""
     if output.exists() and output.resolve().samefile(source):
         raise RequestError(f"output {output.name}: is the source model", "choose another --output")
-    if source.resolve() in output.resolve().parents:
-        raise RequestError(f"output {output.name}: lies inside the source model's folder", "choose another --output")
+    if source.resolve() in output.resolve().parents or output.resolve() in source.resolve().parents:
+        raise RequestError(f"output {output.name}: it and the source model's folder lie inside each other", "choose another --output")
     if output.exists() and not output.is_dir():
         raise RequestError(f"output {output.name}: is a file", "choose another --output")
     if output.exists() and not overwrite:

@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", BASE | {"num_hidden_layers": 3}),
     "llama_tied": ("llama", BASE | {"tie_word_embeddings": True, "attention_bias": True}),
     "llama_one_block": ("llama", BASE | {"num_hidden_layers": 1}),
+    "falcon_one_block": ("falcon", TOKENS | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
     "mistral": ("mistral", BASE | {"sliding_window": 8}),
     "qwen2": ("qwen2", BASE),
     "qwen3": ("qwen3", BASE | {"head_dim": 16}),
@@ -53,7 +54,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         TOKENS | HEADS | {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "do_layer_norm_before": False},
     ),
     "gpt2": ("gpt2", TOKENS | {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gptj": ("gptj", TOKENS | {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "tie_word_embeddings": False}),
+    "gptj": (
+        "gptj",
+        TOKENS | {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "tie_word_embeddings": False},
+    ),
     "gpt_neox": ("gpt_neox", ONE_KV),
     "falcon": ("falcon", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "parallel_attn": False}),
     "falcon_new": (

@@ -62,17 +62,27 @@ def sha256_file(path: Path) -> str:
 
 
 def lock_folder(folder: Path) -> int:
-    """Take the folder for this process; the lock goes with the process. RequestError when another one holds it."""
-    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+    """Make the folder and take it for this process; the lock goes with the process. RequestError when another one holds it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except FileNotFoundError:  # its holder finished and removed it in between
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.stat(folder / "lock").st_ino == os.fstat(handle).st_ino
+        except BlockingIOError:
+            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise RequestError(f"{folder.name}: in use by process {holder}", "wait for that run, or choose another --output") from None
+        except FileNotFoundError:
+            same = False
+        if same:
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            return handle
         os.close(handle)
-        raise RequestError(f"{folder.name}: in use by process {holder}", "wait for that run, or choose another --output") from None
-    os.ftruncate(handle, 0)
-    os.write(handle, str(os.getpid()).encode())
-    return handle
 
 
 def swap_in(folder: Path, output: Path) -> None:

@@ -29,7 +29,6 @@ class Journal:
         self.output = output
         self.folder = partial_folder(output)
         self.weights = self.folder / "output"
-        self.folder.mkdir(exist_ok=True)
         self._lock = lock_folder(self.folder)
         replaced = self.folder / "replaced"
         if replaced.exists() and not output.exists():  # stopped between the two renames of the end

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, write_range
+from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, write_range, write_whole
 from llmprune.checkpoint.source import Source, read_tensor
 from llmprune.errors import RequestError
 
@@ -115,8 +115,7 @@ class Sink:
         for pattern in COMPANIONS:
             for path in sorted(self.source.folder.glob(pattern)):
                 if path.is_file():
-                    (self.folder / path.name).write_bytes(path.read_bytes())
-        sync_folder(self.folder)
+                    write_whole(self.folder / path.name, path.read_bytes())
 
     def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}

@@ -167,7 +167,9 @@ def _refuse_shared(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
     for i, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
             if users.setdefault(id(parameter), i) != i:
-                raise RequestError(f"{path}.{i}.{name}: shared with block {users[id(parameter)]}", "models whose blocks share weights cannot be pruned")
+                raise RequestError(
+                    f"{path}.{i}.{name}: shared with block {users[id(parameter)]}", "models whose blocks share weights cannot be pruned"
+                )
 
 
 class Interned:

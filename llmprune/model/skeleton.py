@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.errors import RequestError
@@ -14,6 +15,8 @@ from llmprune.errors import RequestError
 # Keys of config.json that could make transformers fetch or choose code: never followed.
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 MAX_LAYERS = 2_000
+# What transformers raises when a config makes no model.
+UNBUILDABLE = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError)
 
 
 def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -35,10 +38,17 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         parsed = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config.items() if k not in NOT_FOLLOWED})
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError, RuntimeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        exact = dict(_empty_model(parsed, torch.float32).named_buffers())
+        model = _empty_model(parsed, dtype)
+    except UNBUILDABLE as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", "check the config against the checkpoint") from None
+    for name, buffer in model.named_buffers():
+        buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
     return model.eval().requires_grad_(False)
+
+
+def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)

@@ -26,7 +26,7 @@ class Unstructured:
         each, extra = divmod(drop, score_RC.shape[0])
         keep_RC = drop_smallest(score_RC, each)
         if extra:  # the remainder goes to the rows whose next weight matters least, one weight each
-            next_R, column_R = score_RC.masked_fill(~keep_RC, torch.inf).min(dim=1)
-            rows = (~drop_smallest(next_R, extra)).nonzero().squeeze(1)
-            keep_RC[rows, column_R[rows]] = False
+            fewer_RC = drop_smallest(score_RC, each + 1)
+            next_R = score_RC[keep_RC & ~fewer_RC]
+            keep_RC = torch.where(drop_smallest(next_R, extra).unsqueeze(1), keep_RC, fewer_RC)
         return keep_RC

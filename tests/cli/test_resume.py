@@ -1,0 +1,153 @@
+"""An interrupted run goes on with the same command and ends byte-identical; nothing half-done ever looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import llmprune
+from llmprune.checkpoint.files import lock_folder
+from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.job import prepare, run
+from llmprune.recipe import read_recipe
+
+ASK = {"model": "llama", "sparsity": 0.5, "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file's bytes; the one field that may differ, timings, is taken out."""
+    found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    report = json.loads((folder / "llmprune.json").read_text())
+    del report["timings"]
+    return found | {"llmprune.json": report}
+
+
+class Stop(Exception):
+    pass
+
+
+def run_until(step: str, block: int, **ask: object) -> None:
+    """Start a run and stop it when it reports this block of this step as done."""
+
+    def progress(at: str, done: int, total: int) -> None:
+        if (at, done) == (step, block):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(prepare(read_recipe(None, ASK | ask)), progress)
+    assert not Path("out").exists()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("small.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_resumed_equals_uninterrupted(here, method):
+    llmprune.prune(**{**ASK, "method": method, "output": "whole"})
+    for step, block in (("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)):
+        run_until(step, block, method=method)
+    report = llmprune.prune(**{**ASK, "method": method})
+    assert report.timings["resumed_blocks"] == 8
+    assert contents(Path("out")) == contents(Path("whole"))
+    assert sorted(os.listdir()) == ["out", "small.txt", "whole"]
+
+
+def test_damaged_state_falls_back(here):
+    """A damaged record or damaged tensors: the run goes on from the block before."""
+    llmprune.prune(**{**ASK, "output": "whole"})
+    run_until("prune", 6)
+    record = Path("out.partial/block-00004.json")
+    record.write_text(record.read_text()[:50])
+    weights = Path("out.partial/output/model.safetensors")
+    layout = json.loads(weights.read_bytes()[8 : 8 + int.from_bytes(weights.read_bytes()[:8], "little")])
+    start = 8 + int.from_bytes(weights.read_bytes()[:8], "little") + layout["model.layers.2.mlp.up_proj.weight"]["data_offsets"][0]
+    with open(weights, "r+b") as file:
+        file.seek(start + 100)
+        file.write(b"\x55\xaa")
+    report = llmprune.prune(**ASK)
+    assert report.timings["resumed_blocks"] == 2
+    assert contents(Path("out")) == contents(Path("whole"))
+
+
+def test_another_request_is_refused_and_restart_discards(here):
+    run_until("prune", 3)
+    with pytest.raises(llmprune.LlmpruneError, match="another recipe") as refused:
+        llmprune.prune(**{**ASK, "sparsity": 0.6})
+    assert refused.value.exit_code == 2
+    assert "--restart" in refused.value.hint
+    report = llmprune.prune(**{**ASK, "sparsity": 0.6}, restart=True)
+    assert report.timings["resumed_blocks"] == 0
+    assert report.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+def test_one_run_at_a_time(here):
+    handle = lock_folder(Path("out.partial"))
+    with pytest.raises(llmprune.LlmpruneError, match="in use by process"):
+        llmprune.prune(**ASK)
+    os.close(handle)
+    llmprune.prune(**ASK)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(here):
+    Path("out.partial").mkdir()
+    Path("out.partial/thesis.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(llmprune.LlmpruneError, match="no run's state"):
+            llmprune.prune(**ASK, restart=restart)
+    assert Path("out.partial/thesis.txt").read_text() == "mine"
+
+
+def test_a_crash_between_the_two_renames_of_an_overwrite(here, monkeypatch):
+    llmprune.prune(**{**ASK, "method": "magnitude"})
+    before = contents(Path("out"))
+    renames = []
+    real = os.rename
+
+    def rename(source, target):
+        if renames:
+            raise Stop
+        renames.append(source)
+        real(source, target)
+
+    monkeypatch.setattr("llmprune.checkpoint.files.os.rename", rename)
+    with pytest.raises(Stop):
+        llmprune.prune(**ASK, overwrite=True)
+    monkeypatch.undo()
+    os.chdir(here)
+    assert not Path("out").exists()
+    report = llmprune.prune(**ASK, overwrite=True)
+    assert report.timings["resumed_blocks"] == 8
+    assert contents(Path("out")) != before
+    assert sorted(os.listdir()) == ["out", "small.txt"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_real_signals(here, number, code):
+    """A process stopped by a signal in the middle: the promised exit code, no output, and the next run finishes."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in ASK.items() if name != "eval"]
+    command = [sys.executable, "-m", "llmprune", *words, "--eval", "small.txt", "--samples", "32"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the thread count is part of a run's identity
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=one_thread)
+    while process.poll() is None and not Path("out.partial/block-00001.json").exists():
+        time.sleep(0.002)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in printed
+    assert "the same command goes on" in printed or number == signal.SIGKILL
+    assert not Path("out").exists()
+    report = llmprune.prune(**{**ASK, "samples": 32})
+    assert report.timings["resumed_blocks"] >= 2
+    llmprune.prune(**{**ASK, "samples": 32, "output": "whole"})
+    assert contents(Path("out")) == contents(Path("whole"))

@@ -1,0 +1,310 @@
+"""Every family through the block stream, held against plain transformers: same activations, same statistics, loadable results, exact zeros."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import FAMILIES, VOCABULARY, save_tiny, tiny_model, tiny_windows
+
+from llmprune.allocation.uniform import Uniform
+from llmprune.checkpoint.sink import Sink
+from llmprune.checkpoint.source import open_folder
+from llmprune.criteria.magnitude import Magnitude
+from llmprune.criteria.wanda import Wanda
+from llmprune.engine import Clock, prune, selected, watch
+from llmprune.errors import RequestError
+from llmprune.model.blocks import Walk
+from llmprune.model.matrices import Selection, block_matrices
+from llmprune.patterns.nm import NM
+from llmprune.patterns.unstructured import Unstructured
+from llmprune.solvers.mask_only import MaskOnly
+from llmprune.solvers.sparsegpt import SparseGPT
+from llmprune.stream import CheckpointStream, FileHidden, Flow, LiveStream, MemoryHidden
+from llmprune.types import BlockReport, Plan
+
+CPU = torch.device("cpu")
+PLANS = {
+    "wanda": Plan(Wanda(), Unstructured("row"), MaskOnly(), Uniform(), 0.5, accept_damage=True),
+    "sparsegpt": Plan(None, NM(2, 4), SparseGPT(), Uniform(), 0.5, accept_damage=True),
+    "magnitude": Plan(Magnitude(), Unstructured("matrix"), MaskOnly(), Uniform(), 0.5, accept_damage=True),
+}
+ALL_STATISTICS = Plan(Wanda(), Unstructured(), SparseGPT(), Uniform(), 0.5)
+WINDOWS_NL = tiny_windows(6, 16)
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and micro-batches of 4 and 2 windows."""
+    monkeypatch.setitem(sys.modules["llmprune.stream"].TOKENS_PER_BATCH, "cpu", 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a family's tiny checkpoint, of several small shards; made once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = save_tiny(family, tmp_path_factory.mktemp(family), dtype, max_shard_size="20KB")
+        return made[family, dtype]
+
+    return get
+
+
+def plain(folder: Path, **options: Any) -> Any:
+    """What any user of transformers gets."""
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def open_stream(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointStream:
+    return CheckpointStream(open_folder(folder, folder.name), dtype, CPU)
+
+
+def prune_to(folder: Path, output: Path, plan: Plan) -> tuple[CheckpointStream, Sink, list[BlockReport]]:
+    stream = open_stream(folder)
+    sink = Sink(output, stream.source)
+    sink.lay_out()
+    stream.write_to(sink)
+    reports = prune(stream, WINDOWS_NL, plan, selected(stream, Selection()))
+    sink.finish()
+    return stream, sink, reports
+
+
+def raw_tensors(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(header of each weight file, bytes of each tensor), read without any of our code."""
+    headers, tensors = {}, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        headers[path.name] = data[:start]
+        for key, entry in json.loads(data[8:start]).items():
+            if key != "__metadata__":
+                a, b = entry["data_offsets"]
+                tensors[key] = data[start + a : start + b]
+    return headers, tensors
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def first_of(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+# --- the same activations ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_replay_equals_forward(saved: Callable[..., Path], family: str, dtype: torch.dtype) -> None:
+    model = plain(saved(family), dtype=dtype, experts_implementation="eager")
+    stream = open_stream(saved(family), dtype)
+    left: dict[str, list[Tensor]] = {name: [] for name in stream.names}
+    for name in stream.names:
+        model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: left[name].append(first_of(out)))
+    flow = Flow(stream, WINDOWS_NL)
+    logits = [model(ids_NL, use_cache=False).logits for ids_NL in flow.ids]
+
+    assert [len(ids_NL) for ids_NL in flow.ids] == [4, 2]
+    for index, name in enumerate(stream.names):
+        with stream.block(index) as block:
+            flow.through(index, block)
+        for batch in range(len(flow)):
+            assert torch.equal(flow.hidden[batch], left[name][batch]), name
+    with stream.outer():
+        for batch, ids_NL in enumerate(flow.ids):
+            assert torch.equal(stream.walk.logits(ids_NL, flow.hidden[batch]), logits[batch])
+
+
+@every_family
+@torch.no_grad()
+def test_the_head_one_window_at_a_time(saved: Callable[..., Path], family: str) -> None:
+    """Matrix products of other shapes round differently: float32 noise, no more."""
+    model = plain(saved(family), dtype=torch.float32, experts_implementation="eager")
+    flow = Flow(open_stream(saved(family)), WINDOWS_NL)
+    for index in range(len(flow.stream.names)):
+        with flow.stream.block(index) as block:
+            flow.through(index, block)
+    pairs = list(flow.logits())
+    assert torch.equal(torch.cat([ids for ids, _ in pairs]), WINDOWS_NL)
+    expected = torch.cat([model(ids_NL, use_cache=False).logits for ids_NL in flow.ids])
+    torch.testing.assert_close(torch.cat([logits for _, logits in pairs]), expected)
+
+
+@every_family
+def test_no_weight_stays_in_memory(saved: Callable[..., Path], family: str) -> None:
+    stream = open_stream(saved(family))
+    Flow(stream, WINDOWS_NL)
+    for index in range(len(stream.names)):
+        with stream.block(index) as block:
+            assert not any(p.is_meta for p in block.parameters())
+            others = [p for i, b in enumerate(stream.walk.blocks) if i != index for p in b.parameters()]
+            assert all(p.is_meta for p in others)
+    assert all(p.is_meta for p in stream.skeleton.parameters())
+
+
+# --- the same statistics ----------------------------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """Inputs of every matrix of one block, by ordinary hooks on plain modules: [T, C] each."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.tokens: dict[str, int] = {}
+        self.routed: dict[str, int] = {}  # tokens x experts per token, by experts module
+        for path, module in block.named_modules():
+            bare = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and not isinstance(module, nn.Conv1d)]
+            if bare:
+                module.register_forward_pre_hook(
+                    lambda m, args, kwargs, path=path, bare=bare: self.experts(path, bare, args, kwargs), with_kwargs=True
+                )
+            elif isinstance(module, nn.Linear | Conv1D) or _is_router(module):
+                module.register_forward_pre_hook(lambda m, args, path=path: self.add(f"{path}.weight", args[0]))
+
+    def add(self, name: str, value: Tensor) -> None:
+        value_TC = value.reshape(-1, value.shape[-1])
+        self.inputs.setdefault(name, []).append(value_TC)
+        self.tokens[name] = self.tokens.get(name, 0) + len(value_TC)
+
+    def experts(self, path: str, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_TC, chosen_TK = (*args, *kwargs.values())[:2]
+        hidden_TC = hidden_TC.reshape(-1, hidden_TC.shape[-1])
+        assert chosen_TK.dtype == torch.long and len(chosen_TK) == len(hidden_TC)
+        self.routed[path] = self.routed.get(path, 0) + chosen_TK.numel()
+        (up,) = [p for p in parameters if "up" in p]
+        (down,) = [p for p in parameters if "down" in p]
+        for e in range(int(chosen_TK.max()) + 1):
+            mine_TC = hidden_TC[(chosen_TK == e).any(-1)]
+            self.add(f"{path}.{up}[{e}]", mine_TC)
+            self.tokens[f"{path}.{down}[{e}]"] = self.tokens.get(f"{path}.{down}[{e}]", 0) + len(mine_TC)
+
+
+def _is_router(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and own["weight"].dim() == 2 and not isinstance(module, nn.Embedding)
+
+
+@every_family
+@torch.no_grad()
+def test_statistics_equal_those_of_hooks(saved: Callable[..., Path], family: str) -> None:
+    model = plain(saved(family), dtype=torch.float32, experts_implementation="eager")
+    stream = open_stream(saved(family))
+    references = [Reference(model.get_submodule(name)) for name in stream.names]
+    flow = Flow(stream, WINDOWS_NL)
+    for ids_NL in flow.ids:
+        model(ids_NL, use_cache=False)
+
+    for index, reference in enumerate(references):
+        with stream.block(index) as block:
+            matrices = block_matrices(block)
+            stats = watch(flow, index, block, matrices, ALL_STATISTICS, Clock())
+            flow.advance()
+        assert {m.name for m in matrices} >= reference.inputs.keys()
+        for matrix in matrices:
+            assert stats[matrix.name].tokens == reference.tokens.get(matrix.name, 0), matrix.name
+            if matrix.name in reference.inputs and stats[matrix.name].tokens:
+                input_TC = torch.cat(reference.inputs[matrix.name])
+                torch.testing.assert_close(stats[matrix.name].gram_CC, input_TC.T @ input_TC, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(stats[matrix.name].input_sq_C, input_TC.square().sum(0), rtol=1e-5, atol=1e-5)
+        for path, routed in reference.routed.items():
+            ups = [m.name for m in matrices if m.name.startswith(f"{path}.") and "up" in m.parameter]
+            assert sum(stats[name].tokens for name in ups) == routed > 0
+
+
+# --- pruned checkpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("method", PLANS)
+def test_pruned_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: str, method: str) -> None:
+    source, output, plan = saved(family), tmp_path / "out", PLANS[method]
+    before = digests(source)
+    stream, sink, reports = prune_to(source, output, plan)
+    assert digests(source) == before
+
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info.values()), info
+    dense = dict(plain(source).named_parameters())
+    pruned = set()
+    rows = {row.matrix: row for report in reports for row in report.rows}
+    for name in stream.names:
+        block = model.get_submodule(name)
+        for matrix in block_matrices(block):
+            full = f"{name}.{matrix.name}"
+            if not Selection().takes(full):
+                assert full not in rows
+                continue
+            zero_RC = matrix.view(block) == 0
+            row = rows.pop(full)
+            pruned.add(f"{name}.{matrix.parameter}")
+            assert zero_RC.shape == (row.rows, row.columns)
+            assert int(zero_RC.sum()) == row.zeros == matrix.rows * matrix.columns // 2, full
+            if method == "wanda":
+                assert bool((zero_RC.sum(1) == matrix.columns // 2).all()), full
+            if method == "sparsegpt":
+                assert bool((zero_RC.view(matrix.rows, -1, 4).sum(-1) == 2).all()), full
+    assert not rows
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense[name]) == (name not in pruned), name
+
+    headers, tensors = raw_tensors(output)
+    headers_before, tensors_before = raw_tensors(source)
+    assert headers == headers_before
+    assert {key for key in tensors if tensors[key] != tensors_before[key]} == set(sink.written)
+    assert (output / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@every_family
+def test_sparsity_zero_is_a_copy(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    plan = Plan(Wanda(), Unstructured("row"), MaskOnly(), Uniform(), 0.0)
+    _, sink, reports = prune_to(saved(family), tmp_path / "out", plan)
+    assert sink.written and all(report.output_error == 0 for report in reports)
+    files = {name: d for name, d in digests(saved(family)).items() if name.endswith((".safetensors", ".json"))}
+    assert digests(tmp_path / "out") == files
+
+
+@every_family
+def test_live_model_equals_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    folder = saved(family, torch.float32)
+    _, _, reports = prune_to(folder, tmp_path / "out", PLANS["sparsegpt"])
+    model = plain(folder)
+    model.set_experts_implementation("eager")
+    stream = LiveStream(model)
+    assert prune(stream, WINDOWS_NL, PLANS["sparsegpt"], selected(stream, Selection())) == reports
+    for (name, live), stored in zip(model.named_parameters(), plain(tmp_path / "out").parameters(), strict=True):
+        assert torch.equal(live, stored), name
+
+
+@every_family
+def test_hidden_states_in_a_file(saved: Callable[..., Path], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = open_stream(saved(family))
+    assert isinstance(Flow(stream, WINDOWS_NL).hidden, MemoryHidden)
+    _, in_memory, reports = prune_to(saved(family), tmp_path / "memory", PLANS["wanda"])
+    monkeypatch.setattr("llmprune.stream.memory_limit", lambda: 0)
+    assert isinstance(Flow(stream, WINDOWS_NL).hidden, FileHidden)
+    _, in_file, same = prune_to(saved(family), tmp_path / "file", PLANS["wanda"])
+    assert same == reports
+    assert in_file.written == in_memory.written
+    assert digests(tmp_path / "file") == digests(tmp_path / "memory")

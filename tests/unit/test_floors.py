@@ -1,0 +1,129 @@
+"""The house: imports point down only, nothing goes round in circles, and the front door is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import llmprune
+
+ROOT = Path(llmprune.__file__).parent
+FLOORS = [
+    {"errors", "types"},
+    {"linalg", "data", "checkpoint"},
+    {"criteria", "patterns", "solvers", "allocation", "model", "structured"},
+    {"methods", "stream", "evaluation"},
+    {"engine"},
+    {"recipe", "report", "preflight"},
+    {"hub", "job"},
+    {"cli", "api", "__init__", "__main__"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, dotted name after ``llmprune``) of every import of the package, wherever in the file it stands; "" is the package itself."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(node.lineno, name.partition(".")[2]) for name in names if name.split(".")[0] == "llmprune"]
+    return found
+
+
+def module_of(dotted: str) -> str:
+    """The file that a dotted name lies in, as a key of FILES."""
+    parts = dotted.split(".")
+    while parts:
+        path = "/".join(parts)
+        if path in FILES or f"{path}/__init__" in FILES:
+            return path if path in FILES else f"{path}/__init__"
+        parts.pop()
+    return "__init__"
+
+
+def loaded_when_imported(tree: ast.Module) -> ast.Module:
+    """Without the bodies of functions and of ``if TYPE_CHECKING``."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    return Strip().visit(tree)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_down(file: str) -> None:
+    own = file.split("/")[0]
+    assert own in FLOOR, f"{own} is on no floor: put it on one in DESIGN.md and here"
+    tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
+    wrong = []
+    for line, dotted in imports(tree):
+        target = module_of(dotted).split("/")[0]
+        if target == "__init__":  # Python has loaded the package's front door before any file in it; all that is behind it stays above
+            wrong += [f"{line}: llmprune.{dotted}"] if dotted not in ("", "__version__") else []
+        elif FLOOR[target] > FLOOR[own]:
+            wrong.append(f"{line}: {target} (floor {FLOOR[target]}) from {own} (floor {FLOOR[own]})")
+    uses = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "llmprune"}
+    if own not in ("api", "cli", "__init__", "__main__"):
+        wrong += [f"llmprune.{attribute}" for attribute in uses - {"__version__"}]
+    assert wrong == [], f"{file}: {wrong}"
+
+
+def test_nothing_goes_round_in_circles() -> None:
+    graph = {}
+    for file, path in FILES.items():
+        tree = loaded_when_imported(ast.parse(path.read_text(encoding="utf-8")))
+        graph[file] = {module_of(dotted) for _, dotted in imports(tree) if dotted} - {file}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+@pytest.mark.parametrize("kind", ["criteria", "patterns", "solvers", "allocation"])
+def test_methods_of_one_kind_do_not_know_each_other(kind: str) -> None:
+    """Each is one idea in one file. What two need lies below them, in linalg."""
+    for file, path in FILES.items():
+        if file.startswith(f"{kind}/"):
+            targets = {module_of(dotted) for _, dotted in imports(ast.parse(path.read_text(encoding="utf-8")))} - {file}
+            assert not any(t.split("/")[0] in ("criteria", "patterns", "solvers", "allocation") for t in targets), file
+
+
+def modules_after(code: str) -> set[str]:
+    run = subprocess.run([sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "numpy", "safetensors", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import llmprune; llmprune.__version__; llmprune.LlmpruneError",
+        "import llmprune.cli",
+        "import llmprune.recipe",
+        "from llmprune.methods import KINDS, names, document; [document(kind, name) for kind in KINDS for name in names(kind)]",
+    ],
+    ids=["front-door", "cli", "recipe", "methods"],
+)
+def test_the_front_door_loads_nothing_heavy(code: str) -> None:
+    assert modules_after(code) & HEAVY == set()
+
+
+def test_every_public_name_is_there() -> None:
+    assert [name for name in llmprune.__all__ if not hasattr(llmprune, name)] == []
+    with pytest.raises(AttributeError, match="no_such_name"):
+        llmprune.no_such_name  # noqa: B018
