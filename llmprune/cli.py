@@ -203,7 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(llmprune.__version__)
         return
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line that counts
     try:
         code = app(words, prog_name="llmprune", standalone_mode=False) or 0
@@ -211,10 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = _say(error.message, error.hint, error.exit_code)
     except typer.Exit as error:
         code = error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        code = _say("interrupted", "the same command goes on from the last finished block", 130)
-    except _Terminated:
-        code = _say("terminated", "the same command goes on from the last finished block", 143)
+    except _Interrupted as error:
+        code = _say(f"interrupted by {error.signal.name}", "the same command goes on from the last finished block", 128 + error.signal)
     except typer.TyperException as error:
         code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -222,12 +221,14 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-class _Terminated(BaseException):
-    pass
+class _Interrupted(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
-def _terminated(number: int, frame: Any) -> None:
-    raise _Terminated
+def _interrupt(number: int, frame: Any) -> None:
+    raise _Interrupted(number)
 
 
 def _say(message: str, hint: str, code: int) -> int:

@@ -60,7 +60,7 @@ def test_resumed_equals_uninterrupted(here, method):
     report = llmprune.prune(**{**ASK, "method": method})
     assert report.timings["resumed_blocks"] == 8
     assert contents(Path("out")) == contents(Path("whole"))
-    assert sorted(os.listdir()) == ["out", "small.txt", "whole"]
+    assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt", "whole"]
 
 
 def test_damaged_state_falls_back(here):
@@ -129,7 +129,7 @@ def test_a_crash_between_the_two_renames_of_an_overwrite(here, monkeypatch):
     report = llmprune.prune(**ASK, overwrite=True)
     assert report.timings["resumed_blocks"] == 8
     assert contents(Path("out")) != before
-    assert sorted(os.listdir()) == ["out", "small.txt"]
+    assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
