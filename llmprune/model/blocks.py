@@ -117,7 +117,7 @@ class Walk:
             nonlocal straight
             if not first:
                 first.extend((hidden, hidden.clone()))
-            straight = straight and i == len(calls) and _same_memory(hidden, first[0]) and torch.equal(hidden, first[1])
+            straight = straight and i == len(calls) and _unchanged(hidden, *first)
             calls.append(call)
             if len(calls) == len(self.blocks) or not straight:
                 raise _AllRecorded
@@ -132,7 +132,7 @@ class Walk:
             if not calls:
                 raise
             return None
-        whole = straight and len(calls) == len(self.blocks) and first[1].shape[:2] == ids_NL.shape and first[1].dim() == 3
+        whole = straight and len(calls) == len(self.blocks) and first[1].shape[:2] == ids_NL.shape
         return (first[1], calls) if whole else None
 
     def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
@@ -152,13 +152,15 @@ class Walk:
             out = block(hidden_NLD, *call.args, **call.kwargs)
         else:
             out = block(*call.args, **{call.keyword: hidden_NLD}, **call.kwargs)
-        self.tuples = isinstance(out, tuple)
+        self.tuples = isinstance(out, tuple | list)
         return out[0] if self.tuples else out
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """The same tensor, or a view of all of it: what a model slices "from 0 on" is not changed."""
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+def _unchanged(hidden: Any, passed: Tensor, copy: Tensor) -> bool:
+    """The very tensor that was passed on, or a view of all of it (some models slice "from 0 on"), with the same values."""
+    if not isinstance(hidden, Tensor) or hidden.data_ptr() != passed.data_ptr():
+        return False
+    return hidden.shape == passed.shape and hidden.stride() == passed.stride() and torch.equal(hidden, copy)
 
 
 def _refuse_shared(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:

@@ -35,7 +35,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
     try:
-        parsed = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config.items() if k not in NOT_FOLLOWED})
+        parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in NOT_FOLLOWED})
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
         exact = dict(_empty_model(parsed, torch.float32).named_buffers())
@@ -47,6 +47,13 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
     return model.eval().requires_grad_(False)
+
+
+def _floats(value: Any) -> Any:
+    """config.json spells what JSON has no number for as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _floats(v) for k, v in value.items()}
+    return [_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -45,7 +45,7 @@ class Watch(TorchFunctionMode):
         self.needs = needs
         self.seconds = 0.0  # spent on the sums
         self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
-        self._names = {m.stored(block).data_ptr(): m for m in matrices}
+        self._names = {m.stored(block).data_ptr(): (m, m.view(block)) for m in matrices}
         self._found: set[str] = set()  # matrices that were used at least once
         self._tokens = dict.fromkeys(self.stats, 0)
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
@@ -55,8 +55,10 @@ class Watch(TorchFunctionMode):
         places = _PRODUCTS.get(func)
         if places:
             weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS)
-            matrix = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) and weight.dim() == 2 else None
-            if matrix is not None:
+            watched = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+            if watched is not None:
+                matrix, view_RC = watched
+                _check_use(matrix, view_RC, weight if func is F.linear else weight.T)
                 self._add(matrix, _argument(args, kwargs, places[0], _INPUT_KEYWORDS))
         return func(*args, **kwargs)
 
@@ -65,6 +67,8 @@ class Watch(TorchFunctionMode):
 
     def _add(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
+        if tokens == 0:  # an expert that got none; empty tensors share an address, so they would seem shared
+            return
         self._tokens[matrix.name] += tokens
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         known = key in self._seen
@@ -93,6 +97,15 @@ class Watch(TorchFunctionMode):
                 raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
             if total is not None and not bool(total.any()):
                 raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
+
+
+def _check_use(matrix: Matrix, view_RC: Tensor, used_RC: Tensor) -> None:
+    """What is multiplied is the whole matrix, its columns facing the inputs. Square matrices would hide a transposed one."""
+    if view_RC.shape != used_RC.shape or view_RC.stride() != used_RC.stride():
+        raise StoppedError(
+            f"{matrix.name}: used as {list(used_RC.shape)} with strides {used_RC.stride()}, taken for {list(view_RC.shape)} with {view_RC.stride()}",
+            "leave it out with --skip, and report this architecture",
+        )
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keywords: tuple[str, ...]) -> Any:
