@@ -45,9 +45,10 @@ def test_exactly_the_asked_number_goes_at_any_shape_and_sparsity(combo: Combo, d
 
 @with_free_sparsity
 def test_everything_may_go(combo: Combo) -> None:
-    weight_RC, stats = make_weight(5, 13), make_stats(combo.needs, make_inputs(13))
-    pruned = combo.run(weight_RC, stats, weight_RC.numel())
-    check_promises(combo, pruned, weight_RC, weight_RC.numel(), "all")
+    for rows, columns in combo.shapes():
+        weight_RC, drop = make_weight(rows, columns), combo.pattern.dropped(rows, columns, 1.0)
+        assert drop == weight_RC.numel()
+        check_promises(combo, combo.run(weight_RC, make_stats(combo.needs, make_inputs(columns)), drop), weight_RC, drop, f"[{rows}, {columns}]")
 
 
 @all_combos

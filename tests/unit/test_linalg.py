@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune.errors import StoppedError
-from llmprune.linalg import SMALL_GROUP, damped, drop_smallest, factor_of, inverse_factor, triangular_inverse
+from llmprune.linalg import SMALL_GROUP, all_finite, damped, drop_smallest, factor_of, inverse_factor, triangular_inverse
 from llmprune.types import Stats
 from unit.references import stable_argsort_keep
 
@@ -156,3 +156,16 @@ def test_matrices_that_share_an_input_share_the_factor() -> None:
     assert factor_of(stats, 0.01) is first
     assert factor_of(stats, 0.1) is not first
     assert factor_of(stats, 0.1).damping == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_finite_is_decided_by_single_values(dtype: torch.dtype) -> None:
+    """Large values whose sum overflows are finite; infinities of both signs and a NaN at either end are not."""
+    large = torch.full((9999,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(large)
+    assert all_finite(torch.empty(0, dtype=dtype))
+    for bad in ([float("inf"), -float("inf")], [-float("inf")], [float("nan")]):
+        for at in (0, 9990):
+            spoiled = large.clone()
+            spoiled[at : at + len(bad)] = torch.tensor(bad, dtype=dtype)
+            assert not all_finite(spoiled)

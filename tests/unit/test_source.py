@@ -266,7 +266,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_under_the_run_stops_it(source: Source, change: str) -> None:
     CHANGES[change](source.folder / "model.safetensors")
-    with pytest.raises(StoppedError, match="model.safetensors: changed during the run"):
+    with pytest.raises(StoppedError, match=r"model\.safetensors: changed during the run"):
         source.read("F32.matrix")
 
 

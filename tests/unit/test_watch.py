@@ -140,8 +140,12 @@ def test_experts_see_their_own_tokens_and_who_is_not_used_sees_none() -> None:
     inputs = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (10, 11)]
     watch, _ = watched(block, block, inputs)
     assert {name: stats.tokens for name, stats in watch.stats.items()} == {
-        **{"up[0]": 4 + 4, "up[1]": 3 + 4, "up[2]": 0},
-        **{"down[0]": 4 + 4, "down[1]": 3 + 4, "down[2]": 0},
+        "up[0]": 4 + 4,
+        "up[1]": 3 + 4,
+        "up[2]": 0,
+        "down[0]": 4 + 4,
+        "down[1]": 3 + 4,
+        "down[2]": 0,
         "idle.weight": 0,
     }
     for e in range(2):
