@@ -66,11 +66,11 @@ def prune(
     request = read_recipe(Path(recipe) if recipe else None, given)
     _announce(request.model, as_json)
     from llmprune.job import prepare, run
-    from llmprune.report.tables import print_plan, print_report
+    from llmprune.report.tables import print_report
 
     job = prepare(request, overwrite=overwrite, restart=restart)
     if not as_json:
-        print_plan(job, out)
+        out.print(str(job), soft_wrap=True, markup=False)
     if dry_run:
         if as_json:
             print(json.dumps({"recipe": job.recipe.resolved(), "matrices": sum(map(len, job.matrices.values()))}))

@@ -69,6 +69,21 @@ class Job:
             "evaluation": [w.sha256 for w in self.evaluation],
         } | environment(self.stream)
 
+    def __str__(self) -> str:
+        """What the run is about to do, in three lines."""
+        recipe, (count, length) = self.recipe.resolved(), self.calibration.ids_NL.shape
+        matrices = [m for ms in self.matrices.values() for m in ms]
+        weights = sum(m.rows * m.columns for m in matrices)
+        parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
+        group = f" per {recipe['group']}" if recipe["group"] else ""
+        dtype = str(self.stream.dtype).removeprefix("torch.")
+        return (
+            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, {weights:,} weights; "
+            f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
+            f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
+            f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
+        )
+
 
 def environment(stream: CheckpointStream) -> dict[str, Any]:
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}

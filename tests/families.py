@@ -90,6 +90,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
         | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1},
     ),
+    "llama4_text": (
+        "llama4_text",
+        BASE | {"head_dim": 8, "intermediate_size_mlp": 40, "num_local_experts": 3, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
+    ),
+    "openai_gpt": ("openai-gpt", TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "mamba": ("mamba", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "lfm2": ("lfm2", BASE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "qwen3_next": (

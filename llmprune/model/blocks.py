@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from llmprune.errors import RequestError
 
+PROBE = 8  # tokens of the forward that shows how often each block runs
+
 
 @dataclass(frozen=True)
 class Call:
@@ -100,7 +102,9 @@ class Walk:
         for tuples in (False, True) if self.tuples is None else (self.tuples,):
             recorded = self._record(ids_NL, tuples)
             if recorded is not None:
-                self.tuples = tuples if len(self.blocks) > 1 else self.tuples
+                if self.tuples is None and len(self.blocks) > 1:
+                    self.tuples = tuples
+                    self._refuse_loops(ids_NL[:1, :PROBE])
                 return recorded
         raise RequestError(
             f"{type(self.model).__name__}: the hidden states change between the blocks of {self.path}",
@@ -134,6 +138,21 @@ class Walk:
             return None
         whole = straight and len(calls) == len(self.blocks) and first[1].shape[:2] == ids_NL.shape
         return (first[1], calls) if whole else None
+
+    def _refuse_loops(self, ids_NL: Tensor) -> None:
+        """Recording ends at the last block: see once that the model goes on to its head from there."""
+        visits: list[int] = []
+
+        def receive(i: int, hidden: Tensor, call: Call) -> Any:
+            visits.append(i)
+            return (hidden,) if self.tuples else hidden
+
+        with _replaced(self.blocks, receive):
+            self.model(input_ids=ids_NL, use_cache=False)
+        if visits != list(range(len(self.blocks))):
+            raise RequestError(
+                f"{type(self.model).__name__}: runs its {len(self.blocks)} blocks {len(visits)} times", "the architecture cannot be walked block by block"
+            )
 
     def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
         """[N, L, V]: the model's own final norm and head on the hidden states that leave the last block."""

@@ -63,14 +63,23 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
             transposed = isinstance(module, Conv1D)
             found.append(_matrix(f"{prefix}weight", None, transposed, module.weight))
             continue
+        transposed = _stacks_transposed(module)
         # a bare 2-D "weight" is a router's: it multiplies like a Linear. 3-D parameters are stacks of experts.
         for name, parameter in module.named_parameters(recurse=False):
             if name == "weight" and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
                 found.append(_matrix(f"{prefix}{name}", None, False, parameter))
             elif parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
-                transposed = getattr(module, "is_transposed", False)  # set by transformers' experts interface
                 found += [_matrix(f"{prefix}{name}", e, transposed, parameter[e]) for e in range(parameter.shape[0])]
     return found
+
+
+def _stacks_transposed(module: nn.Module) -> bool:
+    """Whether a module's stacks of experts are stored [E, C, R]. transformers' experts interface says so; models that do not use it give
+    themselves away by gate and up in one stack [E, D, 2F] before the way down [E, F, D]. ``watch`` checks it when they are used.
+    """
+    stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    fused = len(stacks) == 2 and stacks[0].shape[1:] == (stacks[1].shape[2], 2 * stacks[1].shape[1])
+    return getattr(module, "is_transposed", fused)
 
 
 def _matrix(parameter: str, expert: int | None, transposed: bool, stored: Tensor) -> Matrix:

@@ -27,9 +27,13 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     Tensor.mm: (0, 1),
     torch.addmm: (1, 2),
     Tensor.addmm: (1, 2),
+    torch.bmm: (0, 1),
+    Tensor.bmm: (0, 1),
+    torch.baddbmm: (1, 2),
+    Tensor.baddbmm: (1, 2),
 }
-_WEIGHT_KEYWORDS = ("weight", "other", "mat2")
-_INPUT_KEYWORDS = ("input", "mat1")
+_WEIGHT_KEYWORDS = ("weight", "other", "mat2", "batch2")
+_INPUT_KEYWORDS = ("mat1", "batch1", "input")  # "input" last: it is the bias of addmm
 PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
 
 
@@ -46,6 +50,7 @@ class Watch(TorchFunctionMode):
         self.seconds = 0.0  # spent on the sums
         self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
         self._names = {m.stored(block).data_ptr(): (m, m.view(block)) for m in matrices}
+        self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in matrices if m.expert is not None}
         self._found: set[str] = set()  # matrices that were used at least once
         self._tokens = dict.fromkeys(self.stats, 0)
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
@@ -55,12 +60,19 @@ class Watch(TorchFunctionMode):
         places = _PRODUCTS.get(func)
         if places:
             weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS)
-            watched = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) and weight.dim() == 2 else None
-            if watched is not None:
-                matrix, view_RC = watched
-                _check_use(matrix, view_RC, weight if func is F.linear else weight.T)
-                self._add(matrix, _argument(args, kwargs, places[0], _INPUT_KEYWORDS))
+            if isinstance(weight, Tensor) and weight.dim() > 1:
+                self._use(_argument(args, kwargs, places[0], _INPUT_KEYWORDS), weight.mT if func is F.linear else weight)
         return func(*args, **kwargs)
+
+    def _use(self, value: Tensor, weight: Tensor) -> None:
+        """value @ weight is about to be computed; both are stacks where all experts are multiplied at once."""
+        if weight.dim() == 3 and weight.data_ptr() in self._stacks and value.shape[:-2] == weight.shape[:1]:
+            for value_TC, weight_CR in zip(value, weight, strict=True):
+                self._use(value_TC, weight_CR)
+        elif weight.dim() == 2 and weight.data_ptr() in self._names:
+            matrix, view_RC = self._names[weight.data_ptr()]
+            _check_use(matrix, view_RC, weight.T)
+            self._add(matrix, value)
 
     def next_batch(self) -> None:
         self._seen.clear()
@@ -70,7 +82,8 @@ class Watch(TorchFunctionMode):
         if tokens == 0:  # an expert that got none; empty tensors share an address, so they would seem shared
             return
         self._tokens[matrix.name] += tokens
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        version = 0 if value.is_inference() else value._version  # a change in place makes it another input
+        key = (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype)
         known = key in self._seen
         if matrix.name not in self._found:
             self._found.add(matrix.name)

@@ -5,30 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.job import Job
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
 
 MOST_NOTES = 10
-
-
-def print_plan(job: Job, console: Console) -> None:
-    """What a checked run is about to do."""
-    recipe, windows = job.recipe.resolved(), job.calibration
-    count, length = windows.ids_NL.shape
-    matrices = [m for ms in job.matrices.values() for m in ms]
-    weights = sum(m.rows * m.columns for m in matrices)
-    parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
-    group = f" per {recipe['group']}" if recipe["group"] else ""
-    console.print(
-        f"{job.source.name}: {len(matrices)} matrices in {len(job.matrices)} blocks, {weights:,} weights; "
-        f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios",
-        soft_wrap=True,
-    )
-    console.print(f"calibration: {count} windows of {length} from {windows.dataset} ({windows.split})", soft_wrap=True)
-    console.print(
-        f"output: {job.output} ({job.source.bytes:,} bytes), {job.stream.device}, {str(job.stream.dtype).removeprefix('torch.')}", soft_wrap=True
-    )
 
 
 def print_report(report: Report, console: Console) -> None:

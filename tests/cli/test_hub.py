@@ -15,7 +15,9 @@ from llmprune.checkpoint.resolve import BUNDLED
 
 def llmprune(base: str, here: Path, *words: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_ENDPOINT": base, "HF_HOME": str(here / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run([sys.executable, "-m", "llmprune", *map(str, words)], env=environment, cwd=here, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "llmprune", *map(str, words)], env=environment, cwd=here, capture_output=True, text=True, check=False
+    )
 
 
 def test_model_and_data_by_id(tmp_path):

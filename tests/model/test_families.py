@@ -108,7 +108,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def first_of(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 # --- the same activations ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Reference:
             bare = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and not isinstance(module, nn.Conv1d)]
             if bare:
                 module.register_forward_pre_hook(
-                    lambda m, args, kwargs, path=path, bare=bare: self.experts(path, bare, args, kwargs), with_kwargs=True
+                    lambda m, args, kwargs, path=path, bare=bare: self.experts(path, bare, m.num_experts, args, kwargs), with_kwargs=True
                 )
             elif isinstance(module, nn.Linear | Conv1D) or _is_router(module):
                 module.register_forward_pre_hook(lambda m, args, path=path: self.add(f"{path}.weight", args[0]))
@@ -188,14 +188,19 @@ class Reference:
         self.inputs.setdefault(name, []).append(value_TC)
         self.tokens[name] = self.tokens.get(name, 0) + len(value_TC)
 
-    def experts(self, path: str, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def experts(self, path: str, parameters: list[str], experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (up,) = [p for p in parameters if "up" in p]
+        (down,) = [p for p in parameters if "down" in p]
+        if not kwargs and len(args) == 1:  # Llama 4: every token through every expert, scaled by its score
+            for e, mine_TC in enumerate(args[0].view(experts, -1, args[0].shape[-1])):
+                self.add(f"{path}.{up}[{e}]", mine_TC)
+                self.tokens[f"{path}.{down}[{e}]"] = self.tokens[f"{path}.{up}[{e}]"]
+            return
         hidden_TC, chosen_TK = (*args, *kwargs.values())[:2]
         hidden_TC = hidden_TC.reshape(-1, hidden_TC.shape[-1])
         assert chosen_TK.dtype == torch.long and len(chosen_TK) == len(hidden_TC)
         self.routed[path] = self.routed.get(path, 0) + chosen_TK.numel()
-        (up,) = [p for p in parameters if "up" in p]
-        (down,) = [p for p in parameters if "down" in p]
-        for e in range(int(chosen_TK.max()) + 1):
+        for e in range(experts):
             mine_TC = hidden_TC[(chosen_TK == e).any(-1)]
             self.add(f"{path}.{up}[{e}]", mine_TC)
             self.tokens[f"{path}.{down}[{e}]"] = self.tokens.get(f"{path}.{down}[{e}]", 0) + len(mine_TC)

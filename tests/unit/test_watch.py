@@ -182,7 +182,18 @@ class Spelled(nn.Module):
         }[self.spelling]()
 
 
-SPELLINGS = ["linear", "linear-keywords", "linear-weight-keyword", "operator", "matmul", "method", "mm", "mm-keywords", "addmm", "addmm-keywords"]
+SPELLINGS = [
+    "linear",
+    "linear-keywords",
+    "linear-weight-keyword",
+    "operator",
+    "matmul",
+    "method",
+    "mm",
+    "mm-keywords",
+    "addmm",
+    pytest.param("addmm-keywords"),
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -196,7 +207,14 @@ def test_every_spelling_of_a_product_is_seen(spelling: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [torch.ones(9, 4), torch.ones(4)], ids=["2-D", "1-D"])
-@pytest.mark.parametrize("names", [("input", "mat1", "mat2"), (None, "mat1", "mat2"), (None, None, "mat2")], ids=["all", "two", "one"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("input", "mat1", "mat2"), id="all-by-name"),
+        pytest.param((None, "mat1", "mat2"), id="two-by-name"),
+        pytest.param((None, None, "mat2"), id="one-by-name"),
+    ],
+)
 def test_addmm_sums_the_product_not_what_is_added(bias: Tensor, names: tuple[str | None, ...]) -> None:
     block = nn.ModuleDict({"a": nn.Linear(6, 4)})
     value_TC = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
