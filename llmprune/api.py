@@ -19,12 +19,12 @@ from llmprune.engine import prune as prune_stream
 from llmprune.engine import selected
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, prepare, quiet, run
+from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, prepare, quiet, run
 from llmprune.model.matrices import Selection
 from llmprune.preflight import check_ids, check_length, check_matrices, choose_device, choose_dtype
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
-from llmprune.stream import CheckpointStream, LiveStream
+from llmprune.stream import LiveStream
 from llmprune.types import Perplexity
 
 
@@ -121,7 +121,7 @@ def evaluate(
     """
     source = open_source(str(model), revision)
     chosen = choose_device(device)
-    stream = CheckpointStream(source, choose_dtype(dtype, chosen, source), chosen)
+    stream = open_stream(source, choose_dtype(dtype, chosen, source), chosen)
     length = window or default_length(str(model), stream.skeleton.config)
     check_length(length, stream.skeleton.config)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)

@@ -30,3 +30,7 @@ class PromiseError(LlmpruneError):
     """A checked promise does not hold, such as a group that breaks 2:4."""
 
     exit_code = 1
+
+
+class ConversionError(StoppedError):
+    """transformers' key conversion does not lead from the checkpoint to the model and back, block by block; a full load may."""

@@ -23,7 +23,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import Windows, read_windows
 from llmprune.engine import prune, selected
-from llmprune.errors import RequestError
+from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.preflight import check_ids, check_length, check_matrices, check_output, check_space, choose_device, choose_dtype
@@ -31,6 +31,7 @@ from llmprune.recipe import Recipe
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
 from llmprune.stream import CheckpointStream
 from llmprune.types import BlockReport, Perplexity, Plan
+from llmprune.whole import WholeStream
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
@@ -51,7 +52,7 @@ class Job:
     recipe: Recipe
     plan: Plan
     source: Source
-    stream: CheckpointStream
+    stream: CheckpointStream | WholeStream
     matrices: dict[int, list[Matrix]]
     calibration: Windows
     evaluation: list[Windows]
@@ -82,10 +83,11 @@ class Job:
             f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
+            + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
 
 
-def environment(stream: CheckpointStream) -> dict[str, Any]:
+def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return libraries | {
         "llmprune": llmprune.__version__,
@@ -93,6 +95,7 @@ def environment(stream: CheckpointStream) -> dict[str, Any]:
         "device": str(stream.device),
         "dtype": str(stream.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "block_by_block": stream.resumable,
     }
 
 
@@ -106,7 +109,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     output = Path(recipe.output or recipe.default_output).expanduser()
     check_output(output, source.folder, overwrite)
     device = choose_device(recipe.device)
-    stream = CheckpointStream(source, choose_dtype(recipe.dtype, device, source), device)
+    stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
     matrices = selected(stream, Selection(recipe.skip, recipe.only))
     check_matrices(matrices, stream.names, plan.pattern)
     check_space(output, source)
@@ -118,7 +121,17 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     return Job(recipe, plan, source, stream, matrices, calibration, evaluation, output, overwrite, restart)
 
 
-def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream, given: Tensor | None) -> tuple[Windows, list[Windows]]:
+def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
+    """The source block by block, or whole where transformers' conversion cannot be done and undone a block at a time."""
+    try:
+        stream = CheckpointStream(source, dtype, device)
+        stream.loader.try_conversion()
+        return stream
+    except ConversionError:
+        return WholeStream(source, dtype, device)
+
+
+def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, given: Tensor | None) -> tuple[Windows, list[Windows]]:
     """(calibration windows, evaluation windows) as the recipe and its defaults say."""
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
     check_length(length, stream.skeleton.config)
@@ -171,12 +184,15 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         progress("prune", len(finished), len(job.stream.names))
 
         def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
+            if not job.stream.resumable:
+                return progress("prune", index + 1, len(job.stream.names))
             record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
             journal.write(f"block-{index:05d}", record)
             progress("prune", index + 1, len(job.stream.names))
 
         blocks = prune(job.stream, job.calibration.ids_NL, job.plan, job.matrices, finished, on_block)
         pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
+        job.stream.finish()
         sink.finish()
         report = Report(
             recipe=job.recipe.resolved(),

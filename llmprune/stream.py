@@ -55,6 +55,8 @@ class Stream(Protocol):
 class CheckpointStream:
     """Blocks come from safetensors and leave memory after use."""
 
+    resumable = True
+
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.source = source
         self.device = device
@@ -71,6 +73,9 @@ class CheckpointStream:
 
     def write_to(self, sink: Sink) -> None:
         self.loader.sink = sink
+
+    def finish(self) -> None:
+        """Nothing is left to write: every block was kept as it was done."""
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

@@ -97,6 +97,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "openai_gpt": ("openai-gpt", TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "mamba": ("mamba", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "lfm2": ("lfm2", BASE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "nemotron_h": (
+        "nemotron_h",
+        BASE
+        | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "moe"], "head_dim": 8, "n_group": 1, "topk_group": 1}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
+    ),
     "qwen3_next": (
         "qwen3_next",
         BASE
@@ -105,10 +112,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# models that cannot be walked: their blocks hand on more than hidden states, or share weights
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rwkv": ("rwkv", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64, "rescale_every": 1}),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        FAMILIES["deepseek_v3"][1] | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    ),
+    "gemma3n_text": (
+        "gemma3n_text",
+        BASE
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "head_dim": 8}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2, "laurel_rank": 4}
+        | {"altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    ),
+    "zamba2": (
+        "zamba2",
+        TOKENS
+        | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
+        | {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1}
+        | {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
+    ),
+}
+
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model of a family, always the same one."""
-    kind, values = FAMILIES[family]
+    kind, values = (FAMILIES | REFUSED)[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values))

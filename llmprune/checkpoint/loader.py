@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from llmprune.checkpoint.names import convert, natural, parameter_names, revert
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import DTYPES, Source
-from llmprune.errors import RequestError, StoppedError
+from llmprune.errors import ConversionError, RequestError
 
 
 class Loader:
@@ -47,7 +47,7 @@ class Loader:
     def _check(self) -> None:
         dtypes = {k: self.source.tensors[k].dtype for k in self.parameter_of}
         odd = sorted(k for k, d in dtypes.items() if d not in DTYPES)
-        odd += sorted(k for k in odd or dtypes if dtypes[k] in ("I8", "U8") and self.empty[self.parameter_of[k]].is_floating_point())
+        odd += sorted(k for k, d in dtypes.items() if d in ("I8", "U8") and self.empty[self.parameter_of[k]].is_floating_point())
         if odd:
             raise RequestError(f"{odd[0]}: stored as {dtypes[odd[0]]}, a quantised format ({len(odd)} tensors)", "prune the unquantised checkpoint")
         wrong = [
@@ -65,6 +65,13 @@ class Loader:
         ]
         if missing:
             raise RequestError(f"{len(missing)} tensors missing: {', '.join(missing[:4])}", "the checkpoint is incomplete; fetch it again")
+
+    def try_conversion(self) -> None:
+        """Load one block that needs conversion and turn it back. Raises ConversionError when that does not give what was read."""
+        index = next((i for i, keys in enumerate(self._in_block) if not self.converted.isdisjoint(keys)), None)
+        if index is not None:
+            self.load_block(index, torch.device("cpu"))
+            self.free_block(index)
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights on ``device``, in the skeleton's dtype."""
@@ -108,7 +115,7 @@ class Loader:
     def checkpoint_tensors(self, parameters: Iterable[str]) -> dict[str, Tensor]:
         """These parameters of the skeleton as checkpoint tensors, in the stored dtype. The parameters' values must fit it exactly.
 
-        Raises StoppedError when transformers' conversion does not lead back to the names in the checkpoint.
+        Raises ConversionError when transformers' conversion does not lead back to the names in the checkpoint.
         """
         plain, merged = {}, {}
         for name in parameters:
@@ -123,7 +130,7 @@ class Loader:
             expected = {key for name in merged for key in self.keys_of[name]}
             if set(back) != expected:
                 odd = sorted(set(back) ^ expected)[0]
-                raise StoppedError(f"{odd}: the conversion back to the checkpoint's names does not match", "report this architecture")
+                raise ConversionError(f"{odd}: the conversion back to the checkpoint's names does not match", "report this architecture")
             plain |= back
         return {k: t.to("cpu", DTYPES[self.source.tensors[k].dtype]).contiguous() for k, t in plain.items()}
 
@@ -134,17 +141,14 @@ class Loader:
                 self._set(self.parameter_of[key], tensors.pop(key))
         if tensors:
             dtype = next(p.dtype for p in self.empty.values() if p.is_floating_point())
-            try:
-                convert(self.skeleton, tensors, dtype)
-            except ValueError as error:
-                raise RequestError(str(error), "the checkpoint does not fit this architecture") from None
+            convert(self.skeleton, tensors, dtype)
             for name in {self.parameter_of[k] for k in tensors}:
                 self._check_back(name, tensors)
 
     def _check_back(self, name: str, tensors: dict[str, Tensor]) -> None:
         for key, tensor in self.checkpoint_tensors([name]).items():
             if not torch.equal(tensor, tensors[key]):
-                raise StoppedError(f"{key}: does not survive transformers' conversion and back", "report this architecture")
+                raise ConversionError(f"{key}: does not survive transformers' conversion and back", "report this architecture")
 
     def _read(self, keys: list[str]) -> dict[str, Tensor]:
         finished = [k for k in keys if self.sink is not None and k in self.sink.written]

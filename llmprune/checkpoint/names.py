@@ -11,24 +11,34 @@ import re
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import ConversionError
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+    from transformers.modeling_utils import LoadStateDictConfig
+except ImportError as error:  # these are internals: another version may have moved them
+    MOVED = str(error)
+else:
+    MOVED = ""
 
 
 def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str]]:
     """(checkpoint key -> parameter it goes into, the keys whose tensors must be merged, split or transposed on the way).
 
     Keys that the model has no place for are left out. Several keys may go into one parameter; one key may fill several (only the first is
-    named then).
+    named then). Raises ConversionError when this transformers has no such conversion.
     """
+    if MOVED:
+        raise ConversionError(f"transformers' key conversion is not where it was ({MOVED})")
     state = skeleton.state_dict()
     mapping = get_model_conversion_mapping(skeleton)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -49,7 +59,7 @@ def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[st
 def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Fill the skeleton's parameters that these checkpoint tensors make up, in ``dtype``.
 
-    Raises ValueError when transformers cannot convert them.
+    Raises ConversionError when transformers cannot convert them.
     """
     config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(skeleton), device_map={"": "cpu"}, dtype=dtype)
     quiet = transformers_logging.is_progress_bar_enabled()
@@ -61,7 +71,7 @@ def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.
             transformers_logging.enable_progress_bar()
     problems = [*info.unexpected_keys, *info.conversion_errors, *info.error_msgs, *info.mismatched_keys]
     if problems:
-        raise ValueError(f"transformers could not convert {str(problems[0])[:200]}")
+        raise ConversionError(f"transformers could not convert {str(problems[0])[:200]}")
 
 
 def revert(skeleton: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

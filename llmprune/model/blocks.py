@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
 
@@ -35,7 +36,7 @@ class _AllRecorded(Exception):
     """Ends the model's forward once the last block has been reached: neither final norm nor head is needed."""
 
 
-def find_blocks(model: nn.Module) -> str:
+def find_blocks(model: PreTrainedModel) -> str:
     """Path of the ModuleList of decoder blocks.
 
     Raises RequestError when the model has none, or several that could be it.
@@ -90,7 +91,7 @@ class Walk:
     Raises RequestError when the blocks cannot be found or share weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.path = find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
@@ -132,7 +133,7 @@ class Walk:
                 self.model(input_ids=ids_NL, use_cache=False)
         except _AllRecorded:
             pass
-        except (ValueError, TypeError, IndexError):  # the model takes more from a block than hidden states
+        except (ValueError, TypeError, IndexError, AttributeError):  # the model takes more from a block than hidden states
             if not calls:
                 raise
             return None
@@ -151,7 +152,8 @@ class Walk:
             self.model(input_ids=ids_NL, use_cache=False)
         if visits != list(range(len(self.blocks))):
             raise RequestError(
-                f"{type(self.model).__name__}: runs its {len(self.blocks)} blocks {len(visits)} times", "the architecture cannot be walked block by block"
+                f"{type(self.model).__name__}: runs its {len(self.blocks)} blocks {len(visits)} times",
+                "the architecture cannot be walked block by block",
             )
 
     def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
@@ -182,15 +184,17 @@ def _unchanged(hidden: Any, passed: Tensor, copy: Tensor) -> bool:
     return hidden.shape == passed.shape and hidden.stride() == passed.stride() and torch.equal(hidden, copy)
 
 
-def _refuse_shared(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
+def _refuse_shared(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> None:
     """A weight that several blocks use would be pruned once for each of them, on different inputs."""
+    hint = "models whose blocks share weights cannot be pruned block by block"
+    for target, source in model.all_tied_weights_keys.items():  # on the meta device a tie is only a promise
+        if target.startswith(f"{path}.") or source.startswith(f"{path}."):
+            raise RequestError(f"{target}: shared with {source}", hint)
     users: dict[int, int] = {}
     for i, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
             if users.setdefault(id(parameter), i) != i:
-                raise RequestError(
-                    f"{path}.{i}.{name}: shared with block {users[id(parameter)]}", "models whose blocks share weights cannot be pruned"
-                )
+                raise RequestError(f"{path}.{i}.{name}: shared with block {users[id(parameter)]}", hint)
 
 
 class Interned:

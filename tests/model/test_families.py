@@ -8,16 +8,15 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, REFUSED, VOCABULARY, save_tiny, tiny_model, tiny_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import FAMILIES, VOCABULARY, save_tiny, tiny_model, tiny_windows
 
 from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.sink import Sink
@@ -25,9 +24,10 @@ from llmprune.checkpoint.source import open_folder
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.criteria.wanda import Wanda
 from llmprune.engine import Clock, prune, selected, watch
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, StoppedError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
+from llmprune.model.watch import Watch
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.mask_only import MaskOnly
@@ -36,6 +36,7 @@ from llmprune.stream import CheckpointStream, FileHidden, Flow, LiveStream, Memo
 from llmprune.types import BlockReport, Plan
 
 CPU = torch.device("cpu")
+CANNOT_WALK = r"hidden states change between the blocks|shared with"
 PLANS = {
     "wanda": Plan(Wanda(), Unstructured("row"), MaskOnly(), Uniform(), 0.5, accept_damage=True),
     "sparsegpt": Plan(None, NM(2, 4), SparseGPT(), Uniform(), 0.5, accept_damage=True),
@@ -198,7 +199,8 @@ class Reference:
             return
         hidden_TC, chosen_TK = (*args, *kwargs.values())[:2]
         hidden_TC = hidden_TC.reshape(-1, hidden_TC.shape[-1])
-        assert chosen_TK.dtype == torch.long and len(chosen_TK) == len(hidden_TC)
+        assert chosen_TK.dtype == torch.long
+        assert len(chosen_TK) == len(hidden_TC)
         self.routed[path] = self.routed.get(path, 0) + chosen_TK.numel()
         for e in range(experts):
             mine_TC = hidden_TC[(chosen_TK == e).any(-1)]
@@ -285,7 +287,8 @@ def test_pruned_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: s
 def test_sparsity_zero_is_a_copy(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     plan = Plan(Wanda(), Unstructured("row"), MaskOnly(), Uniform(), 0.0)
     _, sink, reports = prune_to(saved(family), tmp_path / "out", plan)
-    assert sink.written and all(report.output_error == 0 for report in reports)
+    assert sink.written
+    assert all(report.output_error == 0 for report in reports)
     files = {name: d for name, d in digests(saved(family)).items() if name.endswith((".safetensors", ".json"))}
     assert digests(tmp_path / "out") == files
 
@@ -313,3 +316,111 @@ def test_hidden_states_in_a_file(saved: Callable[..., Path], tmp_path: Path, fam
     assert same == reports
     assert in_file.written == in_memory.written
     assert digests(tmp_path / "file") == digests(tmp_path / "memory")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """The smallest model that can be walked; ``between`` is what it does with what a block returns, ``rounds`` how often it runs them all."""
+
+    def __init__(self, between: Callable[[Any], Tensor], rounds: int = 1) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=3, get_text_config=lambda decoder: self.config)
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.between, self.rounds = between, rounds
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden_NLD = self.embed(input_ids)
+        for _ in range(self.rounds):
+            for layer in self.layers:
+                hidden_NLD = self.between(layer(hidden_NLD))
+        return SimpleNamespace(logits=self.head(hidden_NLD))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("between", [lambda h: h, lambda h: h[:, slice(0, None)], lambda h: h[0]], ids=["as it is", "view of all", "tuple"])
+def test_a_straight_walk_is_recorded(between: Callable[[Any], Tensor]) -> None:
+    walk = Walk(Toy(between))
+    hidden_NLD, calls = walk.record(WINDOWS_NL)
+    assert torch.equal(hidden_NLD, walk.model.embed(WINDOWS_NL))
+    assert len(calls) == 3
+    assert torch.equal(walk.logits(WINDOWS_NL, 2 * hidden_NLD), walk.model.head(2 * hidden_NLD))
+
+
+def unpack_two(out: Any) -> Tensor:
+    hidden_NLD, _ = out
+    return hidden_NLD
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "between",
+    [lambda h: h * 0.5, lambda h: h.mul_(0.5), lambda h: h.clone(), lambda h: h.mT, lambda h: h[:, :4], unpack_two, lambda h: h[1], lambda h: h + h],
+    ids=["scaled", "in place", "copy", "transposed", "cut", "two values", "second value", "added"],
+)
+def test_changes_between_blocks_are_refused(between: Callable[[Any], Tensor]) -> None:
+    for ids_NL in (WINDOWS_NL, WINDOWS_NL[:1], WINDOWS_NL[:2]):
+        with pytest.raises(RequestError, match="hidden states change between the blocks"):
+            Walk(Toy(between)).record(ids_NL)
+
+
+@torch.no_grad()
+def test_looped_blocks_are_refused() -> None:
+    with pytest.raises(RequestError, match="runs its 3 blocks 6 times"):
+        Walk(Toy(lambda h: h, rounds=2)).record(WINDOWS_NL)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+@torch.no_grad()
+def test_architectures_that_carry_state_are_refused(tmp_path: Path, family: str) -> None:
+    folder = save_tiny(family, tmp_path / "source")
+    with pytest.raises(RequestError, match=CANNOT_WALK):
+        Flow(open_stream(folder), WINDOWS_NL)
+    with pytest.raises(RequestError, match=CANNOT_WALK):
+        Flow(LiveStream(tiny_model(family)), WINDOWS_NL)
+
+
+def test_blocks_with_a_shared_weight_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(RequestError, match=r"model.layers.2.mlp.gate_proj.weight: shared with block 0"):
+        LiveStream(model)
+
+
+def test_a_matrix_used_the_other_way_round_is_refused() -> None:
+    """A square stack of experts taken for [R, C] but multiplied as [C, R] has the right shape and the wrong columns."""
+    block = nn.Module()
+    block.stack = nn.Parameter(torch.randn(2, 8, 8), requires_grad=False)
+    matrices = block_matrices(block)
+    value = torch.randn(2, 5, 8)
+    for use in (lambda: torch.bmm(value, block.stack), lambda: value[1] @ block.stack[1]):
+        with pytest.raises(StoppedError, match=r"stack.*strides"), Watch(block, matrices, frozenset({"gram"})):
+            use()
+    watching = Watch(block, matrices, frozenset({"gram"}))
+    with watching:
+        torch.bmm(value, block.stack.mT)
+    watching.close()
+    assert torch.allclose(watching.stats["stack[1]"].gram_CC, value[1].T @ value[1])
+
+
+def test_experts_without_tokens_share_nothing() -> None:
+    """Empty tensors have one address: two experts without tokens in the first batch get inputs of their own in the second."""
+    block = nn.Module()
+    block.stack = nn.Parameter(torch.randn(2, 4, 8), requires_grad=False)
+    watching = Watch(block, block_matrices(block), frozenset({"input_sq"}))
+    inputs = torch.randn(2, 5, 8)
+    for count in (0, 5):
+        with watching:
+            for e in range(2):
+                nn.functional.linear(inputs[e, :count], block.stack[e])
+        watching.next_batch()
+    watching.close()
+    for e in range(2):
+        assert torch.allclose(watching.stats[f"stack[{e}]"].input_sq_C, inputs[e].square().sum(0))
