@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: A
         windows = (windows.shuffled(recipe.seed) if recipe.shuffle else windows).first(samples)
     else:
         windows = Windows(given.cpu(), "given token ids", "all")
-    check_ids(windows.ids_NL, model.get_input_embeddings().num_embeddings, windows.dataset)
+    check_ids(windows, model)
     return windows
 
 
@@ -129,7 +128,7 @@ def evaluate(
     for spec in [data] if isinstance(data, str) else data:
         windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)
         windows = windows.first(samples) if samples else windows
-        check_ids(windows.ids_NL, stream.skeleton.get_input_embeddings().num_embeddings, windows.dataset)
+        check_ids(windows, stream.skeleton)
         found.append(perplexity(stream, windows, lambda d, t: progress("perplexity", d, t)))
     return found
 

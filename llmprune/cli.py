@@ -131,7 +131,7 @@ def inspect(
 
     found = inspect_source(open_source(model), Selection(skip, only), asked)
     print(json.dumps([asdict(i) for i in found], indent=1)) if as_json else print_inspection(found, out)
-    if asked:
+    if asked and verify:
         broken = [i for i in found if i.broken]
         if broken:
             groups = sum(i.broken or 0 for i in broken)
@@ -186,7 +186,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, Any] = {}
 
         def progress(step: str, done: int, total: int) -> None:
-            if step not in tasks or bars.tasks[tasks[step]].finished and done < total:
+            if step not in tasks or (bars.tasks[tasks[step]].finished and done < total):
                 tasks[step] = bars.add_task(step, total=total)
             bars.update(tasks[step], completed=done, total=total)
 

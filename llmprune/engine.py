@@ -72,7 +72,7 @@ def prune(
     return reports
 
 
-def watch(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: "Clock") -> dict[str, Stats]:
+def watch(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> dict[str, Stats]:
     """Run the unpruned block on the pruned path's inputs; what entered each of its matrices. Its outputs wait in ``flow.outputs``."""
     watching = Watch(block, matrices, plan.needs)
     for batch in range(len(flow)):

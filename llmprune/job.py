@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     stored = None if restart else load_windows(partial_folder(output))
     calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
     for data in (calibration, *evaluation):
-        check_ids(data.ids_NL, stream.skeleton.get_input_embeddings().num_embeddings, data.dataset)
+        check_ids(data, stream.skeleton)
     source.scan()
     return Job(recipe, plan, source, stream, matrices, calibration, evaluation, output, overwrite, restart)
 

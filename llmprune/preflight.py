@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from llmprune.checkpoint.journal import partial_folder
 from llmprune.checkpoint.source import DTYPES, Source
+from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix
 from llmprune.types import Pattern
@@ -84,7 +84,9 @@ def check_length(length: int, config: Any) -> None:
         raise RequestError(f"windows of {length} tokens: the model has {positions} positions", f"--sequence-length {positions} or less")
 
 
-def check_ids(ids_NL: Tensor, vocabulary: int, dataset: str) -> None:
-    highest = int(ids_NL.max())
-    if highest >= vocabulary or int(ids_NL.min()) < 0:
-        raise RequestError(f"{dataset}: token id {highest}, the model's vocabulary ends at {vocabulary - 1}", "the tokenizer is not this model's")
+def check_ids(windows: Windows, model: Any) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    lowest, highest = (int(v) for v in windows.ids_NL.aminmax())
+    if lowest < 0 or highest >= vocabulary:
+        odd = lowest if lowest < 0 else highest
+        raise RequestError(f"{windows.dataset}: token id {odd}, the model's vocabulary is 0 to {vocabulary - 1}", "the tokenizer is not this model's")

@@ -161,7 +161,7 @@ class FileHidden:
             self._places[batch] = (self._end, hidden_NLD.shape, hidden_NLD.dtype)
             self._end += hidden_NLD.numel() * hidden_NLD.dtype.itemsize
         data = hidden_NLD.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        write_range(self._file.fileno(), self._places[batch][0], memoryview(data))
+        write_range(self._file.fileno(), self._places[batch][0], data)
 
 
 def memory_limit() -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.checkpoint.sink import Sink
@@ -28,8 +29,9 @@ class WholeStream(LiveStream):
         chosen = [key for key in NOT_FOLLOWED if "implementation" in key and key in source.config]
         if chosen:
             raise StoppedError(f"config.json: names its own {chosen[0]}, which is not followed", "remove the key")
-        self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False).to(device).eval()
-        self.skeleton.requires_grad_(False)
+        self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
+        nn.Module.to(self.skeleton, device)
+        self.skeleton.eval().requires_grad_(False)
         self.skeleton.set_experts_implementation("eager")
         super().__init__(self.skeleton)
         self.source = source

@@ -50,7 +50,9 @@ def read_range(handle: int, start: int, size: int, name: str) -> bytearray:
     return data
 
 
-def write_range(handle: int, start: int, data: memoryview) -> None:
+def write_range(handle: int, start: int, data: Any) -> None:
+    """All of ``data``, any contiguous buffer of bytes, at ``start``."""
+    data = memoryview(data)
     done = 0
     while done < len(data):
         done += os.pwrite(handle, data[done : done + CHUNK], start + done)

@@ -92,8 +92,9 @@ class Loader:
             if name in self.tied:
                 continue
             module, leaf = self._place(name)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to(device), requires_grad=False)
+            parameter = module._parameters.get(leaf)
+            if parameter is not None:
+                module._parameters[leaf] = nn.Parameter(parameter.to(device), requires_grad=False)
         for target, source in self.tied.items():
             module, leaf = self._place(target)
             module._parameters[leaf] = self.skeleton.get_parameter(source)

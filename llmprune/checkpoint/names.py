@@ -7,6 +7,7 @@ others store experts one by one, or fused, and need tensors merged or split.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.
 
     Raises ConversionError when transformers cannot convert them.
     """
-    config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(skeleton), device_map={"": "cpu"}, dtype=dtype)
+    mapping: Any = get_model_conversion_mapping(skeleton)
+    config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"}, dtype=dtype)
     quiet = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -48,7 +48,7 @@ class Sink:
             handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
             try:
                 os.posix_fallocate(handle, 0, self.source.states[file][0])
-                write_range(handle, 0, memoryview(header))
+                write_range(handle, 0, header)
             except OSError as error:
                 raise RequestError(f"{self.folder.parent}: {error.strerror} for {self.source.bytes:,} bytes", "free some space") from None
             finally:
@@ -62,7 +62,7 @@ class Sink:
             handle = os.open(self.folder / file, os.O_RDWR)
             try:
                 for key in keys:
-                    data = memoryview(tensors[key].contiguous().view(-1).view(uint8).numpy())
+                    data = memoryview(tensors[key].contiguous().view(-1).view(uint8).numpy())  # type: ignore[arg-type]
                     hashes[key] = hashlib.sha256(data).hexdigest()
                     write_range(handle, self.source.tensors[key].start, data)
                 os.fdatasync(handle)
@@ -107,7 +107,7 @@ class Sink:
                     if entry.file != file or key in self.written:
                         continue
                     for start in range(entry.start, entry.end, CHUNK):
-                        write_range(target, start, memoryview(read_range(source, start, min(CHUNK, entry.end - start), file)))
+                        write_range(target, start, read_range(source, start, min(CHUNK, entry.end - start), file))
                 os.fsync(target)
             finally:
                 os.close(source)

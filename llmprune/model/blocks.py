@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class _Recorder(nn.Module):
 def _replaced(blocks: nn.ModuleList, receive: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
     real = list(blocks)
     for i, block in enumerate(real):
-        blocks[i] = _Recorder(block, lambda hidden, call, i=i: receive(i, hidden, call))
+        blocks[i] = _Recorder(block, partial(receive, i))
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "unknown method")
         raise RequestError(f"config.json: the weights are already quantised ({method})", "prune the unquantised checkpoint, then quantise")
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         hint = "it needs remote code, which is not run" if "auto_map" in config else "update transformers, or give a causal LM that it knows"
         raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)

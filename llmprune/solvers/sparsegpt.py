@@ -29,7 +29,7 @@ class SparseGPT:
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         factor = factor_of(stats, self.damping)
-        rows, columns = weight_RC.shape
+        columns = weight_RC.shape[1]
         weight_RC = weight_RC.clone()
         keep_RC = torch.empty_like(weight_RC, dtype=torch.bool)
         slab = _multiple(self.slab, pattern.unit)

@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "types"},
     {"linalg", "data", "checkpoint"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured"},
-    {"methods", "stream", "evaluation"},
+    {"methods", "stream", "whole", "evaluation"},
     {"engine"},
     {"recipe", "report", "preflight"},
     {"hub", "job"},
