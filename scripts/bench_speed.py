@@ -11,13 +11,14 @@ peer    ``llmcompressor.oneshot`` (sequential pipeline) on a model in memory, sa
 
 Seconds start where pruning starts: imports and preparation (which reads and hashes the checkpoint; shown apart) are not in them, nor is the
 loading of a live model. Memory is the highest resident size less that after ``import torch, transformers``; on CUDA also the allocator's peak.
+The parts are wall-clock seconds: on a shared machine their sum exceeds the CPU seconds, which are what llmprune and peer are compared by.
 
 The floor of a part is the larger of its counted operations over the matrix-product rate, and its bytes over the copy rate; both rates are
 measured in the same invocation at the same thread count, best of all rounds. Counted, for T tokens and matrices [R, C]:
 forward     2 passes x (2 T x block parameters + causal attention)
 statistics  Gram: T C^2 (lower triangle); squares: 4 T C bytes; once for each distinct input (qkv, o, gate and up, down)
 solve       sparsegpt: Cholesky C^3/3 and inverse C^3/3 of each distinct input, sweep R C^2; wanda: each weight read and written once in float32
-read, write bytes of the blocks, in the dtype that they are stored in
+read, write bytes of the blocks, in the dtype that they are stored in; the disk is not counted
 """
 
 from __future__ import annotations
@@ -109,9 +110,6 @@ def child(task: Task, python: str = sys.executable) -> dict[str, Any]:
     if found.returncode:
         sys.exit(f"{task.kind} {task.method} failed:\n{found.stderr[-3000:]}")
     return json.loads(found.stdout.strip().splitlines()[-1])
-
-
-# ---- in the children -------------------------------------------------------------------------------------------------------------------------
 
 
 def make(task: Task) -> dict[str, Any]:
@@ -240,9 +238,10 @@ def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
         def timed_load(*args: Any) -> Any:
             nonlocal read
             began = time.perf_counter()
-            block = load(*args)
-            read += time.perf_counter() - began
-            return block
+            try:
+                return load(*args)
+            finally:
+                read += time.perf_counter() - began
 
         job.stream.loader.load_block = timed_load  # type: ignore[method-assign]
         with _measured(found, task.device):
@@ -304,9 +303,6 @@ def _parts(report: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return seconds | {"sparsity": sum(r.zeros for r in rows) / sum(r.rows * r.columns for r in rows)}
 
 
-# ---- in the parent ---------------------------------------------------------------------------------------------------------------------------
-
-
 def floors(task: Task, rate: dict[str, float]) -> dict[str, float]:
     """Seconds that each part needs at least."""
     shape, tokens = Shape(**task.shape), task.windows * task.length
@@ -336,8 +332,9 @@ def print_parts(run: dict[str, Any], floor: dict[str, float]) -> None:
 
 
 def summary(run: dict[str, Any]) -> str:
-    cuda = f", {run['cuda_memory']:,.0f} MiB on the device" if "cuda_memory" in run else ""
-    return f"{run['wall']:.2f} s, {run['cpu']:.2f} CPU s, {run['memory']:,.0f} MiB{cuda}, sparsity {run['sparsity']:.4f}"
+    text = f"{run['wall']:.2f} s, {run['cpu']:.2f} CPU s, {run['memory']:,.0f} MiB, sparsity {run['sparsity']:.4f}"
+    text += f", {run['cuda_memory']:,.0f} MiB on the device" if "cuda_memory" in run else ""
+    return text + (f"; prepared in {run['prepare']:.2f} s" if "prepare" in run else "")
 
 
 def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
@@ -361,8 +358,7 @@ def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
         floor = floors(Task("rates", method=method, **base), rate)
         for kind in kinds:
             run = best[method, kind]
-            prepared = f"; prepared in {run['prepare']:.2f} s" if "prepare" in run else ""
-            print(f"\n{method}, {kind}: {summary(run)}{prepared}")
+            print(f"\n{method}, {kind}: {summary(run)}")
             if kind != "peer":
                 print_parts(run, floor)
         if args.peer:

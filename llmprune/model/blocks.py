@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
 
+CANNOT_WALK = "the architecture cannot be walked block by block"
 PROBE = 8  # tokens of the forward that shows how often each block runs
 
 
@@ -50,7 +51,7 @@ def find_blocks(model: PreTrainedModel) -> str:
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
         if len(outermost) == 1:
             return names[id(outermost[0])]
-    raise RequestError(f"{type(model).__name__}: no single list of {count} decoder blocks found", "the architecture cannot be walked block by block")
+    raise RequestError(f"{type(model).__name__}: no single list of {count} decoder blocks found", CANNOT_WALK)
 
 
 class _Recorder(nn.Module):
@@ -110,7 +111,7 @@ class Walk:
                 return recorded
         raise RequestError(
             f"{type(self.model).__name__}: the hidden states change between the blocks of {self.path}",
-            "the architecture cannot be walked block by block",
+            CANNOT_WALK,
         )
 
     def _record(self, ids_NL: Tensor, tuples: bool) -> tuple[Tensor, list[Call]] | None:
@@ -153,8 +154,8 @@ class Walk:
             self.model(input_ids=ids_NL, use_cache=False)
         if visits != list(range(len(self.blocks))):
             raise RequestError(
-                f"{type(self.model).__name__}: runs its {len(self.blocks)} blocks {len(visits)} times",
-                "the architecture cannot be walked block by block",
+                f"{type(self.model).__name__}: {len(visits)} runs of its {len(self.blocks)} blocks",
+                CANNOT_WALK,
             )
 
     def logits(self, ids_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
@@ -170,10 +171,8 @@ class Walk:
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
         """Run one block with its recorded call; the hidden states that leave it."""
-        if call.keyword is None:
-            out = block(hidden_NLD, *call.args, **call.kwargs)
-        else:
-            out = block(*call.args, **{call.keyword: hidden_NLD}, **call.kwargs)
+        named = {call.keyword: hidden_NLD} if call.keyword else {}
+        out = block(*(() if named else (hidden_NLD,)), *call.args, **named, **call.kwargs)
         self.tuples = isinstance(out, tuple | list)
         return out[0] if self.tuples else out
 

@@ -5,6 +5,7 @@ C = input columns of a matrix, T = tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import StoppedError
+from llmprune.model.follow import Follow
 from llmprune.model.matrices import Matrix
 from llmprune.types import Stat, Stats
 
@@ -37,20 +39,31 @@ _INPUT_KEYWORDS = ("mat1", "batch1", "input")  # "input" last: it is the bias of
 PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
 
 
+class Reached(Exception):
+    """The forward has come to a matrix behind the ones that are watched."""
+
+
 class Watch(TorchFunctionMode):
     """Sums what enters each watched matrix while it is active; inputs that several matrices share are summed once.
 
     ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
-    Call ``next_batch`` before each forward and ``close`` after the last one.
+    Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
+    first matrix that used it. ``follow`` is told of every operation; ``until`` names matrices whose use ends the forward by ``Reached``.
     """
 
-    def __init__(self, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> None:
+    def __init__(
+        self, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], follow: Follow | None = None, until: list[Matrix] | None = None
+    ) -> None:
         super().__init__()
         self.needs = needs
+        self.inputs: dict[str, Tensor] = {}
+        self._follow = follow
+        self._until = {m.name for m in until or ()}
+        every = [*matrices, *(until or ())]
         self.seconds = 0.0  # spent on the sums
         self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
-        self._names = {m.stored(block).data_ptr(): (m, m.view(block)) for m in matrices}
-        self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in matrices if m.expert is not None}
+        self._names = {m.stored(block).data_ptr(): (m, m.view(block)) for m in every}
+        self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in every if m.expert is not None}
         self._found: set[str] = set()  # matrices that were used at least once
         self._tokens = dict.fromkeys(self.stats, 0)
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
@@ -61,21 +74,38 @@ class Watch(TorchFunctionMode):
         if places:
             weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS)
             if isinstance(weight, Tensor) and weight.dim() > 1:
-                self._use(_argument(args, kwargs, places[0], _INPUT_KEYWORDS), weight.mT if func is F.linear else weight)
-        return func(*args, **kwargs)
+                value = _argument(args, kwargs, places[0], _INPUT_KEYWORDS)
+                used = list(self._uses(value, weight.mT if func is F.linear else weight))
+                if used:
+                    return self._product(used, value, func, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._follow is not None:
+            self._follow.other(func, args, kwargs, out)
+        return out
 
-    def _use(self, value: Tensor, weight: Tensor) -> None:
-        """value @ weight is about to be computed; both are stacks where all experts are multiplied at once."""
+    def _uses(self, value: Tensor, weight: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
+        """The watched matrices that value @ weight uses, each with its input; both are stacks where all experts are multiplied at once."""
         if weight.dim() == 3 and weight.data_ptr() in self._stacks and value.shape[:-2] == weight.shape[:1]:
             for value_TC, weight_CR in zip(value, weight, strict=True):
-                self._use(value_TC, weight_CR)
+                yield from self._uses(value_TC, weight_CR)
         elif weight.dim() == 2 and weight.data_ptr() in self._names:
             matrix, view_RC = self._names[weight.data_ptr()]
             _check_use(matrix, view_RC, weight.T)
-            self._add(matrix, value)
+            yield matrix, value
+
+    def _product(self, used: list[tuple[Matrix, Tensor]], value: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
+        if any(matrix.name in self._until for matrix, _ in used):
+            raise Reached
+        for matrix, part in used:
+            self._add(matrix, part)
+        out = func(*args, **kwargs)
+        if self._follow is not None:
+            self._follow.product([matrix.name for matrix, _ in used], value, out)
+        return out
 
     def next_batch(self) -> None:
         self._seen.clear()
+        self.inputs.clear()
 
     def _add(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
@@ -92,13 +122,14 @@ class Watch(TorchFunctionMode):
         if not known:
             stats = self.stats[matrix.name]
             self._seen[key] = (value, stats)
+            self.inputs[matrix.name] = value
             began = perf_counter()
             _accumulate(stats, value.reshape(-1, value.shape[-1]).float(), self.needs)
             self.seconds += perf_counter() - began
 
     def close(self) -> None:
         """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""
-        self._seen.clear()
+        self.next_batch()
         for stats in {id(s): s for s in self.stats.values()}.values():
             if stats.gram_CC is not None:
                 _mirror(stats.gram_CC)

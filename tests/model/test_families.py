@@ -373,7 +373,7 @@ def test_changes_between_blocks_are_refused(between: Callable[[Any], Tensor]) ->
 
 @torch.no_grad()
 def test_looped_blocks_are_refused() -> None:
-    with pytest.raises(RequestError, match="runs its 3 blocks 6 times"):
+    with pytest.raises(RequestError, match="6 runs of its 3 blocks"):
         Walk(Toy(lambda h: h, rounds=2)).record(WINDOWS_NL)
 
 
