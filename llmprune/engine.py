@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from time import perf_counter
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
 from llmprune.linalg import all_finite
 from llmprune.model.matrices import Matrix, Selection, block_matrices
-from llmprune.model.watch import Watch
 from llmprune.solvers.mask_only import MaskOnly
+from llmprune.statistics import at_once, stage_by_stage
 from llmprune.stream import Flow, Stream
+from llmprune.target import asymmetric_target
 from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
@@ -52,37 +53,42 @@ def prune(
     finished = finished or {}
     asked = ratios(stream, matrices, plan)
     flow = Flow(stream, windows_NL)
+    dense = flow.twin() if plan.asymmetric else None
     reports = []
     for index, name in enumerate(stream.names):
+        if index in finished:
+            run_finished(flow, dense, index)
+            reports.append(finished[index])
+            continue
         with stream.block(index) as block:
-            if index in finished:
-                flow.through(index, block)
-                reports.append(finished[index])
-                continue
             clock = Clock()
-            statistics = watch(flow, index, block, matrices[index], plan, clock)
-            rows = [prune_matrix(stream, index, block, m, statistics.pop(m.name), plan, asked[f"{name}.{m.name}"]) for m in matrices[index]]
-            clock.lap("solve")
+            rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, clock)
             hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
             clock.lap("write")
-            error = run_again(flow, index, block, plan)
+            error = run_again(flow, dense or flow, index, block, plan)
             clock.lap("forward")
         reports.append(BlockReport(name, error, tuple(rows), clock.seconds))
         on_block(index, reports[-1], hashes)
     return reports
 
 
-def watch(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> dict[str, Stats]:
-    """Run the unpruned block on the pruned path's inputs; what entered each of its matrices. Its outputs wait in ``flow.outputs``."""
-    watching = Watch(block, matrices, plan.needs)
-    for batch in range(len(flow)):
-        with watching:
-            flow.outputs[batch] = flow.run(index, block, batch)
-        watching.next_batch()
-    watching.close()
-    clock.lap("forward", less=watching.seconds)
-    clock.seconds["statistics"] = watching.seconds
-    return watching.stats
+def prune_block(
+    flow: Flow, dense: Flow | None, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, asked: dict[str, float], clock: Clock
+) -> list[Row]:
+    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs."""
+    name = flow.stream.names[index]
+    rows = {}
+    found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
+    if dense is None:
+        found = [(matrices, at_once(flow, index, block, matrices, plan, clock))]
+    else:
+        found = stage_by_stage(flow, dense, index, block, matrices, plan, clock)
+    for stage, statistics in found:
+        clock.lap("forward")
+        for m in stage:
+            rows[m.name] = prune_matrix(flow.stream, index, block, m, statistics.pop(m.name), plan, asked[f"{name}.{m.name}"])
+        clock.lap("solve")
+    return [rows[m.name] for m in matrices]
 
 
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
@@ -107,6 +113,8 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
         score_RC = Magnitude().score(weight_RC, stats)
         pruned = MaskOnly().solve(weight_RC, score_RC, stats, plan.pattern, drop)
         return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))
+    if plan.asymmetric:
+        weight_RC = asymmetric_target(weight_RC, stats)
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + dead_inputs(stats)
@@ -119,16 +127,30 @@ def dead_inputs(stats: Stats) -> tuple[str, ...]:
     return (f"{dead} dead inputs",) if dead else ()
 
 
-def run_again(flow: Flow, index: int, block: nn.Module, plan: Plan) -> float:
-    """Run the pruned block, go on to the next one; the relative squared error of its output."""
+def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
+    """Take the hidden states through a block that an interrupted run has pruned already."""
+    if dense is not None:
+        with flow.stream.block(index, dense=True) as block:
+            dense.through(index, block)
+    with flow.stream.block(index) as block:
+        flow.through(index, block)
+
+
+def run_again(flow: Flow, reference: Flow, index: int, block: nn.Module, plan: Plan) -> float:
+    """Run the pruned block, go on to the next one; the relative squared error of its output.
+
+    reference: the flow whose outputs are the unpruned block's, on the pruned path's inputs or on the dense path.
+    """
     wrong = total = 0.0
     for batch in range(len(flow)):
-        dense_NLD = flow.outputs[batch].float()
+        dense_NLD = reference.outputs[batch].float()
         pruned_NLD = flow.run(index, block, batch)
         total += float(dense_NLD.square().sum(dtype=torch.float64))
-        wrong += float(dense_NLD.sub_(pruned_NLD.float()).square().sum(dtype=torch.float64))
+        wrong += float((dense_NLD - pruned_NLD.float()).square().sum(dtype=torch.float64))
         flow.outputs[batch] = pruned_NLD
     flow.advance()
+    if reference is not flow:
+        reference.advance()
     error = wrong / total if total else 0.0
     if not math.isfinite(error):
         raise StoppedError(f"{flow.stream.names[index]}: its output is not finite", "compute in --dtype float32")
@@ -138,16 +160,3 @@ def run_again(flow: Flow, index: int, block: nn.Module, plan: Plan) -> float:
             "ask for less sparsity or a better method; --accept-damage goes on",
         )
     return error
-
-
-class Clock:
-    """Seconds by part of the work on one block."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
-
-    def lap(self, part: str, less: float = 0.0) -> None:
-        now = perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last - less
-        self._last = now

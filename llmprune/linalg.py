@@ -127,3 +127,81 @@ def factor_of(stats: Stats, damping: float) -> Factor:
         assert stats.gram_CC is not None, "a solver that needs the Gram matrix declares it"
         stats.factors[damping] = inverse_factor(stats.gram_CC, damping)
     return stats.factors[damping]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A damped Gram matrix brought to a unit diagonal, A = S^-1 (gram + damping * mean(diag) * I) S^-1 with S = diag(scale).
+
+    Weights times ``scale`` live in the scaled problem; outlier channels no longer strain float32 there.
+    """
+
+    matrix_CC: Tensor
+    scale_C: Tensor
+
+
+def scaled_of(stats: Stats, damping: float) -> Scaled:
+    """The scaled problem of a matrix, computed once for all matrices that share the input."""
+    key = ("scaled", damping)
+    if key not in stats.factors:
+        assert stats.gram_CC is not None, "a solver that needs the Gram matrix declares it"
+        if not all_finite(stats.gram_CC):
+            raise StoppedError(
+                "the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations"
+            )
+        gram_CC = damped(stats.gram_CC.double(), damping)
+        scale_C = gram_CC.diagonal().sqrt()
+        dtype = stats.gram_CC.dtype
+        stats.factors[key] = Scaled((gram_CC / scale_C / scale_C.unsqueeze(1)).to(dtype), scale_C.to(dtype))
+    return stats.factors[key]
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """A scaled problem with its eigenbasis, so that (A + rho I)^-1 costs one product for any rho."""
+
+    matrix_CC: Tensor
+    scale_C: Tensor
+    values_C: Tensor
+    vectors_CC: Tensor
+    notes: tuple[str, ...] = ()
+
+    def inverse(self, rho: float) -> Tensor:
+        return (self.vectors_CC / (self.values_C + rho)) @ self.vectors_CC.T
+
+
+def eigen_of(stats: Stats, damping: float) -> Eigen:
+    """The eigenbasis of a matrix's scaled problem, computed in float64 and once for all matrices that share the input.
+
+    Eigenvalues that rounding has made negative are raised to zero, which is noted.
+    """
+    key = ("eigen", damping)
+    if key not in stats.factors:
+        problem = scaled_of(stats, damping)
+        values_C, vectors_CC = torch.linalg.eigh(problem.matrix_CC.double())
+        negative = int((values_C < 0).sum())
+        note = (f"Gram matrix not positive definite: {negative} negative eigenvalues raised to zero",) if negative else ()
+        dtype = problem.matrix_CC.dtype
+        stats.factors[key] = Eigen(problem.matrix_CC, problem.scale_C, values_C.clamp_(min=0).to(dtype), vectors_CC.to(dtype), note)
+    return stats.factors[key]
+
+
+def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: Tensor, steps: int) -> Tensor:
+    """min over V inside the mask of tr (V - target) A (V - target)^T, by ``steps`` of conjugate gradients from ``start``, row by row at once.
+
+    A: positive definite with unit diagonal. A row whose residual has fallen by 1e-6 rests.
+    """
+    value_RC = start_RC * keep_RC
+    residual_RC = ((target_RC - value_RC) @ matrix_CC) * keep_RC
+    direction_RC = residual_RC
+    size_R1 = residual_RC.square().sum(1, keepdim=True)
+    small_R1 = size_R1 * 1e-12
+    for _ in range(steps):
+        image_RC = (direction_RC @ matrix_CC) * keep_RC
+        curvature_R1 = (direction_RC * image_RC).sum(1, keepdim=True)
+        step_R1 = torch.where(size_R1 > small_R1, size_R1 / curvature_R1.clamp_min(1e-30), 0.0)
+        value_RC = value_RC + step_R1 * direction_RC
+        residual_RC = residual_RC - step_R1 * image_RC
+        before_R1, size_R1 = size_R1, residual_RC.square().sum(1, keepdim=True)
+        direction_RC = residual_RC + size_R1 / before_R1.clamp_min(1e-30) * direction_RC
+    return value_RC

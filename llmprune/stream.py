@@ -6,8 +6,9 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,9 @@ class Stream(Protocol):
     walk: Walk
     names: list[str]  # path of every block
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]: ...
+    def block(self, index: int, dense: bool = False) -> AbstractContextManager[nn.Module]:
+        """A block in place; as the source has it if ``dense``."""
+        ...
 
     def outer(self) -> AbstractContextManager[None]:
         """Embeddings, final norm and head in place."""
@@ -78,9 +81,9 @@ class CheckpointStream:
         """Nothing is left to write: every block was kept as it was done."""
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
         try:
-            yield self.loader.load_block(index, self.device)
+            yield self.loader.load_block(index, self.device, dense)
         finally:
             self.loader.free_block(index)
 
@@ -113,7 +116,7 @@ class LiveStream:
         self.scratch: Path | None = None
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
         yield self.walk.blocks[index]
 
     @contextmanager
@@ -135,12 +138,12 @@ class MemoryHidden:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[Hashable, Tensor] = {}
 
-    def __getitem__(self, batch: int) -> Tensor:
+    def __getitem__(self, batch: Hashable) -> Tensor:
         return self._kept[batch]
 
-    def __setitem__(self, batch: int, hidden_NLD: Tensor) -> None:
+    def __setitem__(self, batch: Hashable, hidden_NLD: Tensor) -> None:
         self._kept[batch] = hidden_NLD.to(self.device)
 
 
@@ -149,17 +152,17 @@ class FileHidden:
 
     def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
-        self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self._places: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
         self._end = 0
 
-    def __getitem__(self, batch: int) -> Tensor:
+    def __getitem__(self, batch: Hashable) -> Tensor:
         start, shape, dtype = self._places[batch]
         return torch.frombuffer(read_range(self._file.fileno(), start, shape.numel() * dtype.itemsize, "hidden states"), dtype=dtype).view(shape)
 
-    def __setitem__(self, batch: int, hidden_NLD: Tensor) -> None:
-        if batch not in self._places:
+    def __setitem__(self, batch: Hashable, hidden_NLD: Tensor) -> None:
+        if self._places.get(batch, (0,))[1:] != (hidden_NLD.shape, hidden_NLD.dtype):  # some models go on in float32 after the first block
             self._places[batch] = (self._end, hidden_NLD.shape, hidden_NLD.dtype)
-            self._end += hidden_NLD.numel() * hidden_NLD.dtype.itemsize
+            self._end += hidden_NLD.nbytes
         data = hidden_NLD.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         write_range(self._file.fileno(), self._places[batch][0], data)
 
@@ -198,9 +201,10 @@ def moved_to(device: torch.device, value: Any) -> Any:
 class Flow:
     """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
 
-    def __init__(self, stream: Stream, windows_NL: Tensor) -> None:
+    def __init__(self, stream: Stream, windows_NL: Tensor, size: int | None = None) -> None:
+        """size: windows of a micro-batch, else as many as are fast on the device."""
         device = stream.device_of(0)
-        size = max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
+        size = size or max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
         self.stream = stream
         self.ids = list(windows_NL.split(size))
         self.calls: list[list[Call]] = []
@@ -210,8 +214,8 @@ class Flow:
             for j, ids_NL in enumerate(self.ids):
                 hidden_NLD, calls = stream.walk.record(ids_NL.to(device))
                 if not stores:
-                    total = hidden_NLD.nbytes * len(self.ids)
-                    stores = [place_hidden(total, device, stream.scratch) for _ in range(2)]
+                    self.size = hidden_NLD.nbytes * len(self.ids)
+                    stores = [place_hidden(self.size, device, stream.scratch) for _ in range(2)]
                 stores[0][j] = hidden_NLD
                 self.calls.append(interned.batch(calls))
         self.hidden, self.outputs = stores
@@ -219,12 +223,21 @@ class Flow:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """Hidden states of one micro-batch that leave the block."""
+    def twin(self) -> Flow:
+        """A second flow of the same windows with hidden states of its own."""
+        other = copy(self)
+        device = self.stream.device_of(0)
+        other.hidden, other.outputs = (place_hidden(self.size, device, self.stream.scratch) for _ in range(2))
+        for batch in range(len(self)):
+            other.hidden[batch] = self.hidden[batch]
+        return other
+
+    def run(self, index: int, block: nn.Module, batch: int, hidden_NLD: Tensor | None = None) -> Tensor:
+        """Hidden states of one micro-batch that leave the block, when ``hidden_NLD`` enters it, or else what waits in ``hidden``."""
         device = self.stream.device_of(index)
         call = self.calls[batch][index]
         moved = Call(moved_to(device, call.args), {k: moved_to(device, v) for k, v in call.kwargs.items()}, call.keyword)
-        return self.stream.walk.replay(block, self.hidden[batch].to(device), moved)
+        return self.stream.walk.replay(block, (self.hidden[batch] if hidden_NLD is None else hidden_NLD).to(device), moved)
 
     def advance(self) -> None:
         """What left the block enters the next one."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import Tensor
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
-Stat: TypeAlias = Literal["input_sq", "gram"]
+Stat: TypeAlias = Literal["input_sq", "gram", "norm_scale", "grad", "grad_sq", "grad_out_sq", "first_grad"]
 
 
 @dataclass
@@ -24,7 +24,18 @@ class Stats:
     tokens: int = 0
     input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
     gram_CC: Tensor | None = None  # sum over tokens of x x^T
-    factors: dict[float, Any] = field(default_factory=dict)  # damping -> linalg.Factor
+    cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
+    partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
+    row_weight_R: Tensor | None = None  # weights of the rows against each other in the choice of what goes; one matrix's own
+    norm_scale_C: Tensor | None = None  # scale of the norm whose output enters; None too where no norm does
+    # of the dense model's summed next-token loss; one matrix's own (see gradients.py)
+    grad_RC: Tensor | None = None  # dL/dW, summed over windows
+    grad_sq_RC: Tensor | None = None  # sum over windows of (dL_n/dW) ** 2
+    grad_out_sq_R: Tensor | None = None  # sum over tokens of (dL/dy_r) ** 2, y = W x
+    first_grad_RC: Tensor | None = None  # dL/dW of the first window alone
+    grad_tokens: int = 0  # tokens in these sums; 0: none reached the matrix
+    grad_windows: int = 0  # windows in these sums
+    factors: dict[Any, Any] = field(default_factory=dict)  # what linalg has derived from the Gram matrix
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,15 @@ class Plan:
     solver: Solver
     allocation: Allocation
     sparsity: float
+    asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
+    fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
     accept_damage: bool = False
 
     @property
     def needs(self) -> frozenset[Stat]:
         own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
-        return own | self.solver.needs
+        extra: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
+        return own | self.solver.needs | extra
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,9 @@ class Loader:
             self.load_block(index, torch.device("cpu"))
             self.free_block(index)
 
-    def load_block(self, index: int, device: torch.device) -> nn.Module:
-        """The block with its weights on ``device``, in the skeleton's dtype."""
-        self._fill(self._in_block[index])
+    def load_block(self, index: int, device: torch.device, dense: bool = False) -> nn.Module:
+        """The block with its weights on ``device``, in the skeleton's dtype; ``dense``: as the source has them."""
+        self._fill(self._in_block[index], dense)
         block = self.skeleton.get_submodule(self._prefixes[index].removesuffix("."))
         empty = [name for name, p in block.named_parameters() if p.is_meta]
         if empty:
@@ -135,8 +135,8 @@ class Loader:
             plain |= back
         return {k: t.to("cpu", DTYPES[self.source.tensors[k].dtype]).contiguous() for k, t in plain.items()}
 
-    def _fill(self, keys: list[str]) -> None:
-        tensors = self._read(keys)
+    def _fill(self, keys: list[str], dense: bool = False) -> None:
+        tensors = self.source.read_many(keys) if dense else self._read(keys)
         for key in keys:
             if key not in self.converted:
                 self._set(self.parameter_of[key], tensors.pop(key))

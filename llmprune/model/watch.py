@@ -57,6 +57,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.needs = needs
         self.inputs: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
         self._follow = follow
         self._until = {m.name for m in until or ()}
         every = [*matrices, *(until or ())]
@@ -106,6 +107,11 @@ class Watch(TorchFunctionMode):
     def next_batch(self) -> None:
         self._seen.clear()
         self.inputs.clear()
+        self._own.clear()
+
+    def input_of(self, matrix: str) -> Tensor | None:
+        """What a matrix was last given in the present forward."""
+        return self._own.get(matrix)
 
     def _add(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
@@ -126,6 +132,7 @@ class Watch(TorchFunctionMode):
             began = perf_counter()
             _accumulate(stats, value.reshape(-1, value.shape[-1]).float(), self.needs)
             self.seconds += perf_counter() - began
+        self._own[matrix.name] = value
 
     def close(self) -> None:
         """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""

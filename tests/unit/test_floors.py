@@ -14,10 +14,10 @@ import llmprune
 
 ROOT = Path(llmprune.__file__).parent
 FLOORS = [
-    {"errors", "types"},
+    {"errors", "types", "clock"},
     {"linalg", "data", "checkpoint"},
-    {"criteria", "patterns", "solvers", "allocation", "model", "structured"},
-    {"methods", "stream", "whole", "evaluation"},
+    {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
+    {"methods", "stream", "statistics", "gradients", "whole", "evaluation"},
     {"engine"},
     {"recipe", "report", "preflight"},
     {"hub", "job"},

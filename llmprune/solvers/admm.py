@@ -1,0 +1,77 @@
+"""min over allowed V of tr (V - W) H (V - W)^T by ADMM, finished by conjugate gradients on the weights that stay.
+
+Columns are scaled to a unit diagonal of H. A ridge solve, X = (W H - Y + rho D)(H + rho I)^-1, alternates with the projection of X + Y / rho onto
+the pattern; rho grows as the support settles (Meng et al., ALPS, algorithm 1, https://arxiv.org/abs/2406.07831). Row weights sqrt(lam_r), where they
+are known (Fisher information of the row's output), only weigh rows against each other in the choice of what goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.linalg import Eigen, eigen_of, masked_refit
+from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
+
+CHECK_EVERY = 3  # iterations between two looks at the support
+LEAST_ITERATIONS = 30
+# share of the support that changed -> growth of rho
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+SETTLED = 3e-4
+
+
+@dataclass(frozen=True)
+class ADMM:
+    damping: float = 0.01
+    iterations: int = 100
+    refit_steps: int = 10
+    needs: frozenset[Stat] = frozenset({"gram"})
+    own_score: bool = True
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
+        eigen = eigen_of(stats, self.damping)
+        scaled_RC = weight_RC * eigen.scale_C
+        rows_R1 = torch.ones_like(weight_RC[:, :1]) if stats.row_weight_R is None else stats.row_weight_R.to(weight_RC).unsqueeze(1)
+        start_RC, keep_RC = self._alternate(scaled_RC, rows_R1, eigen, pattern, drop)
+        refit_RC = masked_refit(scaled_RC, eigen.matrix_CC, keep_RC, start_RC, self.refit_steps)
+        error_RC = refit_RC - scaled_RC
+        lost = float(((error_RC @ eigen.matrix_CC) * error_RC).sum())
+        return Pruned((refit_RC / eigen.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0), eigen.notes)
+
+    def _alternate(self, scaled_RC: Tensor, rows_R1: Tensor, eigen: Eigen, pattern: Pattern, drop: int) -> tuple[Tensor, Mask]:
+        def project(value_RC: Tensor) -> Mask:
+            return pattern.project((value_RC * rows_R1).abs_(), drop)
+
+        product_RC = scaled_RC @ eigen.matrix_CC
+        keep_RC = project(scaled_RC)
+        kept = max(1, scaled_RC.numel() - drop)
+        first_RC = primal_RC = scaled_RC.masked_fill(~keep_RC, 0)
+        dual_RC = torch.zeros_like(scaled_RC)
+        before_RC = keep_RC
+        rho, moving = 0.1, False
+        inverse_CC = eigen.inverse(rho)
+        for iteration in range(1, self.iterations + 1):
+            ridge_RC = (product_RC - dual_RC + rho * primal_RC) @ inverse_CC
+            free_RC = ridge_RC + dual_RC / rho
+            keep_RC = project(free_RC)
+            primal_RC = free_RC.masked_fill(~keep_RC, 0)
+            dual_RC = dual_RC + rho * (ridge_RC - primal_RC)
+            if iteration % CHECK_EVERY:
+                continue
+            changed = int((keep_RC ^ before_RC).sum()) / kept
+            before_RC = keep_RC
+            if moving and changed == 0:
+                break
+            if changed > GROWTH[1][0] or (moving and changed > 0):
+                rho *= next(growth for above, growth in GROWTH if changed > above)
+                moving = True
+            else:  # rho is still too stiff for anything to move: start again with less
+                rho /= 5
+                if changed:
+                    primal_RC, dual_RC = first_RC, torch.zeros_like(dual_RC)
+            if iteration >= LEAST_ITERATIONS and changed < SETTLED:
+                break
+            inverse_CC = eigen.inverse(rho)
+        return primal_RC, keep_RC

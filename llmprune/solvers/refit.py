@@ -1,0 +1,30 @@
+"""Any criterion's mask, then the least-squares values of the weights that stay: min tr (V - W) H (V - W)^T over V inside the mask,
+by conjugate gradients on all rows at once (Jacobi-preconditioned by the scaling to a unit diagonal of H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.linalg import masked_refit, scaled_of
+from llmprune.types import Pattern, Pruned, Stat, Stats
+
+
+@dataclass(frozen=True)
+class Refit:
+    damping: float = 0.01
+    steps: int = 20
+    needs: frozenset[Stat] = frozenset({"gram"})
+    own_score: bool = False
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
+        assert score_RC is not None, "the recipe gives this solver a criterion"
+        keep_RC = pattern.project(score_RC, drop)
+        problem = scaled_of(stats, self.damping)
+        scaled_RC = weight_RC * problem.scale_C
+        refit_RC = masked_refit(scaled_RC, problem.matrix_CC, keep_RC, scaled_RC, self.steps)
+        error_RC = refit_RC - scaled_RC
+        lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
+        return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0))
