@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
-from llmprune.linalg import all_finite
+from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_once, stage_by_stage
@@ -117,7 +117,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
         weight_RC = asymmetric_target(weight_RC, stats)
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
-    notes = pruned.notes + dead_inputs(stats)
+    notes = pruned.notes + notes_of(stats) + dead_inputs(stats)
     return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)
 
 

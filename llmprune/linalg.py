@@ -15,6 +15,7 @@ from llmprune.errors import StoppedError
 from llmprune.types import Mask, Stats
 
 SMALL_GROUP = 8  # up to this length pairwise comparison beats selection
+NOT_FINITE = "the Gram matrix of the calibration inputs is not finite"
 DAMPING_LADDER = (1.0, 10.0, 100.0)
 
 
@@ -71,6 +72,38 @@ def damped(gram_CC: Tensor, damping: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Damped:
+    """A Gram matrix damped until it is positive definite, in float64.
+
+    ``lower_CC`` is the Cholesky factor of the matrix with rows and columns in reverse order.
+    """
+
+    matrix_CC: Tensor
+    lower_CC: Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+
+def definite(gram_CC: Tensor, damping: float) -> Damped:
+    """gram + damping * mean(diag) * I in float64; where that is not positive definite, with 10, then 100 times the damping, which is noted.
+
+    Raises StoppedError when the Gram matrix is not finite, or stays indefinite.
+    """
+    if not all_finite(gram_CC):
+        raise StoppedError(NOT_FINITE, "compute in --dtype float32, or look for overflowing activations")
+    for step in DAMPING_LADDER:
+        matrix_CC = damped(gram_CC.double(), damping * step)
+        lower_CC, failed = torch.linalg.cholesky_ex(matrix_CC.flip((0, 1)))
+        if not bool(failed) and all_finite(lower_CC):
+            note = f"Gram matrix not positive definite: damping raised to {damping * step:g}"
+            return Damped(matrix_CC, lower_CC, damping * step, (note,) if step != 1.0 else ())
+    raise StoppedError(
+        f"the Gram matrix [{gram_CC.shape[0]} columns] stays indefinite even with {DAMPING_LADDER[-1]:g} x the damping in float64",
+        "calibrate with more or other text",
+    )
+
+
+@dataclass(frozen=True)
 class Factor:
     """Upper-triangular U with U^T U = (gram + damping * mean(diag) * I)^-1."""
 
@@ -80,31 +113,13 @@ class Factor:
 
 
 def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
-    """The Cholesky factor of the damped inverse, without forming the inverse.
+    """The Cholesky factor of the damped inverse, without forming the inverse; computed in float64, handed back in the Gram's dtype.
 
     With J the reversal of order and J H J = M M^T, the factor V = J M J is upper triangular and H = V V^T, so U = V^-1.
-    A matrix that is not positive definite is retried with 10 and 100 times the damping, then once more in float64; each retry is noted.
-
-    Raises StoppedError when the Gram matrix is not finite or every retry fails.
+    Raises StoppedError as ``definite`` does.
     """
-    if not all_finite(gram_CC):
-        raise StoppedError(
-            "the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations"
-        )
-    for dtype in (gram_CC.dtype, torch.float64):
-        for step in DAMPING_LADDER:
-            flipped_CC = damped(gram_CC.to(dtype), damping * step).flip((0, 1))
-            lower_CC, failed = torch.linalg.cholesky_ex(flipped_CC)
-            if not bool(failed):
-                upper_CC = triangular_inverse(lower_CC.flip((0, 1))).to(gram_CC.dtype)
-                if all_finite(upper_CC):
-                    retried = step != 1.0 or dtype != gram_CC.dtype
-                    note = f"Gram matrix not positive definite: damping raised to {damping * step:g}, {str(dtype).removeprefix('torch.')}"
-                    return Factor(upper_CC, damping * step, (note,) if retried else ())
-    raise StoppedError(
-        f"the Gram matrix [{gram_CC.shape[0]} columns] stays indefinite even with {DAMPING_LADDER[-1]:g} x the damping in float64",
-        "calibrate with more or other text",
-    )
+    found = definite(gram_CC, damping)
+    return Factor(triangular_inverse(found.lower_CC.flip((0, 1))).to(gram_CC.dtype), found.damping, found.notes)
 
 
 def triangular_inverse(upper_CC: Tensor, base: int = 128) -> Tensor:
@@ -138,30 +153,25 @@ class Scaled:
 
     matrix_CC: Tensor
     scale_C: Tensor
+    notes: tuple[str, ...] = ()
 
 
 def scaled_of(stats: Stats, damping: float) -> Scaled:
-    """The scaled problem of a matrix, computed once for all matrices that share the input."""
+    """The scaled problem of a matrix, computed once for all matrices that share the input. Raises StoppedError as ``definite`` does."""
     key = ("scaled", damping)
     if key not in stats.factors:
         assert stats.gram_CC is not None, "a solver that needs the Gram matrix declares it"
-        if not all_finite(stats.gram_CC):
-            raise StoppedError(
-                "the Gram matrix of the calibration inputs is not finite", "compute in --dtype float32, or look for overflowing activations"
-            )
-        gram_CC = damped(stats.gram_CC.double(), damping)
-        scale_C = gram_CC.diagonal().sqrt()
+        found = definite(stats.gram_CC, damping)
+        scale_C = found.matrix_CC.diagonal().sqrt()
         dtype = stats.gram_CC.dtype
-        stats.factors[key] = Scaled((gram_CC / scale_C / scale_C.unsqueeze(1)).to(dtype), scale_C.to(dtype))
+        stats.factors[key] = Scaled((found.matrix_CC / scale_C / scale_C.unsqueeze(1)).to(dtype), scale_C.to(dtype), found.notes)
     return stats.factors[key]
 
 
 @dataclass(frozen=True)
 class Eigen:
-    """A scaled problem with its eigenbasis, so that (A + rho I)^-1 costs one product for any rho."""
+    """The eigenbasis of a scaled problem A, so that (A + rho I)^-1 costs one product for any rho."""
 
-    matrix_CC: Tensor
-    scale_C: Tensor
     values_C: Tensor
     vectors_CC: Tensor
     notes: tuple[str, ...] = ()
@@ -171,18 +181,12 @@ class Eigen:
 
 
 def eigen_of(stats: Stats, damping: float) -> Eigen:
-    """The eigenbasis of a matrix's scaled problem, computed in float64 and once for all matrices that share the input.
-
-    Eigenvalues that rounding has made negative are raised to zero, which is noted.
-    """
+    """The eigenbasis of a matrix's scaled problem, computed in float64 and once for all matrices that share the input."""
     key = ("eigen", damping)
     if key not in stats.factors:
-        problem = scaled_of(stats, damping)
-        values_C, vectors_CC = torch.linalg.eigh(problem.matrix_CC.double())
-        negative = int((values_C < 0).sum())
-        note = (f"Gram matrix not positive definite: {negative} negative eigenvalues raised to zero",) if negative else ()
-        dtype = problem.matrix_CC.dtype
-        stats.factors[key] = Eigen(problem.matrix_CC, problem.scale_C, values_C.clamp_(min=0).to(dtype), vectors_CC.to(dtype), note)
+        matrix_CC = scaled_of(stats, damping).matrix_CC
+        values_C, vectors_CC = torch.linalg.eigh(matrix_CC.double())
+        stats.factors[key] = Eigen(values_C.clamp_(min=0).to(matrix_CC.dtype), vectors_CC.to(matrix_CC.dtype))
     return stats.factors[key]
 
 
@@ -205,3 +209,8 @@ def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: 
         before_R1, size_R1 = size_R1, residual_RC.square().sum(1, keepdim=True)
         direction_RC = residual_RC + size_R1 / before_R1.clamp_min(1e-30) * direction_RC
     return value_RC
+
+
+def notes_of(stats: Stats) -> tuple[str, ...]:
+    """What had to be done differently to derive something from a matrix's statistics, each said once."""
+    return tuple(dict.fromkeys(note for derived in stats.factors.values() for note in derived.notes))

@@ -39,7 +39,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("forward", "statistics", "solve", "read", "write")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # micro-batch of llmprune; the peer gets the same
 SHARD = 2 << 30  # bytes of weights in one file
 MIB = 2**20
@@ -246,7 +245,9 @@ def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
         job.stream.loader.load_block = timed_load  # type: ignore[method-assign]
         with _measured(found, task.device):
             report = run_job(job)
-    return found | _parts(report, PARTS) | {"read": read}
+    found |= _outcome(report)
+    found["parts"].setdefault("read", read)
+    return found
 
 
 def _run_live(task: Task, ids_NL: Any) -> dict[str, Any]:
@@ -256,7 +257,9 @@ def _run_live(task: Task, ids_NL: Any) -> dict[str, Any]:
     model = _load(task)
     with _measured(found, task.device):
         report = llmprune.prune(model, calibration=ids_NL, **_request(task))
-    return found | _parts(report, PARTS[:3])
+    found |= _outcome(report)
+    found["parts"].pop("write", None)
+    return found
 
 
 def _run_peer(task: Task, ids_NL: Any) -> dict[str, Any]:
@@ -297,20 +300,23 @@ def _load(task: Task) -> Any:
     return AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").to(task.device)
 
 
-def _parts(report: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _outcome(report: Any) -> dict[str, Any]:
     rows = [row for block in report.blocks for row in block.rows]
-    seconds = {name: sum(block.seconds.get(name, 0.0) for block in report.blocks) for name in names}
-    return seconds | {"sparsity": sum(r.zeros for r in rows) / sum(r.rows * r.columns for r in rows)}
+    parts: dict[str, float] = {}
+    for block in report.blocks:
+        for part, seconds in block.seconds.items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    return {"parts": parts, "sparsity": sum(r.zeros for r in rows) / sum(r.rows * r.columns for r in rows)}
 
 
 def floors(task: Task, rate: dict[str, float]) -> dict[str, float]:
-    """Seconds that each part needs at least."""
+    """Seconds that each part needs at least, by the names that reports give to parts."""
     shape, tokens = Shape(**task.shape), task.windows * task.length
     matrices = shape.matrices().values()
     weights = sum(r * c for r, c in matrices)
     inputs = [shape.width] * 3 + [shape.ffn]  # columns of the distinct inputs
     attention = 2 * shape.width * (task.length + 1)  # a token: 2 products, 2 operations a multiply-add, half of the positions
-    forward = 2 * tokens * (2 * weights + attention) / rate["forward"]
+    forward = tokens * (2 * weights + attention) / rate["forward"]  # one pass
     if task.method == "sparsegpt":
         statistics = sum(tokens * c**2 for c in inputs) / rate["float32"]
         solve = (sum(2 * c**3 / 3 for c in inputs) + sum(r * c**2 for r, c in matrices)) / rate["float32"]
@@ -318,17 +324,18 @@ def floors(task: Task, rate: dict[str, float]) -> dict[str, float]:
         statistics = sum(4 * tokens * c for c in inputs) / rate["copy"]
         solve = 8 * weights / rate["copy"]
     moved = (4 if shape.dtype == "float32" else 2) * weights / rate["copy"]
-    return {k: shape.blocks * v for k, v in zip(PARTS, (forward, statistics, solve, moved, moved), strict=True)}
+    parts = {"forward": 2 * forward, "statistics": statistics, "solve": solve, "read": moved, "write": moved}
+    parts |= {"forward and statistics": forward + statistics, "forward again": forward}  # engines that time these together
+    return {part: shape.blocks * seconds for part, seconds in parts.items()}
 
 
 def print_parts(run: dict[str, Any], floor: dict[str, float]) -> None:
     """One run, part by part, against its floor."""
-    parts = [(part, run[part], floor[part]) for part in PARTS if part in run]
-    known = sum(seconds for _, seconds, _ in parts)
-    total = sum(least for _, _, least in parts)
-    print(f"  {'part':<12}{'seconds':>10}{'floor':>10}{'ratio':>8}")
+    parts = [(part, seconds, floor.get(part, 0.0)) for part, seconds in run["parts"].items()]
+    known, total = (sum(numbers) for numbers in list(zip(*parts, strict=True))[1:])
+    print(f"  {'part':<24}{'seconds':>10}{'floor':>10}{'ratio':>8}")
     for part, seconds, least in [*parts, ("rest", run["wall"] - known, 0.0), ("total", run["wall"], total)]:
-        print(f"  {part:<12}{seconds:>10.2f}" + (f"{least:>10.3f}{seconds / least:>8.2f}" if least else ""))
+        print(f"  {part:<24}{seconds:>10.2f}" + (f"{least:>10.3f}{seconds / least:>8.2f}" if least else ""))
 
 
 def summary(run: dict[str, Any]) -> str:

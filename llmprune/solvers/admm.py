@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import Eigen, eigen_of, masked_refit
+from llmprune.linalg import Eigen, eigen_of, masked_refit, scaled_of
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 
 CHECK_EVERY = 3  # iterations between two looks at the support
@@ -31,20 +31,22 @@ class ADMM:
     own_score: bool = True
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
-        eigen = eigen_of(stats, self.damping)
-        scaled_RC = weight_RC * eigen.scale_C
+        if drop == 0:
+            return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
+        problem = scaled_of(stats, self.damping)
+        scaled_RC = weight_RC * problem.scale_C
         rows_R1 = torch.ones_like(weight_RC[:, :1]) if stats.row_weight_R is None else stats.row_weight_R.to(weight_RC).unsqueeze(1)
-        start_RC, keep_RC = self._alternate(scaled_RC, rows_R1, eigen, pattern, drop)
-        refit_RC = masked_refit(scaled_RC, eigen.matrix_CC, keep_RC, start_RC, self.refit_steps)
+        start_RC, keep_RC = self._alternate(scaled_RC, rows_R1, problem.matrix_CC, eigen_of(stats, self.damping), pattern, drop)
+        refit_RC = masked_refit(scaled_RC, problem.matrix_CC, keep_RC, start_RC, self.refit_steps)
         error_RC = refit_RC - scaled_RC
-        lost = float(((error_RC @ eigen.matrix_CC) * error_RC).sum())
-        return Pruned((refit_RC / eigen.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0), eigen.notes)
+        lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
+        return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0))
 
-    def _alternate(self, scaled_RC: Tensor, rows_R1: Tensor, eigen: Eigen, pattern: Pattern, drop: int) -> tuple[Tensor, Mask]:
+    def _alternate(self, scaled_RC: Tensor, rows_R1: Tensor, matrix_CC: Tensor, eigen: Eigen, pattern: Pattern, drop: int) -> tuple[Tensor, Mask]:
         def project(value_RC: Tensor) -> Mask:
             return pattern.project((value_RC * rows_R1).abs_(), drop)
 
-        product_RC = scaled_RC @ eigen.matrix_CC
+        product_RC = scaled_RC @ matrix_CC
         keep_RC = project(scaled_RC)
         kept = max(1, scaled_RC.numel() - drop)
         first_RC = primal_RC = scaled_RC.masked_fill(~keep_RC, 0)

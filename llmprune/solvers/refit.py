@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmprune.linalg import masked_refit, scaled_of
@@ -21,6 +22,8 @@ class Refit:
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         assert score_RC is not None, "the recipe gives this solver a criterion"
+        if drop == 0:
+            return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
         keep_RC = pattern.project(score_RC, drop)
         problem = scaled_of(stats, self.damping)
         scaled_RC = weight_RC * problem.scale_C

@@ -44,7 +44,7 @@ class SparseGPT:
             keep_RC[:, a:b] = keep_BR.T
             weight_RC[:, b:].addmm_(error_BR.T, factor.upper_CC[a:b, b:], alpha=-1)
             lost += error_BR.square().sum()
-        return Pruned(weight_RC, keep_RC, float(lost), factor.notes)
+        return Pruned(weight_RC, keep_RC, float(lost))
 
 
 def _multiple(width: int, unit: int) -> int:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmprune.linalg import notes_of
 from llmprune.methods import build, names
 from llmprune.types import Criterion, Pattern, Pruned, Solver, Stats
 
@@ -48,7 +49,8 @@ class Combo:
 
     def run(self, weight_RC: Tensor, stats: Stats, drop: int) -> Pruned:
         score_RC = self.criterion.score(weight_RC, stats) if self.criterion else None
-        return self.solver.solve(weight_RC, score_RC, stats, self.pattern, drop)
+        pruned = self.solver.solve(weight_RC, score_RC, stats, self.pattern, drop)
+        return dataclasses.replace(pruned, notes=pruned.notes + notes_of(stats))
 
     def shapes(self) -> list[tuple[int, int]]:
         unit = self.pattern.unit
@@ -83,6 +85,8 @@ COMBOS = [
     for solver in SOLVERS
     for criterion in (NOBODY if solver.method.own_score else CRITERIA)
     for pattern in PATTERNS
+    # a criterion ranks alike under any N:M, so the rarer pairs are tried with one criterion
+    if criterion in (*NOBODY, CRITERIA[0]) or pattern.id in ("nm[2,4]", "nm[3,6]") or not pattern.id.startswith("nm")
 ]
 
 
@@ -116,17 +120,28 @@ def make_inputs(columns: int, seed: int = 1, tokens: int | None = None) -> Tenso
 
 
 def make_stats(needs: frozenset[str], value_TC: Tensor, dtype: torch.dtype = torch.float32) -> Stats:
-    """Just the statistics that were asked for, so that one used without being declared is missed at once."""
+    """Just the statistics that were asked for, so that one used without being declared is missed at once.
+
+    Gradients have one row for all rows of the weights, whose number is not known here: so rows may be permuted without them.
+    """
+    grad_TC = value_TC * torch.randn(len(value_TC), 1, generator=generator(2), dtype=torch.float64)  # of a loss that one token has
+    windows = grad_TC.split(4)
     makers = {
         "input_sq": lambda: {"input_sq_C": value_TC.square().sum(0).to(dtype)},
         "gram": lambda: {"gram_CC": (value_TC.T @ value_TC).to(dtype)},
+        "norm_scale": lambda: {"norm_scale_C": value_TC.square().mean(0).sqrt().to(dtype)},
+        "grad": lambda: {"grad_RC": grad_TC.sum(0, keepdim=True).to(dtype)},
+        "grad_sq": lambda: {"grad_sq_RC": sum(w.sum(0, keepdim=True).square() for w in windows).to(dtype)},
+        "first_grad": lambda: {"first_grad_RC": windows[0].sum(0, keepdim=True).to(dtype)},
+        "grad_out_sq": lambda: {"grad_out_sq_R": (grad_TC / value_TC.norm()).square().sum().reshape(1).to(dtype)},
     }
     unknown = needs - makers.keys()
     assert not unknown, f"teach make_stats in {__file__} the statistics {sorted(unknown)}"
     fields: dict[str, Tensor] = {}
     for need in needs:
         fields |= makers[need]()
-    return Stats(tokens=value_TC.shape[0], **fields)
+    counts = {"grad_tokens": len(value_TC), "grad_windows": len(windows)} if any("grad" in need for need in needs) else {}
+    return Stats(tokens=value_TC.shape[0], **fields, **counts)
 
 
 def tensors_of(stats: Stats) -> dict[str, Tensor]:

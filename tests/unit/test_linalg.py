@@ -130,7 +130,7 @@ def test_an_indefinite_gram_climbs_the_damping_ladder(lowest: float, damping: fl
     factor = inverse_factor(gram_CC.float(), 0.01)
     assert factor.damping == pytest.approx(damping)
     assert len(factor.notes) == (damping != 0.01)
-    assert all(f"{damping:g}" in note and "float32" in note for note in factor.notes)
+    assert all(f"{damping:g}" in note for note in factor.notes)
     wanted_CC = torch.linalg.cholesky(torch.linalg.inv(damped(gram_CC, damping)), upper=True)
     assert float((factor.upper_CC.double() - wanted_CC).norm() / wanted_CC.norm()) < 1e-3
 

@@ -1,0 +1,23 @@
+"""score = uniform noise from a seed: what any other criterion has to beat. It looks at the shape alone, so matrices of one shape share their noise.
+
+The baseline of, among others, Blalock et al., What is the State of Neural Network Pruning?, https://arxiv.org/abs/2003.03033
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.types import Stat, Stats
+
+
+@dataclass(frozen=True)
+class Random:
+    seed: int = 0
+    needs: frozenset[Stat] = frozenset()
+
+    def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
+        noise = torch.Generator().manual_seed(self.seed)  # on the CPU: the same on every device
+        return torch.rand(weight_RC.shape, generator=noise, dtype=weight_RC.dtype).to(weight_RC.device)
