@@ -35,9 +35,11 @@ def prune(
     model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
     pattern: Annotated[Text, typer.Option(help="unstructured, or N:M such as 2:4")] = None,
-    method: Annotated[Text, typer.Option(help="a paper's own recipe; see llmprune methods")] = None,
+    quality: Annotated[Text, typer.Option(help="one of our own recipes: fast or balanced (the default)")] = None,
+    method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
     criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,
     solver: Annotated[Text, typer.Option(help="what chooses the mask and repairs the rest")] = None,
+    target: Annotated[Text, typer.Option(help="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)")] = None,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
     allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices")] = None,
     calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
@@ -145,16 +147,19 @@ def inspect(
 def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
     """List what can be asked for, or show one method's equation and paper."""
     from llmprune.checkpoint.aliases import ALIASES
-    from llmprune.methods import DEFAULT_METHOD, KINDS, METHODS, check_name, document, names
+    from llmprune.methods import DEFAULT_QUALITY, KINDS, METHODS, QUALITIES, check_name, document, names
 
     everything = {kind: names(kind) for kind in KINDS}
     if name is not None:
-        check_name("method", name, sorted({n for ns in everything.values() for n in ns} | METHODS.keys()))
-    for method, parts in METHODS.items():
-        if name in (None, method):
-            pair = " + ".join(p for p in (parts.criterion, parts.solver) if p)
-            default = ", the default" if method == DEFAULT_METHOD else ""
-            out.print(f"--method {method}: {pair}, unstructured weights compete per {parts.group}{default}", markup=False)
+        check_name("method", name, sorted({n for ns in everything.values() for n in ns} | METHODS.keys() | QUALITIES.keys()))
+    for flag, named in (("quality", QUALITIES), ("method", METHODS)):
+        for method, parts in named.items():
+            if name in (None, method):
+                said = [" + ".join(p for p in (parts.criterion, parts.solver) if p), f"unstructured weights compete per {parts.group}"]
+                said += ["towards the dense path's outputs"] if parts.asymmetric else []
+                said += ["rows weighed by their Fisher information"] if parts.fisher_rows else []
+                said += ["the default"] if method == DEFAULT_QUALITY else []
+                out.print(f"--{flag} {method}: {', '.join(said)}", markup=False, soft_wrap=True)
     for kind, ns in everything.items():
         for one in ns:
             text = document(kind, one)

@@ -23,19 +23,29 @@ Group = Literal["row", "matrix"]
 
 @dataclass(frozen=True)
 class Method:
-    """A paper's own recipe, for comparison: its criterion, solver, and the group in which unstructured weights compete."""
+    """What a name stands for: criterion, solver, the group in which unstructured weights compete, and what the solver aims at."""
 
     criterion: str | None
     solver: str
     group: Group
+    asymmetric: bool = False  # aims at the dense path's outputs (llmprune.target)
+    fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
 
 
+# The papers' own recipes, unimproved, for comparison.
 METHODS = {
     "magnitude": Method("magnitude", "mask_only", "matrix"),
     "wanda": Method("wanda", "mask_only", "row"),
+    "ria": Method("ria", "mask_only", "row"),
     "sparsegpt": Method(None, "sparsegpt", "matrix"),
+    "alps": Method(None, "admm", "matrix"),
 }
-DEFAULT_METHOD = "sparsegpt"
+# Ours.
+QUALITIES = {
+    "fast": Method("wanda", "refit", "row", asymmetric=True),
+    "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True),
+}
+DEFAULT_QUALITY = "balanced"
 
 
 def names(kind: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llmprune.errors import RequestError
-from llmprune.methods import DEFAULT_METHOD, METHODS, Group, build, build_pattern, check_name, names, parse_nm
+from llmprune.methods import DEFAULT_QUALITY, METHODS, QUALITIES, Group, Method, build, build_pattern, check_name, names, parse_nm
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
@@ -27,9 +28,13 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4")
-    method: str | None = Field(None, description="a paper's own recipe")
+    quality: str | None = Field(None, description="one of our own recipes: fast or balanced")
+    method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
     criterion: str | None = Field(None, description="what scores the weights")
     solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay")
+    target: Literal["symmetric", "asymmetric"] | None = Field(
+        None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
+    )
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: str = Field("uniform", description="how the ratio is shared out over the matrices")
     calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
@@ -79,12 +84,19 @@ class Recipe(BaseModel):
         return 1 - n / m
 
     @property
-    def parts(self) -> tuple[str | None, str, Group]:
-        """(criterion, solver, group): from the method, or as they were asked for one by one."""
-        if self.criterion is None and self.solver is None:
-            method = METHODS[self.method or DEFAULT_METHOD]
-            return method.criterion, method.solver, self.group or method.group
-        return self.criterion, self.solver or "mask_only", self.group or "row"
+    def parts(self) -> Method:
+        """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
+        if self.method is not None:
+            named = METHODS[self.method]
+        elif self.criterion is not None or self.solver is not None:
+            named = Method(self.criterion, self.solver or "mask_only", "row")
+        else:
+            named = QUALITIES[self.quality or DEFAULT_QUALITY]
+        group = self.group or named.group
+        asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
+        return replace(
+            named, group=group, asymmetric=asymmetric, fisher_rows=named.fisher_rows and group == "matrix" and self.pattern == "unstructured"
+        )
 
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
@@ -97,37 +109,49 @@ class Recipe(BaseModel):
                 raise RequestError(f"pattern {self.pattern} means sparsity {1 - n / m:g}, not {self.sparsity:g}", "leave one of them out")
             if self.group is not None:
                 raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
-        if self.method is not None:
-            check_name("method", self.method, list(METHODS))
-            if self.criterion is not None or self.solver is not None:
-                raise RequestError(f"method {self.method!r} together with a criterion or solver", "give the method, or its parts")
+        self._check_names()
         check_name("allocation", self.allocation, names("allocation"))
         self._check_parts()
         return self
+
+    def _check_names(self) -> None:
+        given = [name for name in ("quality", "method") if getattr(self, name) is not None]
+        if self.criterion is not None or self.solver is not None:
+            given.append("criterion or solver")
+        if len(given) > 1:
+            raise RequestError(f"{given[0]} together with {given[1]}", "give a quality, a method, or a method's parts")
+        if self.quality is not None:
+            check_name("quality", self.quality, list(QUALITIES))
+        if self.method is not None:
+            check_name("method", self.method, list(METHODS))
 
     def _check_parts(self) -> None:
         if self.criterion is not None:
             check_name("criterion", self.criterion, names("criteria"))
         if self.solver is not None:
             check_name("solver", self.solver, names("solvers"))
-        criterion, solver, _ = self.parts
+        criterion, solver = self.parts.criterion, self.parts.solver
         own_score = build("solvers", solver).own_score
         if own_score and criterion is not None:
             raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
         if not own_score and criterion is None:
             raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
+        if self.parts.asymmetric and solver == "mask_only":
+            raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
 
     def plan(self) -> Plan:
         """The request in values, for the engine."""
         from llmprune.types import Plan
 
-        criterion, solver, group = self.parts
+        parts = self.parts
         return Plan(
-            criterion=build("criteria", criterion) if criterion else None,
-            pattern=build_pattern(self.pattern, group),
-            solver=build("solvers", solver),
+            criterion=build("criteria", parts.criterion) if parts.criterion else None,
+            pattern=build_pattern(self.pattern, parts.group),
+            solver=build("solvers", parts.solver),
             allocation=build("allocation", self.allocation),
             sparsity=self.ratio,
+            asymmetric=parts.asymmetric,
+            fisher_rows=parts.fisher_rows,
             accept_damage=self.accept_damage,
         )
 
@@ -140,9 +164,11 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """The recipe as it is saved: paths as their last name, what only names places left out."""
         value = self.model_dump(exclude={"output"})
-        criterion, solver, group = self.parts
-        value |= {"sparsity": self.ratio, "criterion": criterion, "solver": solver}
-        value["group"] = group if self.pattern == "unstructured" else None
+        parts = self.parts
+        value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
+        value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
+        value["fisher_rows"] = parts.fisher_rows
+        value["group"] = parts.group if self.pattern == "unstructured" else None
         for key in ("model", "calibration"):
             if value[key] is not None and Path(value[key]).expanduser().exists():
                 value[key] = Path(value[key]).expanduser().resolve().name
@@ -155,7 +181,8 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     stored = _read_toml(path) if path else {}
     for key in stored:
         check_name("recipe key", key, list(Recipe.model_fields))
-    parts = {"method": ("criterion", "solver"), "criterion": ("method",), "solver": ("method",)}
+    named = ("quality", "method", "criterion", "solver")
+    parts = {flag: tuple(n for n in named if n != flag and {n, flag} != {"criterion", "solver"}) for flag in named}
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}

@@ -160,7 +160,8 @@ def rates(task: Task) -> dict[str, Any]:
     tokens = min(task.windows * task.length, BATCH_TOKENS["cuda" if cuda else "cpu"])
     out: dict[str, Any] = {}
     with torch.no_grad():
-        for key, dtype in (("float32", torch.float32), ("forward", getattr(torch, shape.dtype) if cuda else torch.float32)):
+        dtypes = {"float32": torch.float32, "forward": getattr(torch, shape.dtype)} if cuda else {"float32": torch.float32}
+        for key, dtype in dtypes.items():
             best = 0.0
             for m, k, n in ((tokens, shape.width, shape.ffn), (tokens, shape.ffn, shape.width), (shape.width, tokens, shape.ffn)):
                 a, b = (torch.randn(size, device=task.device).to(dtype) for size in ((m, k), (k, n)))
@@ -168,6 +169,7 @@ def rates(task: Task) -> dict[str, Any]:
             out[key] = best
         data = torch.ones(256 * MIB // 4, device=task.device)
         target = torch.empty_like(data)
+        out.setdefault("forward", out["float32"])  # on CPU the forward is in float32 too
         out["copy"] = 2 * data.nbytes / _best(lambda: target.copy_(data), cuda)
     return out
 
@@ -232,22 +234,19 @@ def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
         began = time.perf_counter()
         job = prepare(read_recipe(None, flags), ids_NL)
         found["prepare"] = time.perf_counter() - began
-        read, load = 0.0, job.stream.loader.load_block
+        reads: list[float] = []
+        load = job.stream.loader.load_block
 
         def timed_load(*args: Any) -> Any:
-            nonlocal read
             began = time.perf_counter()
-            try:
-                return load(*args)
-            finally:
-                read += time.perf_counter() - began
+            block = load(*args)
+            reads.append(time.perf_counter() - began)
+            return block
 
         job.stream.loader.load_block = timed_load  # type: ignore[method-assign]
         with _measured(found, task.device):
             report = run_job(job)
-    found |= _outcome(report)
-    found["parts"].setdefault("read", read)
-    return found
+    return found | _outcome(report, {"read": sum(reads)})
 
 
 def _run_live(task: Task, ids_NL: Any) -> dict[str, Any]:
@@ -257,9 +256,7 @@ def _run_live(task: Task, ids_NL: Any) -> dict[str, Any]:
     model = _load(task)
     with _measured(found, task.device):
         report = llmprune.prune(model, calibration=ids_NL, **_request(task))
-    found |= _outcome(report)
-    found["parts"].pop("write", None)
-    return found
+    return found | _outcome(report, {})
 
 
 def _run_peer(task: Task, ids_NL: Any) -> dict[str, Any]:
@@ -300,12 +297,10 @@ def _load(task: Task) -> Any:
     return AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").to(task.device)
 
 
-def _outcome(report: Any) -> dict[str, Any]:
+def _outcome(report: Any, parts: dict[str, float]) -> dict[str, Any]:
     rows = [row for block in report.blocks for row in block.rows]
-    parts: dict[str, float] = {}
-    for block in report.blocks:
-        for part, seconds in block.seconds.items():
-            parts[part] = parts.get(part, 0.0) + seconds
+    names = dict.fromkeys(name for block in report.blocks for name in block.seconds)
+    parts |= {name: sum(block.seconds.get(name, 0.0) for block in report.blocks) for name in names}
     return {"parts": parts, "sparsity": sum(r.zeros for r in rows) / sum(r.rows * r.columns for r in rows)}
 
 
@@ -331,7 +326,7 @@ def floors(task: Task, rate: dict[str, float]) -> dict[str, float]:
 
 def print_parts(run: dict[str, Any], floor: dict[str, float]) -> None:
     """One run, part by part, against its floor."""
-    parts = [(part, seconds, floor.get(part, 0.0)) for part, seconds in run["parts"].items()]
+    parts = [(part, seconds, floor.get(part, 0.0)) for part, seconds in run["parts"].items() if seconds > 1e-3]
     known, total = (sum(numbers) for numbers in list(zip(*parts, strict=True))[1:])
     print(f"  {'part':<24}{'seconds':>10}{'floor':>10}{'ratio':>8}")
     for part, seconds, least in [*parts, ("rest", run["wall"] - known, 0.0), ("total", run["wall"], total)]:
@@ -364,10 +359,9 @@ def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
     for method in args.method:
         floor = floors(Task("rates", method=method, **base), rate)
         for kind in kinds:
-            run = best[method, kind]
-            print(f"\n{method}, {kind}: {summary(run)}")
+            print(f"\n{method}, {kind}: {summary(best[method, kind])}")
             if kind != "peer":
-                print_parts(run, floor)
+                print_parts(best[method, kind], floor)
         if args.peer:
             peer = best[method, "peer"]
             ratios = [f"{kind} {best[method, kind]['cpu'] / peer['cpu']:.2f} x" for kind in ("live", "folder")]
