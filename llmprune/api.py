@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.windows import Windows, read_windows
+from llmprune.engine import dense_gradients, selected
 from llmprune.engine import prune as prune_stream
-from llmprune.engine import selected
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, prepare, quiet, run
@@ -61,7 +61,8 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         matrices = selected(stream, Selection(recipe.skip, recipe.only))
         check_matrices(matrices, stream.names, plan.pattern)
         windows = _live_windows(model, recipe, given, tokenizer)
-        blocks = prune_stream(stream, windows.ids_NL, plan, matrices)
+        gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
+        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients)
     return Report(
         recipe=recipe.resolved(),
         source={"name": type(model).__name__, "revision": None, "files": {}},

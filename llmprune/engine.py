@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
+from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.solvers.mask_only import MaskOnly
@@ -20,6 +22,7 @@ from llmprune.target import asymmetric_target
 from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
+FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
 BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
 
 
@@ -41,13 +44,14 @@ def prune(
     windows_NL: Tensor,
     plan: Plan,
     matrices: dict[int, list[Matrix]],
+    gradients: LossGradients | None = None,
     finished: Mapping[int, BlockReport] | None = None,
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
 ) -> list[BlockReport]:
     """Prune every block of a model on the outputs of the pruned blocks before it.
 
-    windows_NL: calibration token ids. ``finished`` blocks (of an interrupted run) are only run through. ``on_block`` is told of each newly
-    pruned block once its tensors are kept.
+    windows_NL: calibration token ids. gradients: what ``dense_gradients`` found before anything was pruned. ``finished`` blocks (of an
+    interrupted run) are only run through. ``on_block`` is told of each newly pruned block once its tensors are kept.
     Raises StoppedError when statistics or outputs are not finite, or a block's output is destroyed.
     """
     finished = finished or {}
@@ -62,7 +66,7 @@ def prune(
             continue
         with stream.block(index) as block:
             clock = Clock()
-            rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, clock)
+            rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
             hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
             clock.lap("write")
             error = run_again(flow, dense or flow, index, block, plan)
@@ -72,8 +76,24 @@ def prune(
     return reports
 
 
+def dense_gradients(stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> LossGradients | None:
+    """The loss gradients that a plan asks for, of the model before it is pruned; None where it asks for none."""
+    needs = plan.needs & GRADIENTS
+    if not needs:
+        return None
+    return loss_gradients(stream, windows_NL if needs - {"grad_out_sq"} else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
+
+
 def prune_block(
-    flow: Flow, dense: Flow | None, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, asked: dict[str, float], clock: Clock
+    flow: Flow,
+    dense: Flow | None,
+    index: int,
+    block: nn.Module,
+    matrices: list[Matrix],
+    plan: Plan,
+    asked: dict[str, float],
+    gradients: LossGradients | None,
+    clock: Clock,
 ) -> list[Row]:
     """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs."""
     name = flow.stream.names[index]
@@ -85,6 +105,8 @@ def prune_block(
         found = stage_by_stage(flow, dense, index, block, matrices, plan, clock)
     for stage, statistics in found:
         clock.lap("forward")
+        if gradients is not None:
+            gradients.add_to(index, statistics)
         for m in stage:
             rows[m.name] = prune_matrix(flow.stream, index, block, m, statistics.pop(m.name), plan, asked[f"{name}.{m.name}"])
         clock.lap("solve")
@@ -105,6 +127,13 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
 
 
+def weighed(stats: Stats, plan: Plan) -> Stats:
+    """With the weights of the rows, sqrt(E g_r^2) of their outputs, if the plan asks for them and any gradient reached the matrix."""
+    if not plan.fisher_rows or stats.grad_out_sq_R is None or not bool(stats.grad_out_sq_R.any()):
+        return stats
+    return replace(stats, row_weight_R=(stats.grad_out_sq_R / stats.grad_tokens).sqrt())
+
+
 def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     """Apply the plan's method to one matrix; one that no token reached (a silent expert) is ranked by magnitude, which is noted."""
     if drop == 0:
@@ -115,6 +144,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
         return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))
     if plan.asymmetric:
         weight_RC = asymmetric_target(weight_RC, stats)
+    stats = weighed(stats, plan)
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + notes_of(stats) + dead_inputs(stats)

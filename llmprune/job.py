@@ -22,7 +22,7 @@ from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import Windows, read_windows
-from llmprune.engine import prune, selected
+from llmprune.engine import dense_gradients, prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix, Selection
@@ -170,6 +170,7 @@ def default_length(model: str, config: Any) -> int:
 def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
+    ids_NL = job.calibration.ids_NL
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
@@ -179,8 +180,9 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         sink.lay_out()
         finished = finished_blocks(journal, sink, len(job.stream.names))
         dense = dense_perplexities(job, journal, progress)
-        job.stream.write_to(sink)
         job.stream.scratch = journal.folder
+        gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
+        job.stream.write_to(sink)
         progress("prune", len(finished), len(job.stream.names))
 
         def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
@@ -190,7 +192,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             journal.write(f"block-{index:05d}", record)
             progress("prune", index + 1, len(job.stream.names))
 
-        blocks = prune(job.stream, job.calibration.ids_NL, job.plan, job.matrices, finished, on_block)
+        blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, finished, on_block)
         pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
         job.stream.finish()
         sink.finish()

@@ -103,8 +103,9 @@ class Plan:
     @property
     def needs(self) -> frozenset[Stat]:
         own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
-        extra: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
-        return own | self.solver.needs | extra
+        target: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
+        rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
+        return own | self.solver.needs | target | rows
 
 
 @dataclass(frozen=True)
