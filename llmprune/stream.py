@@ -5,6 +5,8 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +28,7 @@ from llmprune.model.blocks import Call, Interned, Walk
 from llmprune.model.skeleton import build_skeleton
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's; musl has none
 
 
 class Stream(Protocol):
@@ -86,6 +89,7 @@ class CheckpointStream:
             yield self.loader.load_block(index, self.device, dense)
         finally:
             self.loader.free_block(index)
+            give_back()
 
     @contextmanager
     def outer(self) -> Iterator[None]:
@@ -165,6 +169,12 @@ class FileHidden:
             self._end += hidden_NLD.nbytes
         data = hidden_NLD.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         write_range(self._file.fileno(), self._places[batch][0], data)
+
+
+def give_back() -> None:
+    """Return freed memory to the system. glibc hardly finds the holes again that aligned tensors leave, so a run would grow from block to block."""
+    if MALLOC_TRIM is not None:
+        MALLOC_TRIM(0)
 
 
 def memory_limit() -> int:

@@ -11,7 +11,7 @@ peer    ``llmcompressor.oneshot`` (sequential pipeline) on a model in memory, sa
 
 Seconds start where pruning starts: imports and preparation (which reads and hashes the checkpoint; shown apart) are not in them, nor is the
 loading of a live model. Memory is the highest resident size less that after ``import torch, transformers``; on CUDA also the allocator's peak.
-The parts are wall-clock seconds: on a shared machine their sum exceeds the CPU seconds, which are what llmprune and peer are compared by.
+The parts are wall-clock seconds, which other processes stretch; llmprune and peer are compared by CPU seconds.
 
 The floor of a part is the larger of its counted operations over the matrix-product rate, and its bytes over the copy rate; both rates are
 measured in the same invocation at the same thread count, best of all rounds. Counted, for T tokens and matrices [R, C]:
@@ -165,26 +165,27 @@ def rates(task: Task) -> dict[str, Any]:
             best = 0.0
             for m, k, n in ((tokens, shape.width, shape.ffn), (tokens, shape.ffn, shape.width), (shape.width, tokens, shape.ffn)):
                 a, b = (torch.randn(size, device=task.device).to(dtype) for size in ((m, k), (k, n)))
-                best = max(best, 2 * m * k * n / _best(lambda a=a, b=b: a @ b, cuda))
+                best = max(best, 2 * m * k * n / _best(lambda a=a, b=b: a @ b, task))
             out[key] = best
         data = torch.ones(256 * MIB // 4, device=task.device)
         target = torch.empty_like(data)
         out.setdefault("forward", out["float32"])  # on CPU the forward is in float32 too
-        out["copy"] = 2 * data.nbytes / _best(lambda: target.copy_(data), cuda)
+        out["copy"] = 2 * data.nbytes / _best(lambda: target.copy_(data), task)
     return out
 
 
-def _best(action: Callable[[], Any], cuda: bool, times: int = 12) -> float:
+def _best(action: Callable[[], Any], task: Task, times: int = 12) -> float:
+    """Seconds of the fastest of several; on CPU those of the processor, so that other processes do not lower the rates."""
     import torch
 
     action()
-    taken = []
+    cuda, taken = task.device != "cpu", []
     for _ in range(times):
-        began = time.perf_counter()
+        began = time.perf_counter() if cuda else time.process_time() / task.threads
         action()
         if cuda:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
+        taken.append((time.perf_counter() if cuda else time.process_time() / task.threads) - began)
     return min(taken)
 
 
@@ -324,12 +325,13 @@ def floors(task: Task, rate: dict[str, float]) -> dict[str, float]:
     return {part: shape.blocks * seconds for part, seconds in parts.items()}
 
 
-def print_parts(run: dict[str, Any], floor: dict[str, float]) -> None:
+def print_parts(run: dict[str, Any], floor: dict[str, float], threads: int) -> None:
     """One run, part by part, against its floor."""
     parts = [(part, seconds, floor.get(part, 0.0)) for part, seconds in run["parts"].items() if seconds > 1e-3]
     known, total = (sum(numbers) for numbers in list(zip(*parts, strict=True))[1:])
     print(f"  {'part':<24}{'seconds':>10}{'floor':>10}{'ratio':>8}")
-    for part, seconds, least in [*parts, ("rest", run["wall"] - known, 0.0), ("total", run["wall"], total)]:
+    sums = [("rest", run["wall"] - known, 0.0), ("total", run["wall"], total), ("total of a processor", run["cpu"] / threads, total)]
+    for part, seconds, least in parts + sums:
         print(f"  {part:<24}{seconds:>10.2f}" + (f"{least:>10.3f}{seconds / least:>8.2f}" if least else ""))
 
 
@@ -361,7 +363,7 @@ def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
         for kind in kinds:
             print(f"\n{method}, {kind}: {summary(best[method, kind])}")
             if kind != "peer":
-                print_parts(best[method, kind], floor)
+                print_parts(best[method, kind], floor, args.threads)
         if args.peer:
             peer = best[method, "peer"]
             ratios = [f"{kind} {best[method, kind]['cpu'] / peer['cpu']:.2f} x" for kind in ("live", "folder")]
