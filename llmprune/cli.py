@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -200,6 +201,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1, 2, 3, 130 or 143 and never shows a traceback for what can be expected."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it when it is loaded
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("-") and words[0] not in ("--help", "--version"):
         words = ["prune", *words]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from llmprune.whole import WholeStream
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
 BUNDLED_LENGTH = 256
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 Progress = Callable[[str, int, int], None]
@@ -170,6 +172,7 @@ def default_length(model: str, config: Any) -> int:
 def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
+    steady_heap()
     ids_NL = job.calibration.ids_NL
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
@@ -213,6 +216,15 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     except BaseException:
         journal.close()
         raise
+
+
+def steady_heap() -> None:
+    """Let every large tensor have memory of its own that goes back when it is freed (glibc alone needs to be told).
+
+    Its heap would otherwise take tensors up to 32 MiB among small objects that outlive them, and grow with the number of blocks.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def finished_blocks(journal: Journal, sink: Sink, blocks: int) -> dict[int, BlockReport]:

@@ -101,7 +101,7 @@ def child(task: Task, python: str = sys.executable) -> dict[str, Any]:
     threads = {name: str(task.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     found = subprocess.run(
         [python, str(Path(__file__).resolve()), "--task", json.dumps(asdict(task))],
-        env=os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -336,9 +336,9 @@ def print_parts(run: dict[str, Any], floor: dict[str, float], threads: int) -> N
 
 
 def summary(run: dict[str, Any]) -> str:
-    text = f"{run['wall']:.2f} s, {run['cpu']:.2f} CPU s, {run['memory']:,.0f} MiB, sparsity {run['sparsity']:.4f}"
-    text += f", {run['cuda_memory']:,.0f} MiB on the device" if "cuda_memory" in run else ""
-    return text + (f"; prepared in {run['prepare']:.2f} s" if "prepare" in run else "")
+    cuda = f", {run['cuda_memory']:,.0f} MiB on the device" if "cuda_memory" in run else ""
+    prepared = f"; prepared in {run['prepare']:.2f} s" if "prepare" in run else ""
+    return f"{run['wall']:.2f} s, {run['cpu']:.2f} CPU s, {run['memory']:,.0f} MiB{cuda}, sparsity {run['sparsity']:.4f}{prepared}"
 
 
 def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
@@ -386,8 +386,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.task:
         task = Task(**json.loads(args.task))
-        print(json.dumps({"make": make, "rates": rates}.get(task.kind, run)(task)))
-        return
+        return print(json.dumps({"make": make, "rates": rates}.get(task.kind, run)(task)))
     args.method = args.method or ["sparsegpt", "wanda"]
     folder = tempfile.mkdtemp(prefix="llmprune-bench-", dir=args.folder)
     try:

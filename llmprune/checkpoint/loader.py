@@ -30,6 +30,8 @@ class Loader:
         for key in sorted(names, key=natural):
             self.keys_of.setdefault(names[key], []).append(key)
         self.empty: dict[str, Tensor] = dict(skeleton.state_dict())  # meta parameters; persistent buffers are real until loaded
+        # the skeleton's own empty parameters are put back after use: new ones would lie scattered in the heap and keep it from shrinking
+        self._meta = {(id(m), leaf): p for m in skeleton.modules() for leaf, p in m._parameters.items() if p is not None}
         self.tied: dict[str, str] = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.empty}
         self._prefixes = [f"{block_path}.{i}." for i in range(blocks)]
         self._in_block: list[list[str]] = [[] for _ in range(blocks)]
@@ -103,7 +105,7 @@ class Loader:
         for name in self._outer_parameters():
             module, leaf = self._place(name)
             if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(self.empty[name], device="meta"), requires_grad=False)
+                module._parameters[leaf] = self._meta[id(module), leaf]
 
     def _outer_parameters(self) -> list[str]:
         base = self._prefixes[0].removesuffix("0.")
@@ -174,4 +176,4 @@ class Loader:
         for module in block.modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                    module._parameters[leaf] = self._meta[id(module), leaf]

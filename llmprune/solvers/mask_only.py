@@ -17,5 +17,4 @@ class MaskOnly:
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         assert score_RC is not None, "the recipe gives this solver a criterion"
         keep_RC = pattern.project(score_RC, drop)
-        notes = dict.fromkeys(note for found in stats.factors.values() for note in found.notes)  # what the criterion met in the Gram matrix
-        return Pruned(weight_RC.masked_fill(~keep_RC, 0), keep_RC, notes=tuple(notes))
+        return Pruned(weight_RC.masked_fill(~keep_RC, 0), keep_RC)

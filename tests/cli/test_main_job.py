@@ -109,7 +109,22 @@ def test_no_local_path_in_the_output(cli, tmp_path):
     text = tmp_path / "secret-folder" / "mine.txt"
     text.parent.mkdir()
     text.write_text((BUNDLED / "calibration.txt").read_text())
-    words = ("--model", BUNDLED / "llama", "--sparsity", 0.5, "--calibration", text, "--eval", text, "--samples", 8, "--sequence-length", 64)
+    words = (
+        "--model",
+        BUNDLED / "llama",
+        "--sparsity",
+        0.5,
+        "--method",
+        "wanda",
+        "--calibration",
+        text,
+        "--eval",
+        text,
+        "--samples",
+        8,
+        "--sequence-length",
+        64,
+    )
     assert cli(*words, "--output", tmp_path / "secret-folder" / "out").code == 0
     written = (tmp_path / "secret-folder" / "out" / "llmprune.json").read_text()
     assert "secret-folder" not in written
@@ -120,7 +135,22 @@ def test_no_local_path_in_the_output(cli, tmp_path):
 def test_held_back_windows_are_evaluated_by_default(cli, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text((BUNDLED / "calibration.txt").read_text())
-    ran = cli("--model", BUNDLED / "llama", "--sparsity", 0.5, "--calibration", text, "--output", "out", "--samples", 8, "--sequence-length", 64)
+    ran = cli(
+        "--model",
+        BUNDLED / "llama",
+        "--sparsity",
+        0.5,
+        "--method",
+        "wanda",
+        "--calibration",
+        text,
+        "--output",
+        "out",
+        "--samples",
+        8,
+        "--sequence-length",
+        64,
+    )
     assert ran.code == 0
     (measured,) = json.loads(Path("out/llmprune.json").read_text())["perplexity"]
     assert measured["dense"]["split"] == "all, held back"

@@ -18,7 +18,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.job import prepare, run
 from llmprune.recipe import read_recipe
 
-ASK = {"model": "llama", "sparsity": 0.5, "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
+ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -52,12 +52,12 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_resumed_equals_uninterrupted(here, method):
-    llmprune.prune(**{**ASK, "method": method, "output": "whole"})
+@pytest.mark.parametrize("named", [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}])
+def test_resumed_equals_uninterrupted(here, named):
+    llmprune.prune(**{**ASK, **named, "output": "whole"})
     for step, block in (("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)):
-        run_until(step, block, method=method)
-    report = llmprune.prune(**{**ASK, "method": method})
+        run_until(step, block, **named)
+    report = llmprune.prune(**{**ASK, **named})
     assert report.timings["resumed_blocks"] == 8
     assert contents(Path("out")) == contents(Path("whole"))
     assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt", "whole"]
