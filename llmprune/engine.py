@@ -22,6 +22,7 @@ from llmprune.target import asymmetric_target
 from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
+SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
 FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
 BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
 
@@ -138,7 +139,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     """Apply the plan's method to one matrix; one that no token reached (a silent expert) is ranked by magnitude, which is noted."""
     if drop == 0:
         return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
-    if plan.needs and stats.tokens == 0:
+    if (plan.needs and stats.tokens == 0) or (plan.needs & SCORED and stats.grad_tokens == 0):
         score_RC = Magnitude().score(weight_RC, stats)
         pruned = MaskOnly().solve(weight_RC, score_RC, stats, plan.pattern, drop)
         return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))

@@ -36,11 +36,12 @@ class Follow:
         self.partners.clear()
         self._deepest = 0
 
-    def product(self, matrices: list[str], value: Tensor, out: Tensor) -> None:
-        """``out`` is the product of these matrices (one, or a stack of experts) with ``value``."""
-        depth = self._depth(value)
+    def product(self, matrices: list[str], value: Any, out: Tensor) -> None:
+        """``out`` is the product of one matrix with ``value``, or of a stack of experts with what is among ``value``."""
+        entering = list(_tensors(value))
+        depth = max(self._depth(t) for t in entering)
         self.calls += [(matrix, depth) for matrix in matrices]
-        self._mark(out, depth + 1, _origins(value).union(matrices))
+        self._mark(out, depth + 1, frozenset(matrices).union(*(_origins(t) for t in entering)))
         out.__dict__[SUMS] = frozenset(matrices if len(matrices) == 1 else ())
 
     def other(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

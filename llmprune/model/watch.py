@@ -5,37 +5,19 @@ C = input columns of a matrix, T = tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import StoppedError
 from llmprune.model.follow import Follow
 from llmprune.model.matrices import Matrix
+from llmprune.model.products import Products
 from llmprune.types import Stat, Stats
 
-# product -> positions of (input, weight) among its arguments; keyword names as torch spells them
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    F.linear: (0, 1),
-    torch.matmul: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.mm: (0, 1),
-    torch.addmm: (1, 2),
-    Tensor.addmm: (1, 2),
-    torch.bmm: (0, 1),
-    Tensor.bmm: (0, 1),
-    torch.baddbmm: (1, 2),
-    Tensor.baddbmm: (1, 2),
-}
-_WEIGHT_KEYWORDS = ("weight", "other", "mat2", "batch2")
-_INPUT_KEYWORDS = ("mat1", "batch1", "input")  # "input" last: it is the bias of addmm
 PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
 
 
@@ -60,48 +42,26 @@ class Watch(TorchFunctionMode):
         self._own: dict[str, Tensor] = {}
         self._follow = follow
         self._until = {m.name for m in until or ()}
-        every = [*matrices, *(until or ())]
         self.seconds = 0.0  # spent on the sums
         self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
-        self._names = {m.stored(block).data_ptr(): (m, m.view(block)) for m in every}
-        self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in every if m.expert is not None}
+        self._products = Products(block, [*matrices, *(until or ())])
         self._found: set[str] = set()  # matrices that were used at least once
         self._tokens = dict.fromkeys(self.stats, 0)
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        places = _PRODUCTS.get(func)
-        if places:
-            weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS)
-            if isinstance(weight, Tensor) and weight.dim() > 1:
-                value = _argument(args, kwargs, places[0], _INPUT_KEYWORDS)
-                used = list(self._uses(value, weight.mT if func is F.linear else weight))
-                if used:
-                    return self._product(used, value, func, args, kwargs)
-        out = func(*args, **kwargs)
-        if self._follow is not None:
-            self._follow.other(func, args, kwargs, out)
-        return out
-
-    def _uses(self, value: Tensor, weight: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
-        """The watched matrices that value @ weight uses, each with its input; both are stacks where all experts are multiplied at once."""
-        if weight.dim() == 3 and weight.data_ptr() in self._stacks and value.shape[:-2] == weight.shape[:1]:
-            for value_TC, weight_CR in zip(value, weight, strict=True):
-                yield from self._uses(value_TC, weight_CR)
-        elif weight.dim() == 2 and weight.data_ptr() in self._names:
-            matrix, view_RC = self._names[weight.data_ptr()]
-            _check_use(matrix, view_RC, weight.T)
-            yield matrix, value
-
-    def _product(self, used: list[tuple[Matrix, Tensor]], value: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
-        if any(matrix.name in self._until for matrix, _ in used):
+        used = self._products.uses(func, args, kwargs)
+        if any(use.matrix.name in self._until for use in used):
             raise Reached
-        for matrix, part in used:
-            self._add(matrix, part)
+        for use in used:
+            self._add(use.matrix, use.value)
         out = func(*args, **kwargs)
         if self._follow is not None:
-            self._follow.product([matrix.name for matrix, _ in used], value, out)
+            if used:
+                self._follow.product([use.matrix.name for use in used], used[0].value if used[0].place is None else (args, kwargs), out)
+            else:
+                self._follow.other(func, args, kwargs, out)
         return out
 
     def next_batch(self) -> None:
@@ -148,21 +108,6 @@ class Watch(TorchFunctionMode):
                 raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
             if total is not None and not bool(total.any()):
                 raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
-
-
-def _check_use(matrix: Matrix, view_RC: Tensor, used_RC: Tensor) -> None:
-    """What is multiplied is the whole matrix, its columns facing the inputs. Square matrices would hide a transposed one."""
-    if view_RC.shape != used_RC.shape or view_RC.stride() != used_RC.stride():
-        raise StoppedError(
-            f"{matrix.name}: used as {list(used_RC.shape)} with strides {used_RC.stride()}, taken for {list(view_RC.shape)} with {view_RC.stride()}",
-            "leave it out with --skip, and report this architecture",
-        )
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keywords: tuple[str, ...]) -> Any:
-    if position < len(args):
-        return args[position]
-    return next((kwargs[k] for k in keywords if k in kwargs), None)
 
 
 def _accumulate(stats: Stats, value_TC: Tensor, needs: frozenset[Stat]) -> None:

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import open_folder
+from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.criteria.wanda import Wanda
-from llmprune.engine import Clock, prune, selected, watch
+from llmprune.engine import prune, selected
 from llmprune.errors import RequestError, StoppedError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
@@ -32,6 +33,7 @@ from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.sparsegpt import SparseGPT
+from llmprune.statistics import at_once
 from llmprune.stream import CheckpointStream, FileHidden, Flow, LiveStream, MemoryHidden
 from llmprune.types import BlockReport, Plan
 
@@ -226,7 +228,7 @@ def test_statistics_equal_those_of_hooks(saved: Callable[..., Path], family: str
     for index, reference in enumerate(references):
         with stream.block(index) as block:
             matrices = block_matrices(block)
-            stats = watch(flow, index, block, matrices, ALL_STATISTICS, Clock())
+            stats = at_once(flow, index, block, matrices, ALL_STATISTICS, Clock())
             flow.advance()
         assert {m.name for m in matrices} >= reference.inputs.keys()
         for matrix in matrices:
