@@ -214,9 +214,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
         journal.publish()
         return report
-    except BaseException:
+    finally:
         journal.close()
-        raise
 
 
 def steady_heap() -> None:

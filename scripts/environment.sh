@@ -1,9 +1,9 @@
 # Sourced by the other scripts: makes .venv with everything that llmprune and its tests need, once.
-# Needs Python 3.11 or newer with pip; PYTHON chooses another interpreter.
+# Needs Python 3.11 or newer with pip; PYTHON chooses another interpreter, TRANSFORMERS another version (in an environment of its own).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv="${LLMPRUNE_VENV:-.venv}"
+venv="${LLMPRUNE_VENV:-.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}}"
 stamp="$venv/.llmprune-$(cksum < pyproject.toml | tr ' ' '-')"
 if [ ! -e "$stamp" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; set PYTHON" >&2; exit 2; }
@@ -11,7 +11,7 @@ if [ ! -e "$stamp" ]; then
     # without a GPU the newest torch would bring gigabytes of CUDA libraries along
     if command -v nvidia-smi > /dev/null; then torch="torch"; else torch="torch==2.13.0"; fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[test]" ${TRANSFORMERS:+"transformers==$TRANSFORMERS"}
     touch "$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"

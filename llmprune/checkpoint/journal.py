@@ -80,7 +80,6 @@ class Journal:
         """Give the finished checkpoint its name and drop the state."""
         swap_in(self.weights, self.output)
         shutil.rmtree(self.folder)
-        self.close()
 
     def close(self) -> None:
         os.close(self._lock)

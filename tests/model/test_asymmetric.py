@@ -1,0 +1,133 @@
+"""Stages found from what feeds what, the statistics of two paths, and the target made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import save_tiny
+
+import llmprune
+from llmprune.allocation.uniform import Uniform
+from llmprune.checkpoint.source import open_folder
+from llmprune.clock import Clock
+from llmprune.engine import selected
+from llmprune.linalg import damped
+from llmprune.model.matrices import Selection
+from llmprune.patterns.unstructured import Unstructured
+from llmprune.solvers.admm import ADMM
+from llmprune.statistics import stage_by_stage
+from llmprune.stream import CheckpointStream, Flow
+from llmprune.target import DAMPING, asymmetric_target
+from llmprune.types import Plan, Stats
+
+IDS_NL = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+PLAN = Plan(None, Unstructured(), ADMM(), Uniform(), 0.5, asymmetric=True)
+
+
+def open_stream(family: str, folder) -> CheckpointStream:
+    save_tiny(family, folder)
+    return CheckpointStream(open_folder(folder, family), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("gemma2", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("gpt2", [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]),
+        ("phi3", [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
+        ("gpt_neox", [["query_key_value", "dense_h_to_4h"], ["dense", "dense_4h_to_h"]]),
+        ("mixtral", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
+        ("mamba", [["in_proj"], ["out_proj"]]),
+    ],
+)
+@torch.no_grad()
+def test_stages_follow_what_feeds_what(tmp_path, family, expected):
+    stream = open_stream(family, tmp_path)
+    flow = Flow(stream, IDS_NL)
+    matrices = selected(stream, Selection())[0]
+    with stream.block(0) as block:
+        found = [stage for stage, _ in stage_by_stage(flow, flow.twin(), 0, block, matrices, PLAN, Clock())]
+    names = [list(dict.fromkeys(m.parameter.removesuffix(".weight").rpartition(".")[2] for m in stage)) for stage in found]
+    assert names == expected
+    assert sorted(m.name for stage in found for m in stage) == sorted(m.name for m in matrices)
+
+
+@torch.no_grad()
+def test_statistics_of_both_paths_equal_those_of_hooks(tmp_path):
+    """Gram, cross and partner sums of a llama block whose two paths differ, against plain hooks on the block."""
+    stream = open_stream("llama", tmp_path)
+    flow = Flow(stream, IDS_NL)
+    dense = flow.twin()
+    for batch in range(len(flow)):
+        flow.hidden[batch] = dense.hidden[batch] + 0.1 * torch.randn(dense.hidden[batch].shape, generator=torch.Generator().manual_seed(batch))
+    matrices = selected(stream, Selection())[0]
+    with stream.block(0) as block:
+        stats = {}
+        for _, statistics in stage_by_stage(flow, dense, 0, block, matrices, PLAN, Clock()):
+            stats |= statistics
+        inputs = {}
+        for path, which in (("pruned", flow), ("dense", dense)):
+            for name in ("q_proj", "o_proj"):
+                block.self_attn.get_submodule(name).register_forward_pre_hook(lambda m, args, key=(path, name): inputs.setdefault(key, args[0]))
+            residual = which.hidden[0]
+            which.run(0, block, 0)
+            inputs[path, "residual"] = residual
+            block.self_attn.q_proj._forward_pre_hooks.clear()
+            block.self_attn.o_proj._forward_pre_hooks.clear()
+    flat = {key: value.flatten(0, 1).double() for key, value in inputs.items()}
+    assert len(flow) == 1
+    for name in ("q_proj", "o_proj"):
+        found = stats[f"self_attn.{name}.weight"]
+        for got, wanted in (
+            (found.gram_CC, flat["pruned", name].T @ flat["pruned", name]),
+            (found.cross_CC, flat["dense", name].T @ flat["pruned", name]),
+        ):
+            assert float((got - wanted).norm() / wanted.norm()) < 1e-6
+    partner_RC = (flat["dense", "residual"] - flat["pruned", "residual"]).T @ flat["pruned", "o_proj"]
+    got_RC = stats["self_attn.o_proj.weight"].partner_RC
+    assert float((got_RC - partner_RC).norm() / partner_RC.norm()) < 1e-6
+    assert stats["self_attn.q_proj.weight"].partner_RC is None
+
+
+def test_the_target_is_the_damped_least_squares_correction():
+    generator = torch.Generator().manual_seed(0)
+    dense_TC, noise_TC = (torch.randn(200, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    pruned_TC = dense_TC + 0.3 * noise_TC
+    apart_TR = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    weight_RC = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    stats = Stats(200, gram_CC=pruned_TC.T @ pruned_TC, cross_CC=dense_TC.T @ pruned_TC, partner_RC=apart_TR.T @ pruned_TC)
+    residual_TR = (dense_TC - pruned_TC) @ weight_RC.T + apart_TR
+    correction_RC = residual_TR.T @ pruned_TC @ torch.linalg.inv(damped(stats.gram_CC, DAMPING))
+    for share in (0.5, 1.0):
+        torch.testing.assert_close(asymmetric_target(weight_RC, stats, share), weight_RC + share * correction_RC, rtol=1e-10, atol=1e-10)
+    assert asymmetric_target(weight_RC, Stats(200, gram_CC=stats.gram_CC)) is weight_RC
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gpt_neox", "gemma2", "mamba", "lfm2"])
+def test_the_default_quality_works_on_any_family(tmp_path, family):
+    """Exact counts and finite errors, with the dense path beside and rows weighed."""
+    save_tiny(family, tmp_path / "model")
+    report = llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "out"))
+    assert report.recipe["target"] == "asymmetric"
+    assert all(row.zeros == round(0.5 * row.rows * row.columns) for row in report.rows)
+    assert all(math.isfinite(block.output_error) for block in report.blocks)
+
+
+@pytest.mark.parametrize(("pattern", "at_most"), [("unstructured", 0.40), ("2:4", 0.62)])
+def test_balanced_is_far_ahead_of_sparsegpt(assets, tmp_path, pattern, at_most):
+    """Excess negative log-likelihood on stories260K, as a ratio to sparsegpt's, for one calibration draw."""
+    texts = assets / "text"
+    data = str(texts / "tinystories_ascii_eval.txt")
+    ask = {"samples": 128, "sequence_length": 256, "calibration": str(texts / "tinystories_ascii_calib.txt"), "pattern": pattern}
+
+    def excess(folder, **named) -> float:
+        if named:
+            llmprune.prune(assets / "stories260K", 0.5, output=str(folder), **ask, **named)
+        return math.log(llmprune.evaluate(folder, data, window=256, samples=200)[0].value)
+
+    dense = excess(assets / "stories260K")
+    ours, theirs = excess(tmp_path / "ours", quality="balanced"), excess(tmp_path / "theirs", method="sparsegpt")
+    assert (ours - dense) / (theirs - dense) <= at_most
