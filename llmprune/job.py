@@ -78,11 +78,12 @@ class Job:
         recipe, (count, length) = self.recipe.resolved(), self.calibration.ids_NL.shape
         matrices = [m for ms in self.matrices.values() for m in ms]
         weights = sum(m.rows * m.columns for m in matrices)
+        in_blocks = sum(p.numel() for block in self.stream.walk.blocks for p in block.parameters())
         parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
         group = f" per {recipe['group']}" if recipe["group"] else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, {weights:,} weights; "
+            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, {weights:,} weights, {weights / in_blocks:.1%} of the blocks'; "
             f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
