@@ -83,7 +83,8 @@ class Job:
         group = f" per {recipe['group']}" if recipe["group"] else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, {weights:,} weights, {weights / in_blocks:.1%} of the blocks'; "
+            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, "
+            f"{weights:,} weights, {weights / in_blocks:.1%} of the blocks'; "
             f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
