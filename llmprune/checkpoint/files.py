@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -56,11 +55,6 @@ def write_range(handle: int, start: int, data: Any) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(handle, data[done : done + CHUNK], start + done)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_folder(folder: Path) -> int:
