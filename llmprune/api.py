@@ -20,7 +20,7 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, prepare, quiet, run
 from llmprune.model.matrices import Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, choose_device, choose_dtype
+from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, choose_device, choose_dtype
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
 from llmprune.stream import LiveStream
@@ -56,10 +56,12 @@ def prune(
 
 def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
     plan = recipe.plan()
-    with _each_expert_alone(model):
+    with _as_for_inference(model):
         stream = LiveStream(model)
-        matrices = selected(stream, Selection(recipe.skip, recipe.only))
-        check_matrices(matrices, stream.names, plan.pattern)
+        selection = Selection(recipe.skip, recipe.only)
+        matrices = selected(stream, selection)
+        check_outside(stream, selection)
+        check_matrices(matrices, stream, plan.pattern)
         windows = _live_windows(model, recipe, given, tokenizer)
         gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
         blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients)
@@ -92,14 +94,17 @@ def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: A
 
 
 @contextmanager
-def _each_expert_alone(model: Any) -> Iterator[None]:
-    """Evaluation mode, with one product an expert so that each can be watched; both as before afterwards."""
+def _as_for_inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients, with one product an expert so that each can be watched; all as before afterwards."""
     experts, training = model.config._experts_implementation, model.training
-    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
     model.set_experts_implementation("eager")
     try:
         yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         model.set_experts_implementation(experts)
         model.train(training)
 

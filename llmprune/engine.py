@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.solvers.mask_only import MaskOnly
-from llmprune.statistics import at_once, stage_by_stage
+from llmprune.statistics import at_head, at_once, stage_by_stage
 from llmprune.stream import Flow, Stream
 from llmprune.target import asymmetric_target
 from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
@@ -28,14 +28,17 @@ BLOWN_UP = 1.0  # relative squared output error above which a run stops unless t
 
 
 def selected(stream: Stream, selection: Selection) -> dict[int, list[Matrix]]:
-    """The matrices that are pruned, block by block."""
+    """The matrices that are pruned, block by block; the head comes after the last block, if ``only`` names it."""
     blocks = enumerate(zip(stream.names, stream.walk.blocks, strict=True))
-    return {i: [m for m in block_matrices(block) if selection.takes(f"{name}.{m.name}")] for i, (name, block) in blocks}
+    found = {i: [m for m in block_matrices(block) if selection.takes(f"{name}.{m.name}")] for i, (name, block) in blocks}
+    if stream.walk.head_free and selection.names(f"{stream.walk.head_path}.weight"):
+        found[len(stream.names)] = block_matrices(stream.walk.head)
+    return found
 
 
 def ratios(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[str, float]:
     """What each matrix gives up, by full name."""
-    sizes = {f"{stream.names[i]}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
+    sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
     return plan.allocation.share(sizes, plan.sparsity)
 
 
@@ -60,17 +63,24 @@ def prune(
     flow = Flow(stream, windows_NL)
     dense = flow.twin() if plan.asymmetric else None
     reports = []
-    for index, name in enumerate(stream.names):
+    for index in matrices:
+        name = stream.path_of(index)
         if index in finished:
             run_finished(flow, dense, index)
             reports.append(finished[index])
             continue
         with stream.block(index) as block:
             clock = Clock()
+            head = index == len(stream.names)
+            unpruned_VD = block.get_parameter("weight").clone() if head else None
             rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
             hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
             clock.lap("write")
-            error = run_again(flow, dense or flow, index, block, plan)
+            if unpruned_VD is None:
+                pairs = run_again(flow, dense or flow, index, block)
+            else:
+                pairs = run_head_again(flow, dense or flow, block, unpruned_VD)
+            error = output_error(pairs, name, plan)
             clock.lap("forward")
         reports.append(BlockReport(name, error, tuple(rows), clock.seconds))
         on_block(index, reports[-1], hashes)
@@ -97,10 +107,12 @@ def prune_block(
     clock: Clock,
 ) -> list[Row]:
     """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs."""
-    name = flow.stream.names[index]
+    name = flow.stream.path_of(index)
     rows = {}
     found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
-    if dense is None:
+    if index == len(flow.stream.names):
+        found = [(matrices, at_head(flow, dense, block, matrices, plan))]
+    elif dense is None:
         found = [(matrices, at_once(flow, index, block, matrices, plan, clock))]
     else:
         found = stage_by_stage(flow, dense, index, block, matrices, plan, clock)
@@ -120,11 +132,11 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     drop = plan.pattern.dropped(matrix.rows, matrix.columns, sparsity)
     pruned = solve(view_RC.float(), stats, plan, drop)
     stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
+    name = f"{stream.path_of(index)}.{matrix.name}"
     if not all_finite(stored_RC):
-        raise StoppedError(f"{stream.names[index]}.{matrix.name}: pruned weights are not finite", "calibrate with other text, or report this")
+        raise StoppedError(f"{name}: pruned weights are not finite", "calibrate with other text, or report this")
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())
-    name = f"{stream.names[index]}.{matrix.name}"
     return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
 
 
@@ -159,7 +171,9 @@ def dead_inputs(stats: Stats) -> tuple[str, ...]:
 
 
 def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
-    """Take the hidden states through a block that an interrupted run has pruned already."""
+    """Take the hidden states through a block that an interrupted run has pruned already; nothing comes after the head."""
+    if index == len(flow.stream.names):
+        return
     if dense is not None:
         with flow.stream.block(index, dense=True) as block:
             dense.through(index, block)
@@ -167,27 +181,45 @@ def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
         flow.through(index, block)
 
 
-def run_again(flow: Flow, reference: Flow, index: int, block: nn.Module, plan: Plan) -> float:
-    """Run the pruned block, go on to the next one; the relative squared error of its output.
+def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, plan: Plan) -> float:
+    """Relative squared error over (unpruned, pruned) outputs. Raises StoppedError when it is not finite, or destroys what goes on."""
+    wrong = total = 0.0
+    for dense, pruned in pairs:
+        total += float(dense.float().square().sum(dtype=torch.float64))
+        wrong += float((dense.float() - pruned.float()).square().sum(dtype=torch.float64))
+    error = wrong / total if total else 0.0
+    if not math.isfinite(error):
+        raise StoppedError(f"{name}: its output is not finite", "compute in --dtype float32")
+    if error > BLOWN_UP and not plan.accept_damage:
+        raise StoppedError(
+            f"{name}: relative output error {error:.3g} after pruning, above {BLOWN_UP:g}",
+            "ask for less sparsity or a better method; --accept-damage goes on",
+        )
+    return error
+
+
+def run_again(flow: Flow, reference: Flow, index: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the pruned block and go on to the next one; (unpruned, pruned) outputs of every micro-batch.
 
     reference: the flow whose outputs are the unpruned block's, on the pruned path's inputs or on the dense path.
     """
-    wrong = total = 0.0
     for batch in range(len(flow)):
-        dense_NLD = reference.outputs[batch].float()
+        dense_NLD = reference.outputs[batch]
         pruned_NLD = flow.run(index, block, batch)
-        total += float(dense_NLD.square().sum(dtype=torch.float64))
-        wrong += float((dense_NLD - pruned_NLD.float()).square().sum(dtype=torch.float64))
+        yield dense_NLD, pruned_NLD
         flow.outputs[batch] = pruned_NLD
     flow.advance()
     if reference is not flow:
         reference.advance()
-    error = wrong / total if total else 0.0
-    if not math.isfinite(error):
-        raise StoppedError(f"{flow.stream.names[index]}: its output is not finite", "compute in --dtype float32")
-    if error > BLOWN_UP and not plan.accept_damage:
-        raise StoppedError(
-            f"{flow.stream.names[index]}: relative output error {error:.3g} after pruning, above {BLOWN_UP:g}",
-            "ask for less sparsity or a better method; --accept-damage goes on",
-        )
-    return error
+
+
+def run_head_again(flow: Flow, reference: Flow, head: nn.Module, dense_VD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(unpruned, pruned) logits of every window."""
+    weight = head.get_parameter("weight")
+    pruned_VD = weight.data
+    for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), reference.windows(), strict=True):
+        pruned_1LV = flow.stream.walk.logits(ids_1L, ours_1LD)
+        weight.data = dense_VD
+        dense_1LV = flow.stream.walk.logits(ids_1L, theirs_1LD)
+        weight.data = pruned_VD
+        yield dense_1LV, pruned_1LV

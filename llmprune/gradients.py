@@ -95,7 +95,7 @@ def loss_gradients(
     shared = Shared()
     blocks = len(stream.names)
     entered = forward(flow, shared, lambda done: progress(done, 2 * blocks))
-    from_loss(flow)
+    result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs))
     for index in reversed(range(blocks)):
         with stream.block(index) as block, frozen(block):
             taps = Taps(block, matrices[index], needs)
@@ -125,21 +125,26 @@ def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> Memo
     return entered
 
 
-def from_loss(flow: Flow) -> None:
-    """``flow.outputs`` becomes dL / d(what left the last block), one window at a time: logits are large."""
-    device = flow.stream.device_of(len(flow.stream.names) - 1)
-    with flow.stream.outer():
+def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat]) -> Taps:
+    """``flow.outputs`` becomes dL / d(what left the last block), one window at a time: logits are large. Sums of the head, if it is asked for."""
+    with flow.stream.block(len(flow.stream.names)) as head:
+        taps = Taps(head, matrices, needs)
+        gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps) for ids_1L, hidden_1LD in flow.windows())
         for batch, ids_NL in enumerate(flow.ids):
-            windows = zip(ids_NL.to(device).split(1), flow.hidden[batch].to(device).split(1), strict=True)
-            flow.outputs[batch] = torch.cat([_window_gradient(flow, ids_1L, hidden_1LD) for ids_1L, hidden_1LD in windows])
+            flow.outputs[batch] = torch.cat([next(gradients) for _ in range(len(ids_NL))])
+    taps.close()
+    return taps
 
 
-def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor) -> Tensor:
+def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps) -> Tensor:
     leaf_1LD = hidden_1LD.clone().requires_grad_()
     with torch.enable_grad():
-        logits_LV = flow.stream.walk.logits(ids_1L, leaf_1LD.clone())[0]
+        with taps:
+            logits_LV = flow.stream.walk.logits(ids_1L, leaf_1LD.clone())[0]
         loss = F.cross_entropy(logits_LV[:-1].float(), ids_1L[0, 1:], reduction="sum")
-    return torch.autograd.grad(loss, leaf_1LD)[0]
+    (gradient_1LD,) = torch.autograd.grad(loss, leaf_1LD)
+    taps.next_batch()
+    return gradient_1LD
 
 
 def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: Shared) -> Tensor:

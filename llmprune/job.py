@@ -27,7 +27,7 @@ from llmprune.engine import dense_gradients, prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix, Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, check_output, check_space, choose_device, choose_dtype
+from llmprune.preflight import check_ids, check_length, check_matrices, check_output, check_outside, check_space, choose_device, choose_dtype
 from llmprune.recipe import Recipe
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
 from llmprune.stream import CheckpointStream
@@ -78,13 +78,15 @@ class Job:
         recipe, (count, length) = self.recipe.resolved(), self.calibration.ids_NL.shape
         matrices = [m for ms in self.matrices.values() for m in ms]
         weights = sum(m.rows * m.columns for m in matrices)
-        in_blocks = sum(p.numel() for block in self.stream.walk.blocks for p in block.parameters())
+        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in self.matrices]
+        in_places = sum(p.numel() for place in places for p in place.parameters())
         parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
         group = f" per {recipe['group']}" if recipe["group"] else ""
+        head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {len(matrices)} matrices in {len(self.matrices)} blocks, "
-            f"{weights:,} weights, {weights / in_blocks:.1%} of the blocks'; "
+            f"{self.source.name}: {len(matrices)} matrices in {len(self.stream.names)} blocks{head}, "
+            f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
             f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
@@ -115,8 +117,10 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     check_output(output, source.folder, overwrite)
     device = choose_device(recipe.device)
     stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
-    matrices = selected(stream, Selection(recipe.skip, recipe.only))
-    check_matrices(matrices, stream.names, plan.pattern)
+    selection = Selection(recipe.skip, recipe.only)
+    matrices = selected(stream, selection)
+    check_outside(stream, selection)
+    check_matrices(matrices, stream, plan.pattern)
     check_space(output, source)
     stored = None if restart else load_windows(partial_folder(output))
     calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
@@ -184,19 +188,19 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         save_windows(journal.folder, job.calibration, job.evaluation)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
-        finished = finished_blocks(journal, sink, len(job.stream.names))
+        finished = finished_blocks(journal, sink, len(job.matrices))
         dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
         gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
         job.stream.write_to(sink)
-        progress("prune", len(finished), len(job.stream.names))
+        progress("prune", len(finished), len(job.matrices))
 
         def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
             if not job.stream.resumable:
-                return progress("prune", index + 1, len(job.stream.names))
+                return progress("prune", index + 1, len(job.matrices))
             record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
             journal.write(f"block-{index:05d}", record)
-            progress("prune", index + 1, len(job.stream.names))
+            progress("prune", index + 1, len(job.matrices))
 
         blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, finished, on_block)
         pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]

@@ -13,7 +13,8 @@ from llmprune.checkpoint.journal import partial_folder
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
-from llmprune.model.matrices import Matrix
+from llmprune.model.matrices import Matrix, Selection
+from llmprune.stream import Stream
 from llmprune.types import Pattern
 
 
@@ -66,16 +67,26 @@ def choose_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtyp
     return next((d for d in (torch.bfloat16, torch.float16) if d in stored), torch.float32)
 
 
-def check_matrices(matrices: dict[int, list[Matrix]], names: list[str], pattern: Pattern) -> None:
+def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, pattern: Pattern) -> None:
     """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
     if not any(matrices.values()):
         raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
-    bad = [f"{names[i]}.{m.name} [{m.rows}, {m.columns}]" for i, ms in matrices.items() for m in ms if m.columns % pattern.unit]
+    bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, ms in matrices.items() for m in ms if m.columns % pattern.unit]
     if bad:
         raise RequestError(
             f"{len(bad)} matrices have a width that {pattern.unit} does not divide: {', '.join(bad[:2])}",
             "choose another pattern, or leave them out with --skip",
         )
+
+
+def check_outside(stream: Stream, selection: Selection) -> None:
+    """What --only names outside the blocks can be pruned: the head, where it is not the embeddings too."""
+    walk = stream.walk
+    embeddings, head = f"{walk.embeddings_path}.weight", f"{walk.head_path}.weight"
+    if selection.names(embeddings):
+        raise RequestError(f"{embeddings}: embeddings are looked up, not multiplied, so no input ranks their weights", "leave them out with --skip")
+    if selection.names(head) and not walk.head_free:
+        raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
 
 
 def check_length(length: int, config: Any) -> None:

@@ -32,6 +32,24 @@ def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], pl
     return watching.stats
 
 
+def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matrix], plan: Plan) -> dict[str, Stats]:
+    """What enters the head behind the last block, on both paths if there is a dense one."""
+    watching, beside = Watch(head, matrices, plan.needs), Watch(head, matrices, frozenset())
+    walk = flow.stream.walk
+    for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), (dense or flow).windows(), strict=True):
+        with watching:
+            walk.logits(ids_1L, ours_1LD)
+        if dense is not None:
+            with beside:
+                walk.logits(ids_1L, theirs_1LD)
+            for name, value in watching.inputs.items():
+                add_cross(watching.stats[name], value, beside.inputs[name])
+        watching.next_batch()
+        beside.next_batch()
+    watching.close()
+    return watching.stats
+
+
 def stage_by_stage(
     flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock
 ) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:

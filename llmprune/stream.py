@@ -37,8 +37,12 @@ class Stream(Protocol):
     walk: Walk
     names: list[str]  # path of every block
 
+    def path_of(self, index: int) -> str:
+        """Path of a block; of the head, which comes after the last one."""
+        ...
+
     def block(self, index: int, dense: bool = False) -> AbstractContextManager[nn.Module]:
-        """A block in place; as the source has it if ``dense``."""
+        """A block in place (or the head, with all that ``outer`` has); as the source has it if ``dense``."""
         ...
 
     def outer(self) -> AbstractContextManager[None]:
@@ -83,8 +87,15 @@ class CheckpointStream:
     def finish(self) -> None:
         """Nothing is left to write: every block was kept as it was done."""
 
+    def path_of(self, index: int) -> str:
+        return [*self.names, self.walk.head_path][index]
+
     @contextmanager
     def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
+        if index == len(self.names):
+            with self.outer():
+                yield self.walk.head
+            return
         try:
             yield self.loader.load_block(index, self.device, dense)
         finally:
@@ -100,11 +111,11 @@ class CheckpointStream:
             self.loader.free_outer()
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        return self.loader.stored_dtype(f"{self.names[index]}.{parameter}")
+        return self.loader.stored_dtype(f"{self.path_of(index)}.{parameter}")
 
     def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
         assert self.loader.sink is not None
-        return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.names[index]}.{p}" for p in parameters))
+        return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.path_of(index)}.{p}" for p in parameters))
 
     def device_of(self, index: int) -> torch.device:
         return self.device
@@ -119,22 +130,25 @@ class LiveStream:
         self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
         self.scratch: Path | None = None
 
+    def path_of(self, index: int) -> str:
+        return [*self.names, self.walk.head_path][index]
+
     @contextmanager
     def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
-        yield self.walk.blocks[index]
+        yield self.model.get_submodule(self.path_of(index))
 
     @contextmanager
     def outer(self) -> Iterator[None]:
         yield
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        return self.walk.blocks[index].get_parameter(parameter).dtype
+        return self.model.get_submodule(self.path_of(index)).get_parameter(parameter).dtype
 
     def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
         return {}
 
     def device_of(self, index: int) -> torch.device:
-        return next(self.walk.blocks[index].parameters()).device
+        return next(self.model.get_submodule(self.path_of(index)).parameters()).device
 
 
 class MemoryHidden:
@@ -259,12 +273,14 @@ class Flow:
             self.outputs[batch] = self.run(index, block, batch)
         self.advance()
 
+    def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids [1, L], hidden states [1, L, D]) of every window, on the head's device."""
+        device = self.stream.device_of(len(self.stream.names))
+        for batch, ids_NL in enumerate(self.ids):
+            yield from zip(ids_NL.to(device).split(1), self.hidden[batch].to(device).split(1), strict=True)
+
     def logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids [1, L], logits [1, L, V]) of every window, after the last block."""
-        device = self.stream.device_of(len(self.stream.names) - 1)
+        """(ids [1, L], logits [1, L, V]) of every window, after the last block; logits are large, so one window at a time."""
         with self.stream.outer():
-            for batch, ids_NL in enumerate(self.ids):
-                hidden_NLD = self.hidden[batch].to(device)
-                for n in range(len(ids_NL)):
-                    ids = ids_NL[n : n + 1].to(device)
-                    yield ids, self.stream.walk.logits(ids, hidden_NLD[n : n + 1])
+            for ids_1L, hidden_1LD in self.windows():
+                yield ids_1L, self.stream.walk.logits(ids_1L, hidden_1LD)

@@ -49,7 +49,7 @@ class WholeStream(LiveStream):
         return max(set(stored), key=stored.count)
 
     def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
-        self._changed.update(f"{self.names[index]}.{p}" for p in parameters)
+        self._changed.update(f"{self.path_of(index)}.{p}" for p in parameters)
         return {}
 
     def finish(self) -> None:

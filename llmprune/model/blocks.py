@@ -98,7 +98,20 @@ class Walk:
         self.path = find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
         self.tuples: bool | None = None
+        self.head_path, self.embeddings_path = _outside(model)
         _refuse_shared(model, self.path, self.blocks)
+
+    @property
+    def head_free(self) -> bool:
+        """The head is a Linear whose weight nothing else uses."""
+        tied = {name for pair in self.model.all_tied_weights_keys.items() for name in pair}
+        embeddings = self.model.get_submodule(self.embeddings_path).weight
+        return isinstance(self.head, nn.Linear) and f"{self.head_path}.weight" not in tied and self.head.weight is not embeddings
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that makes logits, lm_head in most models."""
+        return self.model.get_submodule(self.head_path)
 
     def record(self, ids_NL: Tensor) -> tuple[Tensor, list[Call]]:
         """(hidden states that enter block 0, the call of every block) for one micro-batch of token ids."""
@@ -175,6 +188,12 @@ class Walk:
         out = block(*(() if named else (hidden_NLD,)), *call.args, **named, **call.kwargs)
         self.tuples = isinstance(out, tuple | list)
         return out[0] if self.tuples else out
+
+
+def _outside(model: PreTrainedModel) -> tuple[str, str]:
+    """Paths of the modules that make logits and that embed token ids."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
 
 
 def _unchanged(hidden: Any, passed: Tensor, copy: Tensor) -> bool:

@@ -36,13 +36,15 @@ class Follow:
         self.partners.clear()
         self._deepest = 0
 
-    def product(self, matrices: list[str], value: Any, out: Tensor) -> None:
-        """``out`` is the product of one matrix with ``value``, or of a stack of experts with what is among ``value``."""
+    def product(self, matrices: list[str], value: Any, out: Tensor, single: bool) -> None:
+        """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts (or a matrix on the left) with what
+        is among ``value``.
+        """
         entering = list(_tensors(value))
         depth = max(self._depth(t) for t in entering)
         self.calls += [(matrix, depth) for matrix in matrices]
         self._mark(out, depth + 1, frozenset(matrices).union(*(_origins(t) for t in entering)))
-        out.__dict__[SUMS] = frozenset(matrices if len(matrices) == 1 else ())
+        out.__dict__[SUMS] = frozenset(matrices if single else ())
 
     def other(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         operands = list(_tensors((args, kwargs)))

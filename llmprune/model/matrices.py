@@ -53,6 +53,10 @@ class Selection:
             return False
         return bool(re.search(self.only, name)) if self.only else not LEFT_ALONE.search(name)
 
+    def names(self, name: str) -> bool:
+        """Whether ``only`` asks for it expressly."""
+        return bool(self.only) and self.takes(name)
+
 
 def block_matrices(block: nn.Module) -> list[Matrix]:
     """All matrices of a block, in the order of its parameters; works on the meta device too."""

@@ -6,7 +6,7 @@ T = tokens, C = input columns, R = output rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,10 +42,12 @@ class Use:
     matrix: Matrix
     value: Tensor  # [..., C]: what enters it
     place: int | None
+    turned: bool = False  # W @ x^T instead of x @ W^T: tokens are the last axis of what is multiplied, and of the product
 
     def of(self, out: Tensor) -> Tensor:
         """[..., R]: this matrix's part of the product, or of its gradient."""
-        return out if self.place is None else out[self.place]
+        part = out if self.place is None else out[self.place]
+        return part.mT if self.turned else part
 
 
 class Products:
@@ -62,6 +64,8 @@ class Products:
         if places is None or not isinstance(weight, Tensor) or weight.dim() < 2:
             return []
         value = _argument(args, kwargs, places[0], _INPUT_KEYWORDS)
+        if isinstance(value, nn.Parameter) and value.dim() == 2 and value.data_ptr() in self._views:
+            return [replace(use, turned=True) for use in self._uses(weight.mT, value.mT, None)]
         return list(self._uses(value, weight.mT if func is F.linear else weight, None))
 
     def _uses(self, value: Tensor, weight: Tensor, place: int | None) -> Iterator[Use]:

@@ -59,7 +59,8 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._follow is not None:
             if used:
-                self._follow.product([use.matrix.name for use in used], used[0].value if used[0].place is None else (args, kwargs), out)
+                single = used[0].place is None and not used[0].turned
+                self._follow.product([use.matrix.name for use in used], used[0].value if single else (args, kwargs), out, single)
             else:
                 self._follow.other(func, args, kwargs, out)
         return out

@@ -51,5 +51,5 @@ def inspect(source: Source, selection: Selection, asked: tuple[int, int] | None 
                 held = tuple(f"{n}:{m}" for n, m in COMMON if not broken_groups(view_RC, n, m))
                 broken = broken_groups(view_RC, *asked) if asked else None
                 zeros = int((view_RC == 0).sum())
-                found.append(Inspected(f"{stream.names[index]}.{matrix.name}", matrix.rows, matrix.columns, zeros, held, broken))
+                found.append(Inspected(f"{stream.path_of(index)}.{matrix.name}", matrix.rows, matrix.columns, zeros, held, broken))
     return found

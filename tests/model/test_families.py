@@ -74,8 +74,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def plain(folder: Path, **options: Any) -> Any:
-    """What any user of transformers gets."""
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    """What any user of transformers gets. torch takes another matrix kernel for weights that require gradients, even when none are computed,
+    and on some processors it rounds otherwise: so they do not.
+    """
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval().requires_grad_(False)
 
 
 def open_stream(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointStream:
@@ -183,6 +185,12 @@ class Reference:
                 module.register_forward_pre_hook(
                     lambda m, args, kwargs, path=path, bare=bare: self.experts(path, bare, m.num_experts, args, kwargs), with_kwargs=True
                 )
+            elif path.endswith("x_proj"):  # Mamba's dt_proj multiplies the first part of what x_proj gives, without its module being called
+                rank = block.get_submodule(path.replace("x_proj", "dt_proj")).weight.shape[1]
+                module.register_forward_pre_hook(lambda m, args, path=path: self.add(f"{path}.weight", args[0]))
+                module.register_forward_hook(
+                    lambda m, args, out, path=path, rank=rank: self.add(f"{path.replace('x_proj', 'dt_proj')}.weight", out[..., :rank])
+                )
             elif isinstance(module, nn.Linear | Conv1D) or _is_router(module):
                 module.register_forward_pre_hook(lambda m, args, path=path: self.add(f"{path}.weight", args[0]))
 
@@ -235,7 +243,9 @@ def test_statistics_equal_those_of_hooks(saved: Callable[..., Path], family: str
             assert stats[matrix.name].tokens == reference.tokens.get(matrix.name, 0), matrix.name
             if matrix.name in reference.inputs and stats[matrix.name].tokens:
                 input_TC = torch.cat(reference.inputs[matrix.name])
-                torch.testing.assert_close(stats[matrix.name].gram_CC, input_TC.T @ input_TC, rtol=1e-5, atol=1e-5)
+                gram_CC = input_TC.T.double() @ input_TC.double()
+                scale_C = gram_CC.diagonal().sqrt()  # entries are sums that may cancel: what rounding leaves goes with the norms
+                assert bool(((stats[matrix.name].gram_CC - gram_CC).abs() <= 1e-6 * scale_C * scale_C[:, None]).all()), matrix.name
                 torch.testing.assert_close(stats[matrix.name].input_sq_C, input_TC.square().sum(0), rtol=1e-5, atol=1e-5)
         for path, routed in reference.routed.items():
             ups = [m.name for m in matrices if m.name.startswith(f"{path}.") and "up" in m.parameter]
@@ -337,6 +347,12 @@ class Toy(nn.Module):
 
     def get_decoder(self) -> nn.Module:
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
         hidden_NLD = self.embed(input_ids)

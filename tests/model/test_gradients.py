@@ -30,7 +30,7 @@ from llmprune.types import Stat, Stats
 
 CPU = torch.device("cpu")
 WINDOWS_NL = tiny_windows(5, 16)
-EVERYTHING = Selection(skip="nothing is called this")  # routers are matrices too
+EVERYTHING = Selection(only=".")  # routers and untied heads too
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -71,13 +71,14 @@ def of(matrix: Matrix, gradient: Tensor | None) -> Tensor:
 def by_autograd(model: nn.Module, stream: Stream, matrices: dict[int, list[Matrix]]) -> dict[str, list[Tensor]]:
     """dL_n/dW of every window n, by full name."""
     model.requires_grad_(True)
-    found: dict[str, list[Tensor]] = {f"{stream.names[i]}.{m.name}": [] for i, ms in matrices.items() for m in ms}
+    found: dict[str, list[Tensor]] = {f"{stream.path_of(i)}.{m.name}": [] for i, ms in matrices.items() for m in ms}
     for ids_L in WINDOWS_NL:
         model.zero_grad()
         window_loss(model, ids_L).backward()
-        for index, name in enumerate(stream.names):
+        for index, ms in matrices.items():
+            name = stream.path_of(index)
             block = model.get_submodule(name)
-            for m in matrices[index]:
+            for m in ms:
                 found[f"{name}.{m.name}"].append(of(m, block.get_parameter(m.parameter).grad).clone())
     return found
 
@@ -97,9 +98,9 @@ def test_gradients_are_those_of_plain_autograd(family: str) -> None:
     expected = by_autograd(deepcopy(model), stream, matrices)
     got = gradients(stream, "grad", "grad_sq", "first_grad")
     in_batches = gradients(stream, "grad")
-    for index, block in enumerate(stream.names):
-        for m in matrices[index]:
-            name, fields = f"{block}.{m.name}", got.fields(index, m.name)
+    for index, ms in matrices.items():
+        for m in ms:
+            name, fields = f"{stream.path_of(index)}.{m.name}", got.fields(index, m.name)
             windows = torch.stack(expected[name])
             check_close(fields["grad_RC"], windows.sum(0), name)
             check_close(in_batches.fields(index, m.name)["grad_RC"], windows.sum(0), name)
@@ -129,7 +130,7 @@ def test_output_gradients_are_those_of_hooks(family: str) -> None:
     for index, ms in selected(stream, EVERYTHING).items():
         for m in ms:
             fields = got.fields(index, m.name)
-            check_close(fields["grad_out_sq_R"], sums[f"{stream.names[index]}.{m.name}"], m.name)
+            check_close(fields["grad_out_sq_R"], sums[f"{stream.path_of(index)}.{m.name}"], m.name)
             assert fields["grad_tokens"] == WINDOWS_NL.numel()
 
 
