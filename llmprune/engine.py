@@ -77,7 +77,7 @@ def prune(
             hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
             clock.lap("write")
             if unpruned_VD is None:
-                pairs = run_again(flow, dense or flow, index, block)
+                pairs = run_again(flow, dense, index, block)
             else:
                 pairs = run_head_again(flow, dense or flow, block, unpruned_VD)
             error = output_error(pairs, name, plan)
@@ -198,19 +198,17 @@ def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, plan: Plan) 
     return error
 
 
-def run_again(flow: Flow, reference: Flow, index: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run the pruned block and go on to the next one; (unpruned, pruned) outputs of every micro-batch.
-
-    reference: the flow whose outputs are the unpruned block's, on the pruned path's inputs or on the dense path.
-    """
+def run_again(flow: Flow, dense: Flow | None, index: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(unpruned, pruned) outputs of every micro-batch, on the pruned path's inputs or of the two paths; then on to the next block."""
     for batch in range(len(flow)):
-        dense_NLD = reference.outputs[batch]
-        pruned_NLD = flow.run(index, block, batch)
-        yield dense_NLD, pruned_NLD
-        flow.outputs[batch] = pruned_NLD
+        if dense is None:
+            dense_NLD, flow.outputs[batch] = flow.outputs[batch], flow.run(index, block, batch)
+            yield dense_NLD, flow.outputs[batch]
+        else:  # the pruned block has run already, stage by stage
+            yield dense.outputs[batch], flow.outputs[batch]
     flow.advance()
-    if reference is not flow:
-        reference.advance()
+    if dense is not None:
+        dense.advance()
 
 
 def run_head_again(flow: Flow, reference: Flow, head: nn.Module, dense_VD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.model.blocks import Call
 from llmprune.model.matrices import Matrix
 from llmprune.model.taps import Taps
-from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream, give_back, place_hidden
+from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream, place_hidden
 from llmprune.types import Stat, Stats
 
 GRADIENTS: frozenset[Stat] = frozenset({"grad", "grad_sq", "grad_out_sq", "first_grad"})
@@ -102,7 +102,6 @@ def loss_gradients(
             for batch in range(len(flow)):
                 flow.outputs[batch] = backward(flow, index, block, batch, entered[index, batch], taps, shared)
                 taps.next_batch()
-                give_back()
             taps.close()
         result.put(index, taps)
         progress(2 * blocks - index, 2 * blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import llmprune
+from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
@@ -37,8 +37,6 @@ from llmprune.whole import WholeStream
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 2048
 BUNDLED_LENGTH = 256
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-LARGE = 16 << 20  # smaller tensors come and go too often: their page faults would cost a quarter of the time
 HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 Progress = Callable[[str, int, int], None]
@@ -179,7 +177,7 @@ def default_length(model: str, config: Any) -> int:
 def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
-    steady_heap()
+    heap.steady()
     ids_NL = job.calibration.ids_NL
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
@@ -222,15 +220,6 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         return report
     finally:
         journal.close()
-
-
-def steady_heap() -> None:
-    """Let every large tensor have memory of its own that goes back when it is freed (glibc alone needs to be told).
-
-    Its heap would otherwise come to take tensors of up to 32 MiB among small objects that outlive them, and grow with the number of blocks.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def finished_blocks(journal: Journal, sink: Sink, blocks: int) -> dict[int, BlockReport]:

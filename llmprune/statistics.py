@@ -5,19 +5,25 @@ Shapes: C = input columns, R = output rows, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from llmprune.clock import Clock
+from llmprune.errors import StoppedError
 from llmprune.model.follow import Follow, stages
 from llmprune.model.matrices import Matrix
-from llmprune.model.watch import Reached, Watch
-from llmprune.stream import FileHidden, Flow, MemoryHidden, place_hidden
+from llmprune.model.products import Products
+from llmprune.model.program import Irregular, Paused, Program, Trace, read_program, total
+from llmprune.model.watch import Reached, Watch, add_input, finish
+from llmprune.stream import FileHidden, Flow, MemoryHidden, memory_of, place_hidden
 from llmprune.types import Plan, Stats
+
+Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
 
 
 def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> dict[str, Stats]:
@@ -55,40 +61,199 @@ def stage_by_stage(
 ) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
     """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next.
 
-    The dense path runs through the block first, its outputs wait in ``dense.outputs``; then the pruned path runs up to each stage in turn,
-    so that a stage's inputs come from the pruned stages before it.
+    The dense path runs through the block first; then the pruned path runs up to each stage in turn, so that a stage's inputs come from the pruned
+    stages before it. At the end, what left the block waits in ``dense.outputs`` and ``flow.outputs``.
     """
-    kept, calls = record_dense(dense, index, block, matrices)
-    grouped, in_order = stages(calls, matrices)
-    for number, stage in enumerate(grouped):
-        behind = [m for later in grouped[number + 1 :] for m in later] if in_order else []
-        yield stage, watch_stage(flow, index, block, stage, behind, plan, kept, clock)
+    straight = record_straight(dense, index, block, matrices)
+    if straight:
+        yield from straight_stages(flow, index, block, *straight, plan, clock)
+    else:
+        yield from marked_stages(flow, dense, index, block, matrices, plan, clock)
 
 
 class Kept:
-    """The dense path's inputs and partners in one block, in memory or a file, by (matrix, batch)."""
+    """The dense path's inputs and partners in one block, in memory or a file, by (stage or matrix, batch)."""
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self._store: MemoryHidden | FileHidden | None = None
         self._held: set[Hashable] = set()
+        self.size = 0  # bytes of all micro-batches
 
-    def put(self, batch: int, inputs: dict[str, Tensor], partners: dict[str, list[Tensor]]) -> None:
+    def put(self, batch: int, inputs: dict[Any, Tensor], partners: dict[str, Tensor]) -> None:
         values: dict[Hashable, Tensor] = {("input", name, batch): value for name, value in inputs.items()}
-        values |= {("partner", name, batch): torch.stack(ps).sum(0) if len(ps) > 1 else ps[0] for name, ps in partners.items()}
-        if self._store is None:
-            size = sum(v.nbytes for v in values.values()) * len(self._flow)
-            self._store = place_hidden(size, next(iter(values.values())).device, self._flow.stream.scratch)
+        values |= {("partner", name, batch): value for name, value in partners.items()}
+        if self._store is None and values:
+            self.size = sum(v.nbytes for v in values.values()) * len(self._flow)
+            self._store = place_hidden(self.size, next(iter(values.values())).device, self._flow.stream.scratch)
         for key, value in values.items():
+            assert self._store is not None
             self._store[key] = value
             self._held.add(key)
 
-    def get(self, kind: str, name: str, batch: int) -> Tensor | None:
+    def get(self, kind: str, name: Any, batch: int) -> Tensor | None:
         key = (kind, name, batch)
         return self._store[key] if self._store is not None and key in self._held else None
 
 
-def record_dense(dense: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> tuple[Kept, list[tuple[str, int]]]:
+# Straight blocks: see model/program.py. ------------------------------------------------------------------------------------------------------
+
+
+def record_straight(dense: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> tuple[Program, Kept] | None:
+    """Run the block on the dense path; its program, and what its stages were given. None if it has none, or a micro-batch takes another way."""
+    follow = Follow()
+    watching = Watch(block, matrices, frozenset(), follow)
+    dense.outputs[0] = followed(dense, index, block, 0, watching, follow)
+    program = read_program(watching, follow, matrices)
+    if program is None:
+        return None
+    kept = Kept(dense)
+    inputs = {number: watching.own[stage[0].name] for number, stage in enumerate(program.stages)}
+    partners = {name: [t for place, t in follow.partners[name] if place in places] for name, places in program.partners.items()}
+    kept.put(0, inputs, {name: total(parts) for name, parts in partners.items()})
+    products = Products(block, matrices)
+    for batch in range(1, len(dense)):
+        inputs = {}
+        added: dict[str, Tensor] = {}
+
+        def arrive(stage: int, value: Tensor, partners: dict[str, Tensor], inputs: Any = inputs, added: Any = added) -> None:
+            inputs[stage] = value
+            added.update(partners)
+
+        try:
+            dense.outputs[batch] = traced(dense, index, block, batch, program, products, arrive)
+        except Irregular:
+            return None
+        kept.put(batch, inputs, added)
+    return program, kept
+
+
+def traced(flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products, arrive: Arrive) -> Tensor:
+    hidden_NLD, call = flow.entering(index, batch)
+    trace = Trace(program, products, (hidden_NLD, call.args, call.kwargs), arrive)
+    with trace:
+        left_NLD = flow.stream.walk.replay(block, hidden_NLD, call)
+    trace.close()
+    return left_NLD
+
+
+def straight_stages(
+    flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock
+) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
+    products = Products(block, [m for stage in program.stages for m in stage])
+    together = 4 * kept.size < memory_of(flow.stream.device_of(index))
+    passages: list[Passage] = [(Waiting if together else Repeated)(flow, index, block, b, program, products) for b in range(len(flow))]
+    try:
+        for number, stage in enumerate(program.stages):
+            stats = Stats()
+            partners: dict[str, Tensor] = {}
+            for batch, passage in enumerate(passages):
+                value, ours = passage.to(number)
+                clock.lap("forward")
+                add_input(stats, value, plan.needs)
+                add_cross(stats, value, kept.get("input", number, batch))
+                for name, partner in ours.items():
+                    add_partner(partners, name, value, partner, kept.get("partner", name, batch))
+                clock.lap("statistics")
+            finish(stats, stage[0].name)
+            yield stage, {m.name: replace(stats, partner_RC=partners.get(m.name)) for m in stage}
+        for batch, passage in enumerate(passages):
+            flow.outputs[batch] = passage.out()
+        clock.lap("forward")
+    except Irregular:
+        raise StoppedError(f"{flow.stream.names[index]}: runs otherwise once it is pruned", "take --target symmetric, and report this") from None
+    finally:
+        for passage in passages:
+            passage.end()
+
+
+class Passage(Protocol):
+    """One micro-batch's way through a straight block."""
+
+    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Come to a stage, the one after the last: its input, and the partners of its matrices."""
+        ...
+
+    def out(self) -> Tensor:
+        """What leaves the block."""
+        ...
+
+    def end(self) -> None: ...
+
+
+class Waiting:
+    """A forward that waits at every stage. All micro-batches of a block wait side by side, with what they hold at that point."""
+
+    def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
+        self._arrived: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._left: Tensor | None = None
+
+        def work(pause: Callable[[], None]) -> None:
+            def arrive(stage: int, value: Tensor, partners: dict[str, Tensor]) -> None:
+                self._arrived = (value, partners)
+                pause()
+
+            self._left = traced(flow, index, block, batch, program, products, arrive)
+
+        self._paused = Paused(work)
+
+    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._paused.go_on()
+        arrived, self._arrived = self._arrived, None
+        assert arrived is not None
+        return arrived
+
+    def out(self) -> Tensor:
+        self._paused.go_on()
+        assert self._left is not None
+        return self._left
+
+    def end(self) -> None:
+        self._paused.end()
+        self._left = None
+
+
+class Repeated:
+    """A forward that starts anew for every stage: for blocks whose micro-batches cannot all wait in memory."""
+
+    def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
+        self._run = partial(traced, flow, index, block, batch, program, products)
+
+    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        found: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def arrive(at: int, value: Tensor, partners: dict[str, Tensor]) -> None:
+            if at == stage:
+                found.append((value, partners))
+                raise Reached
+
+        with suppress(Reached):
+            self._run(arrive)
+        return found[0]
+
+    def out(self) -> Tensor:
+        return self._run(lambda at, value, partners: None)
+
+    def end(self) -> None:
+        pass
+
+
+# Any other block: experts, matrices that are used several times. ----------------------------------------------------------------------------
+
+
+def marked_stages(
+    flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock
+) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
+    kept, calls = record_marked(dense, index, block, matrices)
+    grouped, in_order = stages(calls, matrices)
+    for number, stage in enumerate(grouped):
+        behind = [m for later in grouped[number + 1 :] for m in later] if in_order else []
+        yield stage, watch_stage(flow, index, block, stage, behind, plan, kept, clock)
+    for batch in range(len(flow)):
+        flow.outputs[batch] = flow.run(index, block, batch)
+
+
+def record_marked(dense: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> tuple[Kept, list[tuple[str, int]]]:
     """Run the block on the dense path; (what its matrices were given there, the calls of all micro-batches with their depths)."""
     kept = Kept(dense)
     follow = Follow()
@@ -98,18 +263,18 @@ def record_dense(dense: Flow, index: int, block: nn.Module, matrices: list[Matri
     for batch in range(len(dense)):
         dense.outputs[batch] = followed(dense, index, block, batch, watching, follow)
         inputs = {n: v for n, v in watching.inputs.items() if n in single}
-        kept.put(batch, inputs, {n: ps for n, ps in follow.partners.items() if n in single})
+        kept.put(batch, inputs, {n: total([t for _, t in ps]) for n, ps in follow.partners.items() if n in single})
         calls += follow.calls
         watching.next_batch()
     return kept, calls
 
 
 def followed(flow: Flow, index: int, block: nn.Module, batch: int, watching: Watch, follow: Follow) -> Tensor:
-    call = flow.calls[batch][index]
+    hidden_NLD, call = flow.entering(index, batch)
     follow.start()
-    follow.enter((flow.hidden[batch], call.args, call.kwargs))
+    follow.enter((hidden_NLD, call.args, call.kwargs))
     with watching:
-        return flow.run(index, block, batch)
+        return flow.stream.walk.replay(block, hidden_NLD, call)
 
 
 def watch_stage(
@@ -127,11 +292,16 @@ def watch_stage(
         for name, value in watching.inputs.items():
             add_cross(watching.stats[name], value, kept.get("input", name, batch))
         for m in stage:
-            add_partner(partners, m.name, watching.input_of(m.name), follow.partners.get(m.name), kept.get("partner", m.name, batch))
+            given, found = watching.own.get(m.name), follow.partners.get(m.name)
+            if given is not None and found:
+                add_partner(partners, m.name, given, total([t for _, t in found]), kept.get("partner", m.name, batch))
         watching.next_batch()
         clock.lap("statistics")
     watching.close()
     return {name: replace(stats, partner_RC=partners.get(name)) for name, stats in watching.stats.items()}
+
+
+# The sums -------------------------------------------------------------------------------------------------------------------------------------
 
 
 def add_cross(stats: Stats, pruned: Tensor, dense: Tensor | None) -> None:
@@ -143,14 +313,11 @@ def add_cross(stats: Stats, pruned: Tensor, dense: Tensor | None) -> None:
     stats.cross_CC.addmm_(dense_TC.T, pruned_TC)
 
 
-def add_partner(sums: dict[str, Tensor], name: str, value: Tensor | None, pruned: list[Tensor] | None, dense: Tensor | None) -> None:
+def add_partner(sums: dict[str, Tensor], name: str, value: Tensor, pruned: Tensor, dense: Tensor | None) -> None:
     """Add (p - p') x'^T of one micro-batch."""
-    if value is None or not pruned or dense is None:
+    if dense is None or dense.shape != pruned.shape:
         return
-    ours = torch.stack(pruned).sum(0) if len(pruned) > 1 else pruned[0]
-    if dense.shape != ours.shape:
-        return
-    apart_TR = (dense.to(ours.device) - ours).reshape(-1, ours.shape[-1]).float()
+    apart_TR = (dense.to(pruned.device) - pruned).reshape(-1, pruned.shape[-1]).float()
     value_TC = value.reshape(-1, value.shape[-1]).float()
     if name not in sums:
         sums[name] = value_TC.new_zeros(apart_TR.shape[1], value_TC.shape[1])

@@ -5,8 +5,6 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
@@ -24,11 +22,11 @@ from llmprune.checkpoint.files import read_range, write_range
 from llmprune.checkpoint.loader import Loader
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
+from llmprune.heap import Heap
 from llmprune.model.blocks import Call, Interned, Walk
 from llmprune.model.skeleton import build_skeleton
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
-MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's; musl has none
 
 
 class Stream(Protocol):
@@ -76,6 +74,7 @@ class CheckpointStream:
         self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
         self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names))
         self.scratch: Path | None = None
+        self._heap = Heap()
         for module in self.skeleton.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -100,10 +99,11 @@ class CheckpointStream:
             yield self.loader.load_block(index, self.device, dense)
         finally:
             self.loader.free_block(index)
-            give_back()
+            self._heap.after_block()
 
     @contextmanager
     def outer(self) -> Iterator[None]:
+        self._heap = Heap()  # the embeddings begin a pass, the head ends one
         try:
             self.loader.load_outer(self.device)
             yield
@@ -185,12 +185,6 @@ class FileHidden:
         write_range(self._file.fileno(), self._places[batch][0], data)
 
 
-def give_back() -> None:
-    """Return freed memory to the system. glibc hardly finds the holes again that aligned tensors leave, so a run would grow from block to block."""
-    if MALLOC_TRIM is not None:
-        MALLOC_TRIM(0)
-
-
 def memory_limit() -> int:
     """Bytes this process may still take: free RAM, or what its control group leaves."""
     free = psutil.virtual_memory().available
@@ -202,12 +196,16 @@ def memory_limit() -> int:
     return free
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_limit()
+
+
 def place_hidden(size: int, device: torch.device, folder: Path | None) -> MemoryHidden | FileHidden:
     """Where one generation of hidden states of ``size`` bytes goes: the compute device, RAM, or a file; two generations must fit in half."""
-    if device.type == "cuda" and 4 * size < torch.cuda.mem_get_info(device)[0]:
-        return MemoryHidden(device)
-    if 4 * size < memory_limit():
-        return MemoryHidden(torch.device("cpu"))
+    for place in (device, torch.device("cpu")):
+        if 4 * size < memory_of(place):
+            return MemoryHidden(place)
     return FileHidden(folder)
 
 
@@ -256,12 +254,16 @@ class Flow:
             other.hidden[batch] = self.hidden[batch]
         return other
 
-    def run(self, index: int, block: nn.Module, batch: int, hidden_NLD: Tensor | None = None) -> Tensor:
-        """Hidden states of one micro-batch that leave the block, when ``hidden_NLD`` enters it, or else what waits in ``hidden``."""
+    def entering(self, index: int, batch: int, hidden_NLD: Tensor | None = None) -> tuple[Tensor, Call]:
+        """What enters a block with one micro-batch, on its device: ``hidden_NLD`` or else what waits in ``hidden``, and the other arguments."""
         device = self.stream.device_of(index)
         call = self.calls[batch][index]
         moved = Call(moved_to(device, call.args), {k: moved_to(device, v) for k, v in call.kwargs.items()}, call.keyword)
-        return self.stream.walk.replay(block, (self.hidden[batch] if hidden_NLD is None else hidden_NLD).to(device), moved)
+        return (self.hidden[batch] if hidden_NLD is None else hidden_NLD).to(device), moved
+
+    def run(self, index: int, block: nn.Module, batch: int, hidden_NLD: Tensor | None = None) -> Tensor:
+        """Hidden states of one micro-batch that leave the block."""
+        return self.stream.walk.replay(block, *self.entering(index, batch, hidden_NLD))
 
     def advance(self) -> None:
         """What left the block enters the next one."""

@@ -9,7 +9,7 @@ the partner of W: for the matrices that write into the residual stream that is t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,61 +17,62 @@ from torch import Tensor
 # The marks are attributes of the tensors themselves, so they go when the tensors go.
 DEPTH = "_llmprune_depth"
 ORIGINS = "_llmprune_origins"  # frozenset of the matrices that a tensor comes from
+PLACE = "_llmprune_place"
 SUMS = "_llmprune_sums"  # frozenset of the matrices W of which a tensor is W x + partners
 NONE: frozenset[str] = frozenset()
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__"}
+Place: TypeAlias = tuple[int, int]  # (number of the operation that made or last changed a tensor, which of its tensors); -1: what entered
 ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 
 
 class Follow:
-    """Marks tensors while a block runs. ``partners`` and ``calls`` are of the forward since ``start``."""
+    """Marks tensors while a block runs. What it holds is of the forward since ``start``."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []  # (matrix, depth of its input), in the order of use
-        self.partners: dict[str, list[Tensor]] = {}
+        self.products: list[tuple[str, int]] = []  # (matrix, number of the operation), in the order of use
+        self.partners: dict[str, list[tuple[Place, Tensor]]] = {}
+        self.operations = 0
         self._deepest = 0
 
     def start(self) -> None:
         self.calls.clear()
+        self.products.clear()
         self.partners.clear()
+        self.operations = 0
         self._deepest = 0
 
     def product(self, matrices: list[str], value: Any, out: Tensor, single: bool) -> None:
         """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts (or a matrix on the left) with what
         is among ``value``.
         """
-        entering = list(_tensors(value))
+        self.products += [(matrix, self.operations) for matrix in matrices]
+        entering = list(tensors(value))
         depth = max(self._depth(t) for t in entering)
         self.calls += [(matrix, depth) for matrix in matrices]
-        self._mark(out, depth + 1, frozenset(matrices).union(*(_origins(t) for t in entering)))
-        out.__dict__[SUMS] = frozenset(matrices if single else ())
+        self._mark([out], depth + 1, frozenset(matrices).union(*(_origins(t) for t in entering)), frozenset(matrices if single else ()))
 
     def other(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        operands = list(_tensors((args, kwargs)))
+        operands = list(tensors((args, kwargs)))
         depth = max((self._depth(t) for t in operands), default=0)
         origins = NONE.union(*(_origins(t) for t in operands))
         sums = self._add(operands) if func in ADDITIONS else self._same(operands, out)
-        changed = [out, args[0]] if _in_place(func) and args else [out]
-        for tensor in _tensors(changed):
-            self._mark(tensor, depth, origins)
-            tensor.__dict__.pop(SUMS, None)
-            if sums:
-                tensor.__dict__[SUMS] = sums
+        self._mark(changed(func, args, out), depth, origins, sums)
 
     def enter(self, value: Any) -> None:
         """What enters the block has depth 0."""
-        for tensor in _tensors(value):
-            self._mark(tensor, 0, NONE)
-            tensor.__dict__.pop(SUMS, None)
+        self.operations = -1
+        self._mark(value, 0, NONE)
 
     def _depth(self, tensor: Tensor) -> int:
         """A tensor of unknown origin may come from anything so far; parameters come from nothing."""
         return tensor.__dict__.get(DEPTH, 0 if isinstance(tensor, torch.nn.Parameter) else self._deepest)
 
-    def _mark(self, tensor: Tensor, depth: int, origins: frozenset[str]) -> None:
-        tensor.__dict__[DEPTH] = depth
-        tensor.__dict__[ORIGINS] = origins
+    def _mark(self, value: Any, depth: int, origins: frozenset[str], sums: frozenset[str] = NONE) -> None:
+        for i, tensor in enumerate(tensors(value)):
+            tensor.__dict__.update({DEPTH: depth, ORIGINS: origins, PLACE: (self.operations, i), SUMS: sums})
         self._deepest = max(self._deepest, depth)
+        self.operations += 1
 
     def _add(self, operands: list[Tensor]) -> frozenset[str]:
         """The sums that go on in a + b; each operand is a partner of what the other carries, unless it comes from there."""
@@ -81,7 +82,7 @@ class Follow:
         for mine, other in (operands, operands[::-1]):
             going_on = mine.__dict__.get(SUMS, NONE) - _origins(other)
             for matrix in going_on:
-                self.partners.setdefault(matrix, []).append(other)
+                self.partners.setdefault(matrix, []).append((other.__dict__.get(PLACE, (self.operations, 0)), other))
             sums |= going_on
         return sums
 
@@ -103,15 +104,20 @@ def _in_place(func: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def changed(func: Any, args: Any, out: Any) -> Any:
+    """What an operation makes or changes."""
+    return [out, args[0]] if _in_place(func) and args else [out]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def stages(calls: list[tuple[str, int]], matrices: list[Any]) -> tuple[list[list[Any]], bool]:

@@ -30,7 +30,8 @@ class Watch(TorchFunctionMode):
 
     ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
     Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
-    first matrix that used it. ``follow`` is told of every operation; ``until`` names matrices whose use ends the forward by ``Reached``.
+    first matrix that used it; ``own`` what each matrix was last given. ``follow`` is told of every operation; ``until`` names matrices whose use
+    ends the forward by ``Reached``.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.needs = needs
         self.inputs: dict[str, Tensor] = {}
-        self._own: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}
         self._follow = follow
         self._until = {m.name for m in until or ()}
         self.seconds = 0.0  # spent on the sums
@@ -68,11 +69,7 @@ class Watch(TorchFunctionMode):
     def next_batch(self) -> None:
         self._seen.clear()
         self.inputs.clear()
-        self._own.clear()
-
-    def input_of(self, matrix: str) -> Tensor | None:
-        """What a matrix was last given in the present forward."""
-        return self._own.get(matrix)
+        self.own.clear()
 
     def _add(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
@@ -91,27 +88,34 @@ class Watch(TorchFunctionMode):
             self._seen[key] = (value, stats)
             self.inputs[matrix.name] = value
             began = perf_counter()
-            _accumulate(stats, value.reshape(-1, value.shape[-1]).float(), self.needs)
+            add_input(stats, value, self.needs)
             self.seconds += perf_counter() - began
-        self._own[matrix.name] = value
+        self.own[matrix.name] = value
 
     def close(self) -> None:
         """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""
         self.next_batch()
-        for stats in {id(s): s for s in self.stats.values()}.values():
-            if stats.gram_CC is not None:
-                _mirror(stats.gram_CC)
         for name, stats in self.stats.items():
             if stats.tokens != self._tokens[name]:
                 raise StoppedError(f"{name}: saw {self._tokens[name]} tokens, its shared input {stats.tokens}", "report this architecture")
-            total = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC
-            if total is not None and not bool(torch.isfinite(total).all()):
-                raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
-            if total is not None and not bool(total.any()):
-                raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
+        for stats in {id(s): s for s in self.stats.values()}.values():
+            finish(stats, next(name for name, own in self.stats.items() if own is stats))
 
 
-def _accumulate(stats: Stats, value_TC: Tensor, needs: frozenset[Stat]) -> None:
+def finish(stats: Stats, name: str) -> None:
+    """Complete the sums of a matrix's inputs; raises StoppedError when one is not finite, or all inputs are zero."""
+    if stats.gram_CC is not None:
+        _mirror(stats.gram_CC)
+    total = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC
+    if total is not None and not bool(torch.isfinite(total).all()):
+        raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
+    if total is not None and not bool(total.any()):
+        raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
+
+
+def add_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
+    """Add what enters a matrix, [..., C], to the sums that are asked for; of the Gram matrix only what lies on and under the diagonal's panels."""
+    value_TC = value.reshape(-1, value.shape[-1]).float()
     stats.tokens += value_TC.shape[0]
     width = value_TC.shape[1]
     if "gram" in needs:

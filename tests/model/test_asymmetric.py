@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import save_tiny
+from torch import nn
 
 import llmprune
+from llmprune import statistics
 from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.source import open_folder
 from llmprune.clock import Clock
 from llmprune.engine import selected
 from llmprune.linalg import damped
-from llmprune.model.matrices import Selection
+from llmprune.model.blocks import Call
+from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.admm import ADMM
 from llmprune.statistics import stage_by_stage
@@ -38,7 +44,7 @@ def open_stream(family: str, folder) -> CheckpointStream:
         ("gemma2", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
         ("gpt2", [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]),
         ("phi3", [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
-        ("gpt_neox", [["query_key_value", "dense_h_to_4h"], ["dense", "dense_4h_to_h"]]),
+        ("gpt_neox", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
         ("mixtral", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
         ("mamba", [["in_proj"], ["out_proj"]]),
     ],
@@ -90,6 +96,95 @@ def test_statistics_of_both_paths_equal_those_of_hooks(tmp_path):
     got_RC = stats["self_attn.o_proj.weight"].partner_RC
     assert float((got_RC - partner_RC).norm() / partner_RC.norm()) < 1e-6
     assert stats["self_attn.q_proj.weight"].partner_RC is None
+
+
+STRAIGHT = ["llama", "gemma2", "gpt2", "phi3", "gpt_neox", "falcon", "gptj", "cohere2", "mamba", "lfm2", "bloom", "opt"]
+
+
+@pytest.mark.parametrize("family", [*STRAIGHT, "mixtral", "deepseek_v3"])
+def test_forwards_that_wait_equal_forwards_that_start_anew(tmp_path, family, monkeypatch):
+    """Bit for bit, whether all micro-batches wait side by side or memory is too short for that; threads end with the block."""
+    save_tiny(family, tmp_path / "model")
+    monkeypatch.setitem(sys.modules["llmprune.stream"].TOKENS_PER_BATCH, "cpu", 16)
+    passages = {"Waiting": 0, "Repeated": 0}
+    for kind in passages:
+        made = getattr(statistics, kind)
+
+        def counted(*args, kind=kind, made=made):
+            passages[kind] += 1
+            return made(*args)
+
+        monkeypatch.setattr(statistics, kind, counted)
+    threads = threading.active_count()
+    reports = [llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "waiting"))]
+    waited = passages["Waiting"]
+    assert threading.active_count() == threads
+    monkeypatch.setattr(statistics, "memory_of", lambda device: 0)
+    reports.append(llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "anew")))
+    assert reports[0].blocks == reports[1].blocks
+    for path in (tmp_path / "waiting").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "anew" / path.name).read_bytes()
+    assert waited == passages["Repeated"] == passages["Waiting"]
+    assert (waited > 0) == (family in [*STRAIGHT, "deepseek_v3"])  # its first block is dense
+
+
+def test_threads_end_when_a_run_breaks_off(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+
+    def fails(*args):
+        raise RuntimeError("in the middle of a stage")
+
+    monkeypatch.setattr(ADMM, "solve", fails)
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="in the middle of a stage"):
+        llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "out"))
+    assert threading.active_count() == threads
+
+
+class Moody(nn.Module):
+    """A block whose operations depend on what enters it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden_NLD):
+        out = self.first(hidden_NLD)
+        if float(hidden_NLD[0, 0, 0]) > 0:
+            out = out + 1
+        return hidden_NLD + self.second(out)
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1), (-1, 1, 1)])
+@torch.no_grad()
+def test_a_block_that_runs_otherwise_is_followed_mark_by_mark(signs):
+    torch.manual_seed(0)
+    block = Moody()
+    hidden = [torch.randn(2, 5, 8) for _ in signs]
+    for value, sign in zip(hidden, signs, strict=True):
+        value[0, 0, 0] = 3.0 * sign
+    walk = SimpleNamespace(replay=lambda block, hidden_NLD, call: block(hidden_NLD))
+    stream = SimpleNamespace(walk=walk, names=["block"], scratch=None, device_of=lambda index: torch.device("cpu"))
+    paths = []
+    for shift in (0.0, 0.1):
+        path = Flow.__new__(Flow)
+        path.stream, path.ids, path.calls = stream, list(hidden), [[Call((), {})]] * len(hidden)
+        path.hidden = {i: h + shift * torch.ones_like(h) for i, h in enumerate(hidden)}
+        path.outputs = {}
+        paths.append(path)
+    dense, flow = paths
+    found = dict(zip(("first", "second"), stage_by_stage(flow, dense, 0, block, block_matrices(block), PLAN, Clock()), strict=True))
+    assert [[m.name for m in stage] for stage, _ in found.values()] == [["first.weight"], ["second.weight"]]
+    middle = [[block.first(p.hidden[i]) + (p.hidden[i][0, 0, 0] > 0) for i in range(len(hidden))] for p in (dense, flow)]
+    dense_TC, pruned_TC = (torch.cat([m.flatten(0, 1) for m in side]) for side in middle)
+    apart_TR = torch.cat([(dense.hidden[i] - flow.hidden[i]).flatten(0, 1) for i in range(len(hidden))])
+    stats = found["second"][1]["second.weight"]
+    torch.testing.assert_close(stats.gram_CC, pruned_TC.T @ pruned_TC)
+    torch.testing.assert_close(stats.cross_CC, dense_TC.T @ pruned_TC)
+    torch.testing.assert_close(stats.partner_RC, apart_TR.T @ pruned_TC)
+    for i in range(len(hidden)):
+        assert torch.equal(flow.outputs[i], block(flow.hidden[i]))
+        assert torch.equal(dense.outputs[i], block(dense.hidden[i]))
 
 
 def test_the_target_is_the_damped_least_squares_correction():

@@ -14,7 +14,7 @@ import llmprune
 
 ROOT = Path(llmprune.__file__).parent
 FLOORS = [
-    {"errors", "types", "clock"},
+    {"errors", "types", "clock", "heap"},
     {"linalg", "data", "checkpoint"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
     {"methods", "stream", "statistics", "gradients", "whole", "evaluation"},
