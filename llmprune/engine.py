@@ -19,7 +19,8 @@ from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_head, at_once, stage_by_stage
 from llmprune.stream import Flow, Stream
 from llmprune.target import asymmetric_target
-from llmprune.types import BlockReport, Plan, Pruned, Row, Stats
+from llmprune.training import vectors
+from llmprune.types import BlockReport, BlockSolver, Plan, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
 SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
@@ -74,7 +75,11 @@ def prune(
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
             rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
-            hashes = stream.keep(index, dict.fromkeys(m.parameter for m in matrices[index]))
+            changed: list[str] = []
+            if plan.reconstruct is not None and not head:
+                rows, changed = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
+                clock.lap("solve")
+            hashes = stream.keep(index, dict.fromkeys([m.parameter for m in matrices[index]] + changed))
             clock.lap("write")
             if unpruned_VD is None:
                 pairs = run_again(flow, dense, index, block)
@@ -82,7 +87,7 @@ def prune(
                 pairs = run_head_again(flow, dense or flow, block, unpruned_VD)
             error = output_error(pairs, name, plan)
             clock.lap("forward")
-        reports.append(BlockReport(name, error, tuple(rows), clock.seconds))
+        reports.append(BlockReport(name, error, tuple(rows), tuple(f"{name}.{c}" for c in changed), clock.seconds))
         on_block(index, reports[-1], hashes)
     return reports
 
@@ -138,6 +143,36 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())
     return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+
+
+def reconstruct_block(
+    flow: Flow, dense: Flow | None, index: int, block: nn.Module, matrices: list[Matrix], rows: list[Row], solver: BlockSolver
+) -> tuple[list[Row], list[str]]:
+    """Train what survives in a block, and its vectors, towards what the unpruned block gave; (the rows as they are then, names of the vectors that
+    have changed).
+    """
+    device = flow.stream.device_of(index)
+    wanted = (dense or flow).outputs
+    masked, free = whole_parameters(block, matrices), vectors(block)
+    if not masked or not solver.fit(
+        list(masked.values()), list(free.values()), lambda batch: (flow.run(index, block, batch), wanted[batch].to(device)), len(flow)
+    ):
+        return rows, []
+    for name, parameter in (masked | free).items():
+        parameter.data.copy_(parameter.data.to(flow.stream.stored_dtype(index, name)))
+    if dense is not None:
+        for batch in range(len(flow)):
+            flow.outputs[batch] = flow.run(index, block, batch)
+    trained = {m.name for m in matrices if m.parameter in masked}
+    now = [replace(r, zeros=int((m.view(block) == 0).sum()), lost=None) if m.name in trained else r for m, r in zip(matrices, rows, strict=True)]
+    return now, list(free)
+
+
+def whole_parameters(block: nn.Module, matrices: list[Matrix]) -> dict[str, nn.Parameter]:
+    """The parameters of which every part is pruned, not only some experts."""
+    selected = {m.name for m in matrices}
+    partly = {m.parameter for m in block_matrices(block) if m.name not in selected}
+    return {m.parameter: block.get_parameter(m.parameter) for m in matrices if m.parameter not in partly}
 
 
 def weighed(stats: Stats, plan: Plan) -> Stats:

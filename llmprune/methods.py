@@ -26,10 +26,11 @@ class Method:
     """What a name stands for: criterion, solver, the group in which unstructured weights compete, and what the solver aims at."""
 
     criterion: str | None
-    solver: str
+    solver: str  # one that goes over matrices; "+reconstruct" goes over the block after it
     group: Group
     asymmetric: bool = False  # aims at the dense path's outputs (llmprune.target)
     fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
+    polish_steps: int = 0  # of whole-model distillation at the end
 
 
 # The papers' own recipes, unimproved, for comparison.
@@ -44,8 +45,10 @@ METHODS = {
 QUALITIES = {
     "fast": Method("wanda", "refit", "row", asymmetric=True),
     "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True),
+    "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True),
 }
 DEFAULT_QUALITY = "balanced"
+RECONSTRUCT = "reconstruct"
 
 
 def names(kind: str) -> list[str]:
@@ -60,6 +63,18 @@ def check_name(what: str, name: str, known: list[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RequestError(f"{what} {name!r} is unknown", f"{hint}there are: {', '.join(known)}")
+
+
+def split_solver(text: str) -> tuple[str, bool]:
+    """(the solver that goes over matrices, whether blocks are reconstructed afterwards) of "admm", "admm+reconstruct" or "reconstruct".
+
+    Raises RequestError for anything else.
+    """
+    first, plus, last = text.partition("+")
+    check_name("solver", first, names("solvers"))
+    if plus and (last != RECONSTRUCT or first == RECONSTRUCT):
+        raise RequestError(f"solver {text!r}", f"only +{RECONSTRUCT} can follow another solver, as in admm+{RECONSTRUCT}")
+    return first, RECONSTRUCT in (first, last)
 
 
 def build(kind: str, name: str, **options: Any) -> Any:

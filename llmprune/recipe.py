@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llmprune.errors import RequestError
-from llmprune.methods import DEFAULT_QUALITY, METHODS, QUALITIES, Group, Method, build, build_pattern, check_name, names, parse_nm
+from llmprune.methods import (
+    DEFAULT_QUALITY,
+    METHODS,
+    QUALITIES,
+    RECONSTRUCT,
+    Group,
+    Method,
+    build,
+    build_pattern,
+    check_name,
+    names,
+    parse_nm,
+    split_solver,
+)
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
@@ -28,10 +41,10 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
     pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4")
-    quality: str | None = Field(None, description="one of our own recipes: fast or balanced")
+    quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
     criterion: str | None = Field(None, description="what scores the weights")
-    solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay")
+    solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay; +reconstruct goes over blocks after it")
     target: Literal["symmetric", "asymmetric"] | None = Field(
         None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
     )
@@ -129,14 +142,14 @@ class Recipe(BaseModel):
         if self.criterion is not None:
             check_name("criterion", self.criterion, names("criteria"))
         if self.solver is not None:
-            check_name("solver", self.solver, names("solvers"))
-        criterion, solver = self.parts.criterion, self.parts.solver
+            split_solver(self.solver)
+        criterion, (solver, _) = self.parts.criterion, split_solver(self.parts.solver)
         own_score = build("solvers", solver).own_score
         if own_score and criterion is not None:
             raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
         if not own_score and criterion is None:
             raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
-        if self.parts.asymmetric and solver == "mask_only":
+        if self.parts.asymmetric and self.parts.solver == "mask_only":
             raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
 
     def plan(self) -> Plan:
@@ -144,10 +157,12 @@ class Recipe(BaseModel):
         from llmprune.types import Plan
 
         parts = self.parts
+        solver, reconstruct = split_solver(parts.solver)
         return Plan(
             criterion=build("criteria", parts.criterion) if parts.criterion else None,
             pattern=build_pattern(self.pattern, parts.group),
-            solver=build("solvers", parts.solver),
+            solver=build("solvers", solver),
+            reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
             allocation=build("allocation", self.allocation),
             sparsity=self.ratio,
             asymmetric=parts.asymmetric,

@@ -5,10 +5,11 @@ Shapes: R = output rows, C = input columns, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
 Stat: TypeAlias = Literal["input_sq", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad"]
@@ -78,6 +79,12 @@ class Solver(Protocol):
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned: ...
 
 
+class BlockSolver(Protocol):
+    """Repairs the matrices of a block together, when all of them have their masks."""
+
+    def fit(self, masked: list[nn.Parameter], free: list[nn.Parameter], outputs: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> bool: ...
+
+
 class Allocation(Protocol):
     """Shares one budget out over the matrices."""
 
@@ -97,6 +104,7 @@ class Plan:
     sparsity: float
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
+    reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
     accept_damage: bool = False
 
     @property
@@ -127,11 +135,12 @@ class Row:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block: its rows and the relative squared error of its output on the pruned path's inputs."""
+    """What happened to one block: its rows, the relative squared error of its output, and what else a repair has changed in it."""
 
     block: str
     output_error: float
     rows: tuple[Row, ...]
+    changed: tuple[str, ...] = ()  # full names
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 

@@ -86,7 +86,7 @@ def block_to_json(block: BlockReport) -> dict[str, Any]:
 
 def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
     rows = tuple(Row(**{**row, "notes": tuple(row["notes"])}) for row in value["rows"])
-    return BlockReport(value["block"], value["output_error"], rows, seconds)
+    return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
 
 
 def measured(dense: Sequence[Perplexity], pruned: Sequence[Perplexity]) -> tuple[Measured, ...]:

@@ -149,7 +149,8 @@ def test_permuted_rows_commute(combo: Combo) -> None:
         drop = combo.pattern.dropped(rows, columns, sparsity)
         straight, permuted = combo.run(weight_RC, stats, drop), combo.run(weight_RC[order_R], stats, drop)
         assert permuted.keep_RC.equal(straight.keep_RC[order_R])
-        torch.testing.assert_close(permuted.weight_RC, straight.weight_RC[order_R], rtol=1e-10, atol=1e-12)
+        # on some processors a product rounds by the place of the row; conjugate gradients enlarge that up to the condition of the damped Gram
+        torch.testing.assert_close(permuted.weight_RC, straight.weight_RC[order_R], rtol=1e-7, atol=1e-8)
 
 
 @all_combos

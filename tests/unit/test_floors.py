@@ -15,7 +15,7 @@ import llmprune
 ROOT = Path(llmprune.__file__).parent
 FLOORS = [
     {"errors", "types", "clock", "heap"},
-    {"linalg", "data", "checkpoint"},
+    {"linalg", "data", "checkpoint", "training"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
     {"methods", "stream", "statistics", "gradients", "whole", "evaluation"},
     {"engine"},

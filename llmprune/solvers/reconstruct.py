@@ -1,0 +1,54 @@
+"""Any criterion's mask, then Adam on all that survives in a block, min ||block(x') - y||^2: x' enters the block on the pruned path, y is what the
+dense block gave. Masks are frozen; norm scales and biases move too. After another solver (``admm+reconstruct``) it goes on from that one's weights.
+
+Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks in the place of rounding; Adam as in training.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.solvers.mask_only import MaskOnly
+from llmprune.training import SurvivorAdam
+from llmprune.types import Pattern, Pruned, Stat, Stats
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    steps: int = 100
+    rate: float = 0.02  # of a tensor's root mean square
+    needs: frozenset[Stat] = frozenset()
+    own_score: bool = False
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
+        """The mask; ``fit`` does the rest when all matrices of the block have theirs."""
+        return MaskOnly().solve(weight_RC, score_RC, stats, pattern, drop)
+
+    def fit(self, masked: list[nn.Parameter], free: list[nn.Parameter], outputs: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> bool:
+        """Train parameters of a block in place. outputs: micro-batch -> (what leaves the block, what should). False: nothing was gained, and they
+        are as before.
+        """
+
+        def error() -> float:
+            return sum(_squared(*outputs(batch), size=1.0).item() for batch in range(batches))
+
+        before = error()
+        size = sum(outputs(batch)[1].float().square().sum().item() for batch in range(batches)) / batches
+        adam = SurvivorAdam(masked, free, self.steps, self.rate)
+        order = torch.Generator().manual_seed(0)
+        for _ in range(self.steps):
+            batch = int(torch.randint(batches, (), generator=order))
+            with torch.enable_grad():
+                loss = _squared(*outputs(batch), size=size)
+            adam.step(loss)
+        better = error() < before
+        adam.close(keep=better)
+        return better
+
+
+def _squared(out: Tensor, wanted: Tensor, size: float) -> Tensor:
+    return (out.float() - wanted.float()).square().sum() / size
