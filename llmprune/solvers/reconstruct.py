@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmprune.solvers.mask_only import MaskOnly
 from llmprune.training import SurvivorAdam
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
@@ -20,13 +19,15 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 @dataclass(frozen=True)
 class Reconstruct:
     steps: int = 100
-    rate: float = 0.02  # of a tensor's root mean square
+    rate: float = 0.04  # of a tensor's root mean square
     needs: frozenset[Stat] = frozenset()
     own_score: bool = False
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         """The mask; ``fit`` does the rest when all matrices of the block have theirs."""
-        return MaskOnly().solve(weight_RC, score_RC, stats, pattern, drop)
+        assert score_RC is not None, "the recipe gives this solver a criterion"
+        keep_RC = pattern.project(score_RC, drop)
+        return Pruned(weight_RC.masked_fill(~keep_RC, 0), keep_RC)
 
     def fit(self, masked: list[nn.Parameter], free: list[nn.Parameter], outputs: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> bool:
         """Train parameters of a block in place. outputs: micro-batch -> (what leaves the block, what should). False: nothing was gained, and they

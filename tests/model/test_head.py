@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, save_tiny, tiny_model, tiny_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.errors import RequestError
-from tests.families import FAMILIES, save_tiny, tiny_model, tiny_windows
 
 WINDOWS_NL = tiny_windows()
 UNTIED = [family for family in FAMILIES if not tiny_model(family).all_tied_weights_keys]
