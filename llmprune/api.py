@@ -18,13 +18,13 @@ from llmprune.engine import dense_gradients, selected
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, prepare, quiet, run
+from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, polish_to_json, prepare, quiet, run
 from llmprune.model.matrices import Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, choose_device, choose_dtype
+from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, check_polish, choose_device, choose_dtype
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
 from llmprune.stream import LiveStream
-from llmprune.types import Perplexity
+from llmprune.types import Perplexity, Polished
 
 
 def prune(
@@ -62,9 +62,11 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         matrices = selected(stream, selection)
         check_outside(stream, selection)
         check_matrices(matrices, stream, plan.pattern)
+        check_polish(plan, stream, matrices)
         windows = _live_windows(model, recipe, given, tokenizer)
         gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
-        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients)
+        polished: list[Polished] = []
+        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients, on_polish=lambda done, hashes: polished.append(done))
     return Report(
         recipe=recipe.resolved(),
         source={"name": type(model).__name__, "revision": None, "files": {}},
@@ -72,6 +74,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         blocks=tuple(blocks),
         perplexity=(),
         parameters=model.num_parameters(),
+        polish=polish_to_json(polished[0], stream) if polished else None,
         environment={"torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")},
     )
 

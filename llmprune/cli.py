@@ -36,11 +36,13 @@ def prune(
     model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
     pattern: Annotated[Text, typer.Option(help="unstructured, or N:M such as 2:4")] = None,
-    quality: Annotated[Text, typer.Option(help="one of our own recipes: fast or balanced (the default)")] = None,
+    quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
     criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,
     solver: Annotated[Text, typer.Option(help="what chooses the mask and repairs the rest")] = None,
     target: Annotated[Text, typer.Option(help="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)")] = None,
+    polish: Annotated[Text, typer.Option(help="kd: distillation of the whole pruned model at the end, which has to fit in memory; none")] = None,
+    polish_steps: Annotated[Count, typer.Option(help="steps of the polish")] = None,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
     allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices")] = None,
     calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
@@ -159,6 +161,7 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; all are liste
                 said = [" + ".join(p for p in (parts.criterion, parts.solver) if p), f"unstructured weights compete per {parts.group}"]
                 said += ["towards the dense path's outputs"] if parts.asymmetric else []
                 said += ["rows weighed by their Fisher information"] if parts.fisher_rows else []
+                said += [f"then distilled for {parts.polish_steps} steps"] if parts.polish_steps else []
                 said += ["the default"] if method == DEFAULT_QUALITY else []
                 out.print(f"--{flag} {method}: {', '.join(said)}", markup=False, soft_wrap=True)
     for kind, ns in everything.items():

@@ -15,12 +15,13 @@ from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_head, at_once, stage_by_stage
 from llmprune.stream import Flow, Stream
 from llmprune.target import asymmetric_target
 from llmprune.training import vectors
-from llmprune.types import BlockReport, BlockSolver, Plan, Pruned, Row, Stats
+from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
 SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
@@ -52,26 +53,32 @@ def prune(
     gradients: LossGradients | None = None,
     finished: Mapping[int, BlockReport] | None = None,
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
+    on_polish: Callable[[Polished, dict[str, str]], None] = lambda polished, hashes: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[BlockReport]:
     """Prune every block of a model on the outputs of the pruned blocks before it.
 
     windows_NL: calibration token ids. gradients: what ``dense_gradients`` found before anything was pruned. ``finished`` blocks (of an
-    interrupted run) are only run through. ``on_block`` is told of each newly pruned block once its tensors are kept.
+    interrupted run) are only run through. ``on_block`` is told of each newly pruned block once its tensors are kept, ``on_polish`` of what
+    the distillation at the end has done, if the plan has one; ``progress`` is that one's.
     Raises StoppedError when statistics or outputs are not finite, or a block's output is destroyed.
     """
     finished = finished or {}
     asked = ratios(stream, matrices, plan)
     flow = Flow(stream, windows_NL)
-    dense = flow.twin() if plan.asymmetric else None
+    teacher = flow.twin() if plan.asymmetric or plan.polish_steps else None
+    dense = teacher if plan.asymmetric else None
     reports = []
     for index in matrices:
         name = stream.path_of(index)
         if index in finished:
-            run_finished(flow, dense, index)
+            run_finished(flow, teacher, index)
             reports.append(finished[index])
             continue
         with stream.block(index) as block:
             clock = Clock()
+            if teacher is not None and dense is None:
+                teacher.through(index, block)
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
             rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
@@ -89,7 +96,28 @@ def prune(
             clock.lap("forward")
         reports.append(BlockReport(name, error, tuple(rows), tuple(f"{name}.{c}" for c in changed), clock.seconds))
         on_block(index, reports[-1], hashes)
+    if teacher is not None and plan.polish_steps:
+        on_polish(*polish(stream, teacher, matrices, plan.polish_steps, progress))
     return reports
+
+
+def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], steps: int, progress: Progress) -> tuple[Polished, dict[str, str]]:
+    """Distill the teacher, which has come through the last block, into the pruned model; hashes of the tensors that were written."""
+    hashes: dict[str, str] = {}
+    with stream.whole():
+        masked = {i: whole_parameters(stream.walk.blocks[i], ms) for i, ms in matrices.items()}
+        polished = distill(stream, teacher, masked, steps, progress)
+        for index, names in polished.changed.items():
+            store(stream, index, stream.walk.blocks[index], names)
+            hashes |= stream.keep(index, names)
+    return polished, hashes
+
+
+def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) -> None:
+    """Round trained parameters to the dtype that they are stored in."""
+    for name in names:
+        parameter = block.get_parameter(name)
+        parameter.data.copy_(parameter.data.to(stream.stored_dtype(index, name)))
 
 
 def dense_gradients(stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> LossGradients | None:
@@ -158,8 +186,7 @@ def reconstruct_block(
         list(masked.values()), list(free.values()), lambda batch: (flow.run(index, block, batch), wanted[batch].to(device)), len(flow)
     ):
         return rows, []
-    for name, parameter in (masked | free).items():
-        parameter.data.copy_(parameter.data.to(flow.stream.stored_dtype(index, name)))
+    store(flow.stream, index, block, [*masked, *free])
     if dense is not None:
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)

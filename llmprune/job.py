@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -27,11 +28,21 @@ from llmprune.engine import dense_gradients, prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix, Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, check_output, check_outside, check_space, choose_device, choose_dtype
+from llmprune.preflight import (
+    check_ids,
+    check_length,
+    check_matrices,
+    check_output,
+    check_outside,
+    check_polish,
+    check_space,
+    choose_device,
+    choose_dtype,
+)
 from llmprune.recipe import Recipe
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
-from llmprune.stream import CheckpointStream
-from llmprune.types import BlockReport, Perplexity, Plan
+from llmprune.stream import CheckpointStream, Stream
+from llmprune.types import BlockReport, Perplexity, Plan, Polished
 from llmprune.whole import WholeStream
 
 DEFAULT_SAMPLES = 128
@@ -119,6 +130,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     matrices = selected(stream, selection)
     check_outside(stream, selection)
     check_matrices(matrices, stream, plan.pattern)
+    check_polish(plan, stream, matrices)
     check_space(output, source)
     stored = None if restart else load_windows(partial_folder(output))
     calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
@@ -186,10 +198,12 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         save_windows(journal.folder, job.calibration, job.evaluation)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
-        finished = finished_blocks(journal, sink, len(job.matrices))
+        finished, polish = finished_parts(journal, sink, len(job.matrices))
         dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
-        gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
+        gradients = None
+        if len(finished) < len(job.matrices):
+            gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
         job.stream.write_to(sink)
         progress("prune", len(finished), len(job.matrices))
 
@@ -200,7 +214,16 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             journal.write(f"block-{index:05d}", record)
             progress("prune", index + 1, len(job.matrices))
 
-        blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, finished, on_block)
+        def on_polish(done: Polished, hashes: dict[str, str]) -> None:
+            nonlocal polish
+            polish = polish_to_json(done, job.stream)
+            if job.stream.resumable:
+                journal.write("polished", {"report": polish, "hashes": hashes})
+
+        blocks = list(finished.values())
+        if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
+            steps = partial(progress, "polish")
+            blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, finished, on_block, on_polish, steps)
         pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
         job.stream.finish()
         sink.finish()
@@ -213,6 +236,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             parameters=job.stream.skeleton.num_parameters(),
             environment=environment(job.stream),
             output=job.output,
+            polish=polish,
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
         )
         write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
@@ -222,15 +246,30 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         journal.close()
 
 
-def finished_blocks(journal: Journal, sink: Sink, blocks: int) -> dict[int, BlockReport]:
-    """The leading blocks that an earlier process finished and whose tensors still have their hashes."""
+def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
+    """(the leading blocks that an earlier process finished and whose tensors still have their hashes, what its distillation did if it came
+    that far).
+    """
+    polished = journal.read("polished")
+    if polished is not None and not sink.accept(polished["hashes"]):
+        polished = None
+    later = polished["hashes"] if polished else {}
     finished: dict[int, BlockReport] = {}
     for index in range(blocks):
         record = journal.read(f"block-{index:05d}")
-        if record is None or not sink.accept(record["hashes"]):
+        if record is None or not sink.accept({key: h for key, h in record["hashes"].items() if key not in later}):
+            if polished:  # the blocks before this one are not as they were when they were finished: begin anew
+                sink.written = {}
+                return {}, None
             break
         finished[index] = block_from_json(record["report"], record["seconds"])
-    return finished
+    return finished, polished["report"] if polished else None
+
+
+def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
+    value = asdict(polished)
+    value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
+    return value
 
 
 def dense_perplexities(job: Job, journal: Journal, progress: Progress) -> list[Perplexity]:

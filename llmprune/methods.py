@@ -33,6 +33,7 @@ class Method:
     polish_steps: int = 0  # of whole-model distillation at the end
 
 
+POLISH_STEPS = 100
 # The papers' own recipes, unimproved, for comparison.
 METHODS = {
     "magnitude": Method("magnitude", "mask_only", "matrix"),
@@ -45,7 +46,7 @@ METHODS = {
 QUALITIES = {
     "fast": Method("wanda", "refit", "row", asymmetric=True),
     "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True),
-    "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True),
+    "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, polish_steps=POLISH_STEPS),
 }
 DEFAULT_QUALITY = "balanced"
 RECONSTRUCT = "reconstruct"

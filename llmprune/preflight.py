@@ -14,8 +14,9 @@ from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
-from llmprune.stream import Stream
-from llmprune.types import Pattern
+from llmprune.polish import BYTES_PER_WEIGHT
+from llmprune.stream import Stream, memory_of
+from llmprune.types import Pattern, Plan
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -87,6 +88,17 @@ def check_outside(stream: Stream, selection: Selection) -> None:
         raise RequestError(f"{embeddings}: embeddings are looked up, not multiplied, so no input ranks their weights", "leave them out with --skip")
     if selection.names(head) and not walk.head_free:
         raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
+
+
+def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """A whole model that is trained fits in memory, and its head is the teacher's too."""
+    if not plan.polish_steps:
+        return
+    if len(stream.names) in matrices:
+        raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "leave the head out with --skip, or add --polish none")
+    need, free = stream.walk.model.num_parameters() * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
+    if need > free:
+        raise RequestError(f"polish kd: training the whole model takes some {need:,} bytes, {free:,} are free", "add --polish none")
 
 
 def check_length(length: int, config: Any) -> None:

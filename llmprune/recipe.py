@@ -14,6 +14,7 @@ from llmprune.errors import RequestError
 from llmprune.methods import (
     DEFAULT_QUALITY,
     METHODS,
+    POLISH_STEPS,
     QUALITIES,
     RECONSTRUCT,
     Group,
@@ -48,6 +49,10 @@ class Recipe(BaseModel):
     target: Literal["symmetric", "asymmetric"] | None = Field(
         None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
     )
+    polish: Literal["kd", "none"] | None = Field(
+        None, description="kd: distillation of the whole pruned model at the end, which has to fit in memory"
+    )
+    polish_steps: int | None = Field(None, ge=1, description="steps of the polish")
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: str = Field("uniform", description="how the ratio is shared out over the matrices")
     calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
@@ -106,9 +111,14 @@ class Recipe(BaseModel):
         else:
             named = QUALITIES[self.quality or DEFAULT_QUALITY]
         group = self.group or named.group
+        steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
         asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
         return replace(
-            named, group=group, asymmetric=asymmetric, fisher_rows=named.fisher_rows and group == "matrix" and self.pattern == "unstructured"
+            named,
+            group=group,
+            asymmetric=asymmetric,
+            polish_steps=steps and (self.polish_steps or steps),
+            fisher_rows=named.fisher_rows and group == "matrix" and self.pattern == "unstructured",
         )
 
     def checked(self) -> Recipe:
@@ -152,6 +162,9 @@ class Recipe(BaseModel):
         if self.parts.asymmetric and self.parts.solver == "mask_only":
             raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
 
+        if self.polish_steps is not None and not self.parts.polish_steps:
+            raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
+
     def plan(self) -> Plan:
         """The request in values, for the engine."""
         from llmprune.types import Plan
@@ -167,6 +180,7 @@ class Recipe(BaseModel):
             sparsity=self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
+            polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
         )
 
@@ -183,6 +197,7 @@ class Recipe(BaseModel):
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
+        value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
         value["group"] = parts.group if self.pattern == "unstructured" else None
         for key in ("model", "calibration"):
             if value[key] is not None and Path(value[key]).expanduser().exists():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,10 @@ class Stream(Protocol):
 
     def outer(self) -> AbstractContextManager[None]:
         """Embeddings, final norm and head in place."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Every block, embeddings, final norm and head in place."""
         ...
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
@@ -110,6 +114,13 @@ class CheckpointStream:
         finally:
             self.loader.free_outer()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with ExitStack() as places:
+            for index in range(len(self.names) + 1):
+                places.enter_context(self.block(index))
+            yield
+
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.loader.stored_dtype(f"{self.path_of(index)}.{parameter}")
 
@@ -139,6 +150,10 @@ class LiveStream:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         yield
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:

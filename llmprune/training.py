@@ -32,14 +32,18 @@ class SurvivorAdam:
         for p, _ in self._parameters:
             p.requires_grad_(True)
 
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient of ``loss``."""
+    def add(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to what the next step goes down."""
         gradients = torch.autograd.grad(loss, [p for p, _ in self._parameters], allow_unused=True)
         for copy, gradient in zip(self._copies, gradients, strict=True):
-            copy.grad = None if gradient is None else gradient.float()
+            if gradient is not None:
+                copy.grad = gradient.float() if copy.grad is None else copy.grad.add_(gradient)
+
+    def step(self) -> None:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._schedule()
         self._adam.step()
+        self._adam.zero_grad()
         self._done += 1
         for copy, (p, keep) in zip(self._copies, self._parameters, strict=True):
             copy.mul_(keep)

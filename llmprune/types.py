@@ -105,6 +105,7 @@ class Plan:
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
     reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
+    polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
 
     @property
@@ -142,6 +143,16 @@ class BlockReport:
     rows: tuple[Row, ...]
     changed: tuple[str, ...] = ()  # full names
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Polished:
+    """What whole-model distillation has done: mean KL(dense || pruned) on the calibration windows, in nats a token, before and after."""
+
+    steps: int
+    divergence_before: float
+    divergence_after: float
+    changed: dict[int, list[str]]  # block -> parameters that have changed
 
 
 @dataclass(frozen=True)

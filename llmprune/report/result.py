@@ -33,6 +33,7 @@ class Report:
     parameters: int
     environment: dict[str, Any]
     output: Path | None = None
+    polish: dict[str, Any] | None = None  # what distillation has done
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -72,6 +73,7 @@ class Report:
             },
             "perplexity": [asdict(m) for m in self.perplexity],
             "blocks": [block_to_json(b) for b in self.blocks],
+            "polish": self.polish,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},

@@ -26,6 +26,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(
         f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}), {share:.2%} of the model", soft_wrap=True
     )
+    if report.polish:
+        was, now = report.polish["divergence_before"], report.polish["divergence_after"]
+        console.print(f"polish: {report.polish['steps']} steps, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
     for pair in report.perplexity:
         console.print(f"perplexity, dense:  {pair.dense}", soft_wrap=True)
         console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)

@@ -44,8 +44,8 @@ class Reconstruct:
         for _ in range(self.steps):
             batch = int(torch.randint(batches, (), generator=order))
             with torch.enable_grad():
-                loss = _squared(*outputs(batch), size=size)
-            adam.step(loss)
+                adam.add(_squared(*outputs(batch), size=size))
+            adam.step()
         better = error() < before
         adam.close(keep=better)
         return better

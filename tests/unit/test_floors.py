@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "types", "clock", "heap"},
     {"linalg", "data", "checkpoint", "training"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
-    {"methods", "stream", "statistics", "gradients", "whole", "evaluation"},
+    {"methods", "stream", "statistics", "gradients", "polish", "whole", "evaluation"},
     {"engine"},
     {"recipe", "report", "preflight"},
     {"hub", "job"},
