@@ -235,6 +235,15 @@ def moved_to(device: torch.device, value: Any) -> Any:
     return send_to_device(value, device)
 
 
+def with_mappings(call: Call, own: dict[int, Any]) -> Call:
+    """A call with copies of its mappings in their places; ``own`` holds the copies by the id of what they are copies of."""
+
+    def replaced(value: Any) -> Any:
+        return own.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
+
+    return Call(tuple(replaced(a) for a in call.args), {k: replaced(v) for k, v in call.kwargs.items()}, call.keyword)
+
+
 class Flow:
     """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
 
@@ -261,8 +270,12 @@ class Flow:
         return len(self.ids)
 
     def twin(self) -> Flow:
-        """A second flow of the same windows with hidden states of its own."""
+        """A second flow of the same windows, with hidden states of its own; so too what blocks leave in their calls for blocks behind them."""
         other = copy(self)
+        other.calls = []
+        for calls in self.calls:
+            own: dict[int, Any] = {}
+            other.calls.append([with_mappings(call, own) for call in calls])
         device = self.stream.device_of(0)
         other.hidden, other.outputs = (place_hidden(self.size, device, self.stream.scratch) for _ in range(2))
         for batch in range(len(self)):

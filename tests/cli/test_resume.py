@@ -52,10 +52,16 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("named", [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}])
+MAX = {"method": None, "quality": "max", "polish_steps": 3}
+
+
+@pytest.mark.parametrize("named", [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}, MAX])
 def test_resumed_equals_uninterrupted(here, named):
     llmprune.prune(**{**ASK, **named, "output": "whole"})
-    for step, block in (("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)):
+    stops = [("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)]
+    if named is MAX:
+        stops[-1:-1] = [("polish", 2), ("polish", 3)]
+    for step, block in stops:
         run_until(step, block, **named)
     report = llmprune.prune(**{**ASK, **named})
     assert report.timings["resumed_blocks"] == 8
