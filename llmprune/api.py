@@ -20,7 +20,7 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, polish_to_json, prepare, quiet, run
 from llmprune.model.matrices import Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, check_polish, choose_device, choose_dtype
+from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, check_permute, check_polish, choose_device, choose_dtype
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
 from llmprune.stream import LiveStream
@@ -63,6 +63,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         check_outside(stream, selection)
         check_matrices(matrices, stream, plan.pattern)
         check_polish(plan, stream, matrices)
+        check_permute(plan, model.dtype)
         windows = _live_windows(model, recipe, given, tokenizer)
         gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
         polished: list[Polished] = []

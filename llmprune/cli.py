@@ -43,6 +43,7 @@ def prune(
     target: Annotated[Text, typer.Option(help="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)")] = None,
     polish: Annotated[Text, typer.Option(help="kd: distillation of the whole pruned model at the end, which has to fit in memory; none")] = None,
     polish_steps: Annotated[Count, typer.Option(help="steps of the polish")] = None,
+    permute: Annotated[bool, typer.Option("--permute", help="N:M: reorder inner channels so that the groups hold more")] = False,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
     allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices")] = None,
     calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,

@@ -15,10 +15,12 @@ from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.patterns.nm import NM
 from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
-from llmprune.statistics import at_head, at_once, stage_by_stage
+from llmprune.statistics import at_head, at_once, inner_channels, stage_by_stage
 from llmprune.stream import Flow, Stream
+from llmprune.structured.reorder import Channels, best_order, in_order
 from llmprune.target import asymmetric_target
 from llmprune.training import vectors
 from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stats
@@ -81,10 +83,11 @@ def prune(
                 teacher.through(index, block)
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
-            rows = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
-            changed: list[str] = []
+            channels = inner_channels(flow, index, block, matrices[index]) if plan.permute and not head else {}
+            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, channels, clock)
             if plan.reconstruct is not None and not head:
-                rows, changed = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
+                rows, trained = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
+                changed = list(dict.fromkeys(changed + trained))
                 clock.lap("solve")
             hashes = stream.keep(index, dict.fromkeys([m.parameter for m in matrices[index]] + changed))
             clock.lap("write")
@@ -137,26 +140,53 @@ def prune_block(
     plan: Plan,
     asked: dict[str, float],
     gradients: LossGradients | None,
+    channels: dict[str, Channels],
     clock: Clock,
-) -> list[Row]:
-    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs."""
+) -> tuple[list[Row], list[str]]:
+    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs; (their rows, names of what else has changed).
+
+    channels: those that may be reordered, by the matrix that reads them; it comes after the others of its stage, which may write them.
+    """
     name = flow.stream.path_of(index)
     rows = {}
+    changed: list[str] = []
+    reordered: dict[str, Tensor] = {}
     found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
     if index == len(flow.stream.names):
         found = [(matrices, at_head(flow, dense, block, matrices, plan))]
     elif dense is None:
         found = [(matrices, at_once(flow, index, block, matrices, plan, clock))]
     else:
-        found = stage_by_stage(flow, dense, index, block, matrices, plan, clock)
+        found = stage_by_stage(flow, dense, index, block, matrices, plan, clock, reordered)
     for stage, statistics in found:
         clock.lap("forward")
         if gradients is not None:
             gradients.add_to(index, statistics)
-        for m in stage:
-            rows[m.name] = prune_matrix(flow.stream, index, block, m, statistics.pop(m.name), plan, asked[f"{name}.{m.name}"])
+        for m in sorted(stage, key=lambda m: m.name in channels):
+            stats, saliency = statistics.pop(m.name), None
+            if m.name in channels:
+                stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
+                changed += moved
+            rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
         clock.lap("solve")
-    return [rows[m.name] for m in matrices]
+    pruned = {m.parameter for m in matrices}
+    return [rows[m.name] for m in matrices], [c for c in dict.fromkeys(changed) if c not in pruned]
+
+
+def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> tuple[Stats, tuple[float, float], Tensor, list[str]]:
+    """Reorder the input channels of a matrix so that N:M holds more of w^2 ||x||^2; (its sums in that order, the share held before and after, the
+    order, what else has changed).
+    """
+    pattern = plan.pattern
+    assert isinstance(pattern, NM)
+    weight_RC = channels.reader.view(block).float()
+    squares_C = stats.gram_CC.diagonal() if stats.gram_CC is not None else stats.input_sq_C
+    score_RC = weight_RC.square() * (1 if squares_C is None or stats.tokens == 0 else squares_C)
+    order_SW = best_order(score_RC, channels.columns_SKW, pattern.n, pattern.m)
+    order_C = channels.order_C(order_SW)
+    held = [float((s * pattern.project(s, 0)).sum() / s.sum()) for s in (score_RC, score_RC[:, order_C])]
+    changed = channels.apply(block, order_SW)
+    return in_order(stats, order_C), (held[0], held[1]), order_C, changed
 
 
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:

@@ -34,6 +34,7 @@ from llmprune.preflight import (
     check_matrices,
     check_output,
     check_outside,
+    check_permute,
     check_polish,
     check_space,
     choose_device,
@@ -131,6 +132,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     check_outside(stream, selection)
     check_matrices(matrices, stream, plan.pattern)
     check_polish(plan, stream, matrices)
+    check_permute(plan, stream.dtype)
     check_space(output, source)
     stored = None if restart else load_windows(partial_folder(output))
     calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)

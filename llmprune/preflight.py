@@ -90,6 +90,12 @@ def check_outside(stream: Stream, selection: Selection) -> None:
         raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
 
 
+def check_permute(plan: Plan, dtype: torch.dtype) -> None:
+    """Whether channels can trade places is tried out on each block, which takes the precision of float32."""
+    if plan.permute and dtype != torch.float32:
+        raise RequestError(f"permute with {str(dtype).removeprefix('torch.')} computing", "add --dtype float32, or leave --permute out")
+
+
 def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
     """A whole model that is trained fits in memory, and its head is the teacher's too."""
     if not plan.polish_steps:

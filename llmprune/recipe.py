@@ -53,6 +53,7 @@ class Recipe(BaseModel):
         None, description="kd: distillation of the whole pruned model at the end, which has to fit in memory"
     )
     polish_steps: int | None = Field(None, ge=1, description="steps of the polish")
+    permute: bool = Field(False, description="N:M: reorder inner channels so that the groups hold more; folded into the weights")
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: str = Field("uniform", description="how the ratio is shared out over the matrices")
     calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
@@ -126,6 +127,8 @@ class Recipe(BaseModel):
         if self.pattern == "unstructured":
             if self.sparsity is None:
                 raise RequestError("no sparsity", "add --sparsity 0.5, or --pattern 2:4")
+            if self.permute:
+                raise RequestError("channels reordered for an unstructured pattern, which gains nothing by it", "leave --permute out")
         else:
             n, m = parse_nm(self.pattern)
             if self.sparsity is not None and abs(self.sparsity - self.ratio) > 1e-9:
@@ -180,6 +183,7 @@ class Recipe(BaseModel):
             sparsity=self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
+            permute=self.permute,
             polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
         )

@@ -5,10 +5,11 @@ Shapes: C = input columns, R = output rows, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from llmprune.clock import Clock
 from llmprune.errors import StoppedError
 from llmprune.model.follow import Follow, stages
-from llmprune.model.matrices import Matrix
+from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.model.products import Products
 from llmprune.model.program import Irregular, Paused, Program, Trace, read_program, total
 from llmprune.model.watch import Reached, Watch, add_input, finish
 from llmprune.stream import FileHidden, Flow, MemoryHidden, memory_of, place_hidden
+from llmprune.structured.reorder import Channels, find_channels
 from llmprune.types import Plan, Stats
 
 Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
@@ -57,16 +59,24 @@ def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matr
 
 
 def stage_by_stage(
-    flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock
+    flow: Flow,
+    dense: Flow,
+    index: int,
+    block: nn.Module,
+    matrices: list[Matrix],
+    plan: Plan,
+    clock: Clock,
+    reordered: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
-    """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next.
+    """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next, and tells in ``reordered`` in which
+    order it has put the input channels of a matrix.
 
     The dense path runs through the block first; then the pruned path runs up to each stage in turn, so that a stage's inputs come from the pruned
     stages before it. At the end, what left the block waits in ``dense.outputs`` and ``flow.outputs``.
     """
     straight = record_straight(dense, index, block, matrices)
     if straight:
-        yield from straight_stages(flow, index, block, *straight, plan, clock)
+        yield from straight_stages(flow, index, block, *straight, plan, clock, reordered)
     else:
         yield from marked_stages(flow, dense, index, block, matrices, plan, clock)
 
@@ -138,7 +148,7 @@ def traced(flow: Flow, index: int, block: nn.Module, batch: int, program: Progra
 
 
 def straight_stages(
-    flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock
+    flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock, reordered: Mapping[str, Tensor]
 ) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
     products = Products(block, [m for stage in program.stages for m in stage])
     together = 4 * kept.size < memory_of(flow.stream.device_of(index))
@@ -157,6 +167,9 @@ def straight_stages(
                 clock.lap("statistics")
             finish(stats, stage[0].name)
             yield stage, {m.name: replace(stats, partner_RC=partners.get(m.name)) for m in stage}
+            for name in (m.name for m in stage if m.name in reordered):
+                for passage in passages:
+                    passage.reorder(reordered[name])
         for batch, passage in enumerate(passages):
             flow.outputs[batch] = passage.out()
         clock.lap("forward")
@@ -172,6 +185,10 @@ class Passage(Protocol):
 
     def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Come to a stage, the one after the last: its input, and the partners of its matrices."""
+        ...
+
+    def reorder(self, order_C: Tensor) -> None:
+        """Put the channels of the present stage's input into another order, as what writes them would by now."""
         ...
 
     def out(self) -> Tensor:
@@ -198,19 +215,25 @@ class Waiting:
         self._paused = Paused(work)
 
     def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._arrived = None
         self._paused.go_on()
-        arrived, self._arrived = self._arrived, None
-        assert arrived is not None
-        return arrived
+        assert self._arrived is not None
+        return self._arrived
+
+    def reorder(self, order_C: Tensor) -> None:
+        assert self._arrived is not None
+        value = self._arrived[0]
+        value.copy_(value[..., order_C])
 
     def out(self) -> Tensor:
+        self._arrived = None
         self._paused.go_on()
         assert self._left is not None
         return self._left
 
     def end(self) -> None:
         self._paused.end()
-        self._left = None
+        self._left = self._arrived = None
 
 
 class Repeated:
@@ -230,6 +253,9 @@ class Repeated:
         with suppress(Reached):
             self._run(arrive)
         return found[0]
+
+    def reorder(self, order_C: Tensor) -> None:
+        pass
 
     def out(self) -> Tensor:
         return self._run(lambda at, value, partners: None)
@@ -299,6 +325,21 @@ def watch_stage(
         clock.lap("statistics")
     watching.close()
     return {name: replace(stats, partner_RC=partners.get(name)) for name, stats in watching.stats.items()}
+
+
+def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> dict[str, Channels]:
+    """The input channels that can be reordered, by the matrix that reads them; found on the first micro-batch."""
+    everything = block_matrices(block)
+    follow = Follow()
+    followed(flow, index, block, 0, Watch(block, everything, frozenset(), follow), follow)
+    writers = {m.name: [w for w in everything if w.name in follow.made_of.get(m.name, ())] for m in matrices}
+    config = flow.stream.walk.model.config.get_text_config(decoder=True)
+    query = getattr(config, "num_attention_heads", 0)
+    heads: tuple[int, int] = query, getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or query
+    call = flow.calls[0][index]
+    if any(isinstance(value, MutableMapping) for value in (*call.args, *call.kwargs.values())):
+        heads = 0, 0  # blocks behind this one may read its values
+    return find_channels(block, [m for m in matrices if writers[m.name]], writers, heads, lambda: flow.run(index, block, 0))
 
 
 # The sums -------------------------------------------------------------------------------------------------------------------------------------

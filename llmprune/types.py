@@ -105,6 +105,7 @@ class Plan:
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
     reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
+    permute: bool = False  # reorder input channels so that N:M holds more
     polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
 
@@ -128,6 +129,7 @@ class Row:
     lost: float | None
     tokens: int
     notes: tuple[str, ...] = ()
+    saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
 
     @property
     def sparsity(self) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 DEPTH = "_llmprune_depth"
 ORIGINS = "_llmprune_origins"  # frozenset of the matrices that a tensor comes from
 PLACE = "_llmprune_place"
+DIRECT = "_llmprune_direct"  # frozenset of the last matrices on the ways to a tensor: it is made of their products
 SUMS = "_llmprune_sums"  # frozenset of the matrices W of which a tensor is W x + partners
 NONE: frozenset[str] = frozenset()
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__"}
@@ -32,6 +33,7 @@ class Follow:
         self.calls: list[tuple[str, int]] = []  # (matrix, depth of its input), in the order of use
         self.products: list[tuple[str, int]] = []  # (matrix, number of the operation), in the order of use
         self.partners: dict[str, list[tuple[Place, Tensor]]] = {}
+        self.made_of: dict[str, frozenset[str]] = {}  # matrix -> those whose products its input is made of
         self.operations = 0
         self._deepest = 0
 
@@ -39,6 +41,7 @@ class Follow:
         self.calls.clear()
         self.products.clear()
         self.partners.clear()
+        self.made_of.clear()
         self.operations = 0
         self._deepest = 0
 
@@ -50,27 +53,31 @@ class Follow:
         entering = list(tensors(value))
         depth = max(self._depth(t) for t in entering)
         self.calls += [(matrix, depth) for matrix in matrices]
-        self._mark([out], depth + 1, frozenset(matrices).union(*(_origins(t) for t in entering)), frozenset(matrices if single else ()))
+        direct = NONE.union(*(_direct(t) for t in entering))
+        self.made_of |= {matrix: direct | self.made_of.get(matrix, NONE) for matrix in matrices}
+        own = frozenset(matrices)
+        self._mark([out], depth + 1, own.union(*(_origins(t) for t in entering)), own, own if single else NONE)
 
     def other(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         operands = list(tensors((args, kwargs)))
         depth = max((self._depth(t) for t in operands), default=0)
         origins = NONE.union(*(_origins(t) for t in operands))
         sums = self._add(operands) if func in ADDITIONS else self._same(operands, out)
-        self._mark(changed(func, args, out), depth, origins, sums)
+        direct = NONE.union(*(_direct(t) for t in operands))
+        self._mark(changed(func, args, out), depth, origins, direct, sums)
 
     def enter(self, value: Any) -> None:
         """What enters the block has depth 0."""
         self.operations = -1
-        self._mark(value, 0, NONE)
+        self._mark(value, 0, NONE, NONE, NONE)
 
     def _depth(self, tensor: Tensor) -> int:
         """A tensor of unknown origin may come from anything so far; parameters come from nothing."""
         return tensor.__dict__.get(DEPTH, 0 if isinstance(tensor, torch.nn.Parameter) else self._deepest)
 
-    def _mark(self, value: Any, depth: int, origins: frozenset[str], sums: frozenset[str] = NONE) -> None:
+    def _mark(self, value: Any, depth: int, origins: frozenset[str], direct: frozenset[str], sums: frozenset[str]) -> None:
         for i, tensor in enumerate(tensors(value)):
-            tensor.__dict__.update({DEPTH: depth, ORIGINS: origins, PLACE: (self.operations, i), SUMS: sums})
+            tensor.__dict__.update({DEPTH: depth, ORIGINS: origins, DIRECT: direct, PLACE: (self.operations, i), SUMS: sums})
         self._deepest = max(self._deepest, depth)
         self.operations += 1
 
@@ -96,6 +103,10 @@ class Follow:
 
 def _origins(tensor: Tensor) -> frozenset[str]:
     return tensor.__dict__.get(ORIGINS, NONE)
+
+
+def _direct(tensor: Tensor) -> frozenset[str]:
+    return tensor.__dict__.get(DIRECT, NONE)
 
 
 def _in_place(func: Any) -> bool:
