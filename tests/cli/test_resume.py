@@ -55,7 +55,10 @@ def here(tmp_path, monkeypatch) -> Path:
 MAX = {"method": None, "quality": "max", "polish_steps": 3}
 
 
-@pytest.mark.parametrize("named", [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}, MAX])
+@pytest.mark.parametrize(
+    "named",
+    [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}, MAX, {"sparsity": None, "pattern": "2:4", "permute": True}],
+)
 def test_resumed_equals_uninterrupted(here, named):
     llmprune.prune(**{**ASK, **named, "output": "whole"})
     stops = [("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)]
