@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.model.norms import norm_scales
 from llmprune.patterns.nm import NM
 from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
@@ -83,8 +85,7 @@ def prune(
                 teacher.through(index, block)
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
-            channels = inner_channels(flow, index, block, matrices[index]) if plan.permute and not head else {}
-            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, channels, clock)
+            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
             if plan.reconstruct is not None and not head:
                 rows, trained = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
                 changed = list(dict.fromkeys(changed + trained))
@@ -140,19 +141,18 @@ def prune_block(
     plan: Plan,
     asked: dict[str, float],
     gradients: LossGradients | None,
-    channels: dict[str, Channels],
     clock: Clock,
 ) -> tuple[list[Row], list[str]]:
-    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs; (their rows, names of what else has changed).
-
-    channels: those that may be reordered, by the matrix that reads them; it comes after the others of its stage, which may write them.
-    """
+    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs; (their rows, names of what else has changed)."""
     name = flow.stream.path_of(index)
     rows = {}
     changed: list[str] = []
     reordered: dict[str, Tensor] = {}
+    head = index == len(flow.stream.names)
+    channels = inner_channels(flow, index, block, matrices) if plan.permute and not head else {}
+    scales = norm_scales(block, matrices, partial(flow.run, index, block, 0)) if "norm_scale" in plan.needs and not head else {}
     found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
-    if index == len(flow.stream.names):
+    if head:
         found = [(matrices, at_head(flow, dense, block, matrices, plan))]
     elif dense is None:
         found = [(matrices, at_once(flow, index, block, matrices, plan, clock))]
@@ -162,8 +162,8 @@ def prune_block(
         clock.lap("forward")
         if gradients is not None:
             gradients.add_to(index, statistics)
-        for m in sorted(stage, key=lambda m: m.name in channels):
-            stats, saliency = statistics.pop(m.name), None
+        for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write its channels
+            stats, saliency = replace(statistics.pop(m.name), norm_scale_C=scales.get(m.name)), None
             if m.name in channels:
                 stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
                 changed += moved
@@ -253,6 +253,8 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + notes_of(stats) + dead_inputs(stats)
+    if "norm_scale" in plan.needs and stats.norm_scale_C is None:
+        notes += ("no norm feeds it: ranked by magnitude",)
     return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)
 
 

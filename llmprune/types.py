@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
-Stat: TypeAlias = Literal["input_sq", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad"]
+Stat: TypeAlias = Literal["input_sq", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Stats:
     cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
     row_weight_R: Tensor | None = None  # weights of the rows against each other in the choice of what goes; one matrix's own
+    norm_scale_C: Tensor | None = None  # scale of the norm whose output this is; None also where there is no such norm
     # of the dense model's summed next-token loss; one matrix's own (see gradients.py)
     grad_RC: Tensor | None = None  # dL/dW, summed over windows
     grad_sq_RC: Tensor | None = None  # sum over windows of (dL_n/dW) ** 2
