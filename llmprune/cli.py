@@ -35,7 +35,7 @@ Count = Optional[int]
 def prune(
     model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
-    pattern: Annotated[Text, typer.Option(help="unstructured, or N:M such as 2:4")] = None,
+    pattern: Annotated[Text, typer.Option(help="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")] = None,
     quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
     criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,

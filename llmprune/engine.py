@@ -143,7 +143,7 @@ def prune_block(
     gradients: LossGradients | None,
     clock: Clock,
 ) -> tuple[list[Row], list[str]]:
-    """Prune the matrices of a block: all at once, or stage by stage towards the dense path's outputs; (their rows, names of what else has changed)."""
+    """Prune the matrices of a block, all at once or stage by stage towards the dense path's outputs; (rows, names of what else has changed)."""
     name = flow.stream.path_of(index)
     rows = {}
     changed: list[str] = []
@@ -253,6 +253,8 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + notes_of(stats) + dead_inputs(stats)
+    if "gram" in plan.needs and stats.tokens < weight_RC.shape[1]:
+        notes += (f"{stats.tokens} calibration tokens for {weight_RC.shape[1]} inputs: its Gram matrix rests on the damping",)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
         notes += ("no norm feeds it: ranked by magnitude",)
     return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)

@@ -190,6 +190,23 @@ def eigen_of(stats: Stats, damping: float) -> Eigen:
     return stats.factors[key]
 
 
+@dataclass(frozen=True)
+class Inverse:
+    matrix_CC: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def ridge_inverse_of(stats: Stats, damping: float, rho: float) -> Tensor:
+    """(A + rho I)^-1 of a matrix's scaled problem A, by Cholesky in float64 and once for all matrices that share the input."""
+    key = ("ridge", damping, rho)
+    if key not in stats.factors:
+        matrix_CC = scaled_of(stats, damping).matrix_CC
+        ridge_CC = matrix_CC.to(torch.float64, copy=True)
+        ridge_CC.diagonal().add_(rho)
+        stats.factors[key] = Inverse(torch.cholesky_inverse(torch.linalg.cholesky(ridge_CC)).to(matrix_CC.dtype))
+    return stats.factors[key].matrix_CC
+
+
 def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: Tensor, steps: int) -> Tensor:
     """min over V inside the mask of tr (V - target) A (V - target)^T, by ``steps`` of conjugate gradients from ``start``, row by row at once.
 

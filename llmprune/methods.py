@@ -89,18 +89,31 @@ def build(kind: str, name: str, **options: Any) -> Any:
 
 
 def build_pattern(text: str, group: Group) -> Any:
-    """The pattern that ``text`` spells: "unstructured" or N:M. Raises RequestError for anything else."""
+    """The pattern that ``text`` spells: "unstructured", N:M or block:RxC. Raises RequestError for anything else."""
     if text == "unstructured":
         return build("patterns", "unstructured", group=group)
+    if text.startswith("block:"):
+        height, width = parse_block(text)
+        return build("patterns", "block", height=height, width=width)
     n, m = parse_nm(text)
     return build("patterns", "nm", n=n, m=m)
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """(R, C) of "block:RxC". Raises RequestError when it is none."""
+    match = re.fullmatch(r"block:(\d{1,4})x(\d{1,4})", text)
+    if not match or not int(match[1]) * int(match[2]) > 1:
+        raise RequestError(f"pattern {text!r} is no block", "write block:RxC, such as block:4x4 (4 rows by 4 columns)")
+    return int(match[1]), int(match[2])
 
 
 def parse_nm(text: str) -> tuple[int, int]:
     """(N, M) of a pattern such as "2:4": N non-zeros in every M. Raises RequestError when it is none."""
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
     if not match:
-        raise RequestError(f"pattern {text!r} is unknown", "there are: unstructured, and N:M such as 2:4 (2 non-zeros in every 4)")
+        raise RequestError(
+            f"pattern {text!r} is unknown", "there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4"
+        )
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
         raise RequestError(f"pattern {text!r} would keep {n} of every {m} weights", "N:M needs 0 < N < M, such as 2:4")

@@ -72,10 +72,14 @@ def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, pattern: P
     """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
     if not any(matrices.values()):
         raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
-    bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, ms in matrices.items() for m in ms if m.columns % pattern.unit]
+    unfit = [(i, m) for i, ms in matrices.items() for m in ms if m.columns % pattern.unit or m.rows % pattern.tall]
+    bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, m in unfit]
     if bad:
+        wanted = (
+            f"a width that {pattern.unit} does not divide" if pattern.tall == 1 else f"a shape that {pattern.tall} x {pattern.unit} do not divide"
+        )
         raise RequestError(
-            f"{len(bad)} matrices have a width that {pattern.unit} does not divide: {', '.join(bad[:2])}",
+            f"{len(bad)} matrices have {wanted}: {', '.join(bad[:2])}",
             "choose another pattern, or leave them out with --skip",
         )
 

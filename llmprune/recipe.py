@@ -23,6 +23,7 @@ from llmprune.methods import (
     build_pattern,
     check_name,
     names,
+    parse_block,
     parse_nm,
     split_solver,
 )
@@ -41,7 +42,7 @@ class Recipe(BaseModel):
     model: str = Field(description="folder, Hub id or alias")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
-    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4")
+    pattern: str = Field("unstructured", description="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")
     quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
     criterion: str | None = Field(None, description="what scores the weights")
@@ -94,9 +95,14 @@ class Recipe(BaseModel):
         return value
 
     @property
+    def in_groups(self) -> bool:
+        """N:M, which says by itself how much goes."""
+        return self.pattern != "unstructured" and not self.pattern.startswith("block:")
+
+    @property
     def ratio(self) -> float:
         """The sparsity asked for, from the pattern where it is left out."""
-        if self.pattern == "unstructured":
+        if not self.in_groups:
             assert self.sparsity is not None
             return self.sparsity
         n, m = parse_nm(self.pattern)
@@ -114,31 +120,39 @@ class Recipe(BaseModel):
         group = self.group or named.group
         steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
         asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
+        if self.pattern.startswith("block:"):
+            group = "matrix"  # where blocks compete
         return replace(
             named,
             group=group,
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
-            fisher_rows=named.fisher_rows and group == "matrix" and self.pattern == "unstructured",
+            fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
 
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
-        if self.pattern == "unstructured":
+        if not self.in_groups:
+            if self.pattern != "unstructured":
+                parse_block(self.pattern)
+                self._refuse_group()
             if self.sparsity is None:
                 raise RequestError("no sparsity", "add --sparsity 0.5, or --pattern 2:4")
             if self.permute:
-                raise RequestError("channels reordered for an unstructured pattern, which gains nothing by it", "leave --permute out")
+                raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
         else:
             n, m = parse_nm(self.pattern)
             if self.sparsity is not None and abs(self.sparsity - self.ratio) > 1e-9:
                 raise RequestError(f"pattern {self.pattern} means sparsity {1 - n / m:g}, not {self.sparsity:g}", "leave one of them out")
-            if self.group is not None:
-                raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
+            self._refuse_group()
         self._check_names()
         check_name("allocation", self.allocation, names("allocation"))
         self._check_parts()
         return self
+
+    def _refuse_group(self) -> None:
+        if self.group is not None:
+            raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
 
     def _check_names(self) -> None:
         given = [name for name in ("quality", "method") if getattr(self, name) is not None]
@@ -192,7 +206,7 @@ class Recipe(BaseModel):
     def default_output(self) -> str:
         """``<model>-<pattern>-<sparsity>``, in the current folder."""
         name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(self.model).name or "model")
-        return f"{name}-{self.pattern.replace(':', 'of')}-{self.ratio:g}"
+        return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.ratio:g}"
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as it is saved: paths as their last name, what only names places left out."""

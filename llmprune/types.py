@@ -61,6 +61,8 @@ class Pattern(Protocol):
     """Which shapes of zeros are allowed."""
 
     unit: int  # columns that are decided together (1: any weight on its own)
+    tall: int  # rows that are
+    local: bool  # every ``unit`` columns of a row are decided by themselves
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         """Exact number of weights that go from a [rows, columns] matrix."""

@@ -17,6 +17,8 @@ from llmprune.types import Mask
 class NM:
     n: int = 2
     m: int = 4
+    tall: int = 1
+    local: bool = True
 
     @property
     def unit(self) -> int:

@@ -16,6 +16,8 @@ from llmprune.types import Mask
 class Unstructured:
     group: Literal["row", "matrix"] = "matrix"
     unit: int = 1
+    tall: int = 1
+    local: bool = False
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         return round(sparsity * rows * columns)

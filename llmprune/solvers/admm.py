@@ -2,7 +2,8 @@
 
 Columns are scaled to a unit diagonal of H. A ridge solve, X = (W H - Y + rho D)(H + rho I)^-1, alternates with the projection of X + Y / rho onto
 the pattern; rho grows as the support settles (Meng et al., ALPS, algorithm 1, https://arxiv.org/abs/2406.07831). Row weights sqrt(lam_r), where they
-are known (Fisher information of the row's output), only weigh rows against each other in the choice of what goes.
+are known (Fisher information of the row's output), only weigh rows against each other in the choice of what goes. rho is fixed where an eigenbasis,
+which gives the ridge solve for any rho, would take too long.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import Eigen, eigen_of, masked_refit, scaled_of
+from llmprune.linalg import Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 
 CHECK_EVERY = 3  # iterations between two looks at the support
@@ -27,6 +28,9 @@ class ADMM:
     damping: float = 0.01
     iterations: int = 100
     refit_steps: int = 10
+    wide: int = 4096  # columns from which a CPU takes one Cholesky factor for a fixed rho: an eigenbasis costs some 40 times as much
+    wide_rho: float = 1.0
+    wide_iterations: int = 30
     needs: frozenset[Stat] = frozenset({"gram"})
     own_score: bool = True
 
@@ -36,15 +40,35 @@ class ADMM:
         problem = scaled_of(stats, self.damping)
         scaled_RC = weight_RC * problem.scale_C
         rows_R1 = torch.ones_like(weight_RC[:, :1]) if stats.row_weight_R is None else stats.row_weight_R.to(weight_RC).unsqueeze(1)
-        start_RC, keep_RC = self._alternate(scaled_RC, rows_R1, problem.matrix_CC, eigen_of(stats, self.damping), pattern, drop)
+        too_wide = weight_RC.shape[1] > self.wide and weight_RC.device.type == "cpu"
+        if too_wide:
+            inverse_CC = ridge_inverse_of(stats, self.damping, self.wide_rho)
+            start_RC, keep_RC = self._settle(scaled_RC, rows_R1, problem.matrix_CC, inverse_CC, pattern, drop)
+        else:
+            start_RC, keep_RC = self._alternate(scaled_RC, rows_R1, problem.matrix_CC, eigen_of(stats, self.damping), pattern, drop)
         refit_RC = masked_refit(scaled_RC, problem.matrix_CC, keep_RC, start_RC, self.refit_steps)
         error_RC = refit_RC - scaled_RC
         lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
-        return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0))
+        notes = (f"more than {self.wide} inputs on a CPU: ADMM with a fixed rho",) if too_wide else ()
+        return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0), notes)
+
+    def _settle(self, scaled_RC: Tensor, rows_R1: Tensor, matrix_CC: Tensor, inverse_CC: Tensor, pattern: Pattern, drop: int) -> tuple[Tensor, Mask]:
+        """ADMM with a fixed rho."""
+        product_RC, rho = scaled_RC @ matrix_CC, self.wide_rho
+        keep_RC = pattern.project((scaled_RC * rows_R1).square_(), drop)
+        primal_RC = scaled_RC.masked_fill(~keep_RC, 0)
+        dual_RC = torch.zeros_like(scaled_RC)
+        for _ in range(self.wide_iterations):
+            ridge_RC = (product_RC - dual_RC + rho * primal_RC) @ inverse_CC
+            free_RC = ridge_RC + dual_RC / rho
+            keep_RC = pattern.project((free_RC * rows_R1).square_(), drop)
+            primal_RC = free_RC.masked_fill(~keep_RC, 0)
+            dual_RC = dual_RC + rho * (ridge_RC - primal_RC)
+        return primal_RC, keep_RC
 
     def _alternate(self, scaled_RC: Tensor, rows_R1: Tensor, matrix_CC: Tensor, eigen: Eigen, pattern: Pattern, drop: int) -> tuple[Tensor, Mask]:
         def project(value_RC: Tensor) -> Mask:
-            return pattern.project((value_RC * rows_R1).abs_(), drop)
+            return pattern.project((value_RC * rows_R1).square_(), drop)
 
         product_RC = scaled_RC @ matrix_CC
         keep_RC = project(scaled_RC)

@@ -2,7 +2,7 @@
 w_j -= (w_c / U_cc) * U_cj with U^T U = (X^T X + damping)^-1.
 
 Frantar and Alistarh, SparseGPT, algorithm 1, https://arxiv.org/abs/2301.00774. Unstructured masks are chosen slab by slab (128 columns),
-N:M masks group by group, each after the errors of all columns before it.
+blocks too, N:M masks group by group, each after the errors of all columns before it.
 
 Shapes: R = output rows, B = columns of one slab, S = columns of one strip inside it.
 """
@@ -33,10 +33,11 @@ class SparseGPT:
         weight_RC = weight_RC.clone()
         keep_RC = torch.empty_like(weight_RC, dtype=torch.bool)
         slab = _multiple(self.slab, pattern.unit)
+        piece = 1 if pattern.local else pattern.tall * pattern.unit  # weights that go together
         lost = weight_RC.new_zeros(())
         for a in range(0, columns, slab):
             b = min(a + slab, columns)
-            quota = drop * b // columns - drop * a // columns
+            quota = piece * (drop // piece * b // columns - drop // piece * a // columns)
             upper_BB = factor.upper_CC[a:b, a:b]
             slab_BR = weight_RC[:, a:b].T.contiguous()
             keep_BR, error_BR = _sweep(slab_BR, upper_BB, pattern, quota)
@@ -54,7 +55,7 @@ def _multiple(width: int, unit: int) -> int:
 def _sweep(slab_BR: Tensor, upper_BB: Tensor, pattern: Pattern, quota: int) -> tuple[Tensor, Tensor]:
     """Sweep one slab in place, column by column; (keep_BR, error_BR) with error = dropped weight / U_cc."""
     width = slab_BR.shape[0]
-    decide = width if pattern.unit == 1 else pattern.unit
+    decide = pattern.unit if pattern.local else width
     strip = _multiple(STRIP, pattern.unit)
     keep_BR = torch.empty_like(slab_BR, dtype=torch.bool)
     error_BR = torch.empty_like(slab_BR)

@@ -1,7 +1,8 @@
 """Every method that exists, found by name, in all its variants; and small inputs to hold it to.
 
-A method is made with each value of its Literal fields; a pattern with fields ``n`` and ``m`` with the N:M pairs below. Nothing here knows a
-method's name. A new statistic is taught to ``make_stats``; everything else of a new file is found by itself.
+A method is made with each value of its Literal fields; a pattern with fields ``n`` and ``m`` with the N:M pairs below, one with
+``height`` and ``width`` with the blocks. Nothing here knows a method's name. A new statistic is taught to ``make_stats``;
+everything else of a new file is found by itself.
 
 Shapes: R = output rows, C = input columns, T = tokens.
 """
@@ -21,6 +22,7 @@ from llmprune.linalg import notes_of
 from llmprune.methods import build, names
 from llmprune.types import Criterion, Pattern, Pruned, Solver, Stats
 
+BLOCKS = [(1, 4), (4, 4), (2, 3)]
 PAIRS = [(1, 4), (2, 4), (4, 8), (3, 6), (1, 3), (7, 8), (2, 16)]
 SHAPES = [(7, 13), (5, 172), (1, 24), (9, 4), (1, 1)]  # columns are rounded up to the pattern's unit
 SPARSITIES = [0.001, 0.01, 0.3, 0.5, 0.7, 0.99, 0.999]
@@ -53,12 +55,16 @@ class Combo:
         return dataclasses.replace(pruned, notes=pruned.notes + notes_of(stats))
 
     def shapes(self) -> list[tuple[int, int]]:
-        unit = self.pattern.unit
-        return list(dict.fromkeys((rows, -(-columns // unit) * unit) for rows, columns in SHAPES))
+        return list(dict.fromkeys((rounded(rows, self.pattern.tall), rounded(columns, self.pattern.unit)) for rows, columns in SHAPES))
 
     def drops(self, rows: int, columns: int) -> list[int]:
         """The distinct counts that the sparsities ask of a shape."""
         return sorted({self.pattern.dropped(rows, columns, s) for s in SPARSITIES})
+
+
+def rounded(size: int, unit: int) -> int:
+    """The next multiple."""
+    return -(-size // unit) * unit
 
 
 def made(kind: str) -> list[Made]:
@@ -72,6 +78,8 @@ def _variants(kind: str, name: str) -> list[Made]:
     choices: list[dict[str, Any]] = [dict(zip(free, values, strict=True)) for values in itertools.product(*free.values())]
     if {"n", "m"} <= hints.keys():
         choices = [{**c, "n": n, "m": m} for c in choices for n, m in PAIRS]
+    if {"height", "width"} <= hints.keys():
+        choices = [{**c, "height": h, "width": w} for c in choices for h, w in BLOCKS]
     return [Made(f"{name}[{','.join(map(str, c.values()))}]" if c else name, build(kind, name, **c)) for c in choices]
 
 
@@ -85,8 +93,8 @@ COMBOS = [
     for solver in SOLVERS
     for criterion in (NOBODY if solver.method.own_score else CRITERIA)
     for pattern in PATTERNS
-    # a criterion ranks alike under any N:M, so the rarer pairs are tried with one criterion
-    if criterion in (*NOBODY, CRITERIA[0]) or pattern.id in ("nm[2,4]", "nm[3,6]") or not pattern.id.startswith("nm")
+    # a criterion ranks alike under any N:M and any block, so the rarer ones are tried with one criterion
+    if criterion in (*NOBODY, CRITERIA[0]) or pattern.id in ("nm[2,4]", "nm[3,6]", "block[2,3]") or not pattern.id.startswith(("nm", "block"))
 ]
 
 

@@ -24,6 +24,7 @@ from contract.cases import (
     make_inputs,
     make_stats,
     make_weight,
+    rounded,
     same_bits,
     tensors_of,
 )
@@ -107,7 +108,7 @@ def step(pattern: Pattern, rows: int, columns: int) -> int:
 def test_a_pattern_lets_go_of_exactly_what_is_asked(made: Made) -> None:
     pattern = made.method
     for rows, columns in SHAPES:
-        columns = -(-columns // pattern.unit) * pattern.unit
+        rows, columns = rounded(rows, pattern.tall), rounded(columns, pattern.unit)
         size = rows * columns
         for kind, score_RC in scores_like(rows, columns).items():
             before_RC = score_RC.clone()
@@ -127,7 +128,7 @@ def test_a_pattern_lets_go_of_exactly_what_is_asked(made: Made) -> None:
 def test_a_pattern_looks_at_the_order_of_scores(made: Made) -> None:
     """Doubling all scores changes nothing; a dropped weight that scores even less stays dropped; a kept one that scores more stays kept."""
     pattern = made.method
-    rows, columns = 6, 6 * pattern.unit
+    rows, columns = rounded(6, pattern.tall), 6 * pattern.unit
     score_RC = torch.rand(rows, columns, generator=generator(4)) + 0.1
     for sparsity in (0.3, 0.5, 0.75):
         drop = pattern.dropped(rows, columns, sparsity)
@@ -144,7 +145,7 @@ def test_a_pattern_looks_at_the_order_of_scores(made: Made) -> None:
 def test_of_equal_scores_the_same_go_every_time(made: Made) -> None:
     """Ties by position: equal scores end up the same whatever their common value, and the first go before the last."""
     pattern = made.method
-    rows, columns = 5, 12 * pattern.unit
+    rows, columns = rounded(5, pattern.tall), 12 * pattern.unit
     drop = pattern.dropped(rows, columns, 0.3)
     keeps = [pattern.project(torch.full((rows, columns), value), drop) for value in (0.0, 1.0, 1e30)]
     assert keeps[0].equal(keeps[1])

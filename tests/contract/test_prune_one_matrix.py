@@ -19,6 +19,7 @@ from contract.cases import (
     make_inputs,
     make_stats,
     make_weight,
+    rounded,
     same_bits,
     tensors_of,
 )
@@ -119,8 +120,8 @@ def test_dead_inputs_change_no_count(combo: Combo) -> None:
 def test_weights_of_dead_inputs_go_first(combo: Combo) -> None:
     """Who ranks by what the inputs were lets go of what never met one."""
     unit = combo.pattern.unit
-    rows, columns = 16, 24 * unit
-    gone = dead(columns)
+    rows, columns = rounded(16, combo.pattern.tall), 24 * unit
+    gone = dead(columns) if combo.pattern.local or unit == 1 else torch.arange(columns) // unit % 3 == 1  # blocks are dead as a whole
     weight_RC, inputs = make_weight(rows, columns), make_inputs(columns).masked_fill(gone, 0)
     drop = combo.pattern.dropped(rows, columns, 0.4)
     keep_RC = combo.run(weight_RC, make_stats(combo.needs, inputs), drop).keep_RC
@@ -140,12 +141,13 @@ def test_nothing_asked_nothing_changed(combo: Combo) -> None:
 
 @all_combos
 def test_permuted_rows_commute(combo: Combo) -> None:
-    weight_RC = make_weight(9, 24 * combo.pattern.unit, dtype=torch.float64)
-    rows, columns = weight_RC.shape
+    rows, columns = rounded(9, combo.pattern.tall), 24 * combo.pattern.unit
+    weight_RC = make_weight(rows, columns, dtype=torch.float64)
     stats = make_stats(combo.needs, make_inputs(columns), torch.float64)
     if combo.criterion and combo.criterion.score(weight_RC, stats).equal(combo.criterion.score(weight_RC.exp(), stats)):
         pytest.skip("the scores look at no weight")
-    order_R = torch.randperm(rows, generator=generator(3))
+    tall = combo.pattern.tall  # rows that are decided together stay together
+    order_R = torch.arange(rows).view(-1, tall)[torch.randperm(rows // tall, generator=generator(3))].flatten()
     for sparsity in (0.3, 0.5, 0.55):
         drop = combo.pattern.dropped(rows, columns, sparsity)
         straight, permuted = combo.run(weight_RC, stats, drop), combo.run(weight_RC[order_R], stats, drop)
@@ -203,7 +205,7 @@ def gram_with_lowest_eigenvalue(lowest: float, columns: int) -> Tensor:
 
 @with_gram
 def test_a_damping_retry_is_noted(combo: Combo) -> None:
-    rows, columns = 5, 24 * combo.pattern.unit
+    rows, columns = rounded(5, combo.pattern.tall), 24 * combo.pattern.unit
     weight_RC, drop = make_weight(rows, columns), combo.pattern.dropped(rows, columns, 0.5)
     stats = make_stats(combo.needs, make_inputs(columns))
     assert combo.run(weight_RC, stats, drop).notes == ()
@@ -218,7 +220,7 @@ def test_a_damping_retry_is_noted(combo: Combo) -> None:
 
 @with_gram
 def test_a_hopeless_gram_stops_the_run(combo: Combo) -> None:
-    rows, columns = 5, 24 * combo.pattern.unit
+    rows, columns = rounded(5, combo.pattern.tall), 24 * combo.pattern.unit
     weight_RC, drop = make_weight(rows, columns), combo.pattern.dropped(rows, columns, 0.5)
     stats = make_stats(combo.needs, make_inputs(columns))
     stats.gram_CC = gram_with_lowest_eigenvalue(-2.0, columns).float()
@@ -229,7 +231,7 @@ def test_a_hopeless_gram_stops_the_run(combo: Combo) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @with_gram
 def test_a_gram_that_is_not_finite_stops_the_run(combo: Combo, bad: float) -> None:
-    rows, columns = 5, 4 * combo.pattern.unit
+    rows, columns = rounded(5, combo.pattern.tall), 4 * combo.pattern.unit
     weight_RC, drop = make_weight(rows, columns), combo.pattern.dropped(rows, columns, 0.5)
     stats = make_stats(combo.needs, make_inputs(columns))
     stats.gram_CC[0, -1] = bad

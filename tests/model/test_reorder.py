@@ -148,7 +148,7 @@ def test_forwards_that_wait_see_the_new_order(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        ({"pattern": "unstructured", "sparsity": 0.5}, "channels reordered for an unstructured pattern"),
+        ({"pattern": "unstructured", "sparsity": 0.5}, "channels reordered for pattern unstructured"),
         ({"dtype": "bfloat16"}, "permute with bfloat16 computing"),
     ],
 )

@@ -1,0 +1,38 @@
+"""Blocks of R x C neighbouring weights go together ("block:4x4"), those whose scores have the smallest sums in their matrix.
+
+Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, https://openai.com/index/block-sparse-gpu-kernels/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.linalg import drop_smallest
+from llmprune.types import Mask
+
+
+@dataclass(frozen=True)
+class Block:
+    height: int = 4
+    width: int = 4
+    local: bool = False
+
+    @property
+    def unit(self) -> int:
+        return self.width
+
+    @property
+    def tall(self) -> int:
+        return self.height
+
+    def dropped(self, rows: int, columns: int, sparsity: float) -> int:
+        size = self.height * self.width
+        return round(sparsity * rows * columns / size) * size
+
+    def project(self, score_RC: Tensor, drop: int) -> Mask:
+        rows, columns = score_RC.shape
+        sums = score_RC.reshape(rows // self.height, self.height, columns // self.width, self.width).sum((1, 3))
+        keep = drop_smallest(sums.reshape(-1), drop // (self.height * self.width)).view(sums.shape)
+        return keep.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
