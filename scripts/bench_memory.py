@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=("deep", "big"))
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--method", action="append", choices=("wanda", "sparsegpt"), help="of deep; repeatable; both by default")
+    parser.add_argument(
+        "--method", action="append", choices=("wanda", "sparsegpt", "fast", "balanced"), help="of deep; repeatable; the first two by default"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights of deep")
     parser.add_argument("--vocabulary", type=int, default=32_000, help="of deep")
     parser.add_argument("--threads", type=int, default=2)

@@ -289,7 +289,10 @@ def _run_peer(task: Task, ids_NL: Any) -> dict[str, Any]:
 
 
 def _request(task: Task) -> dict[str, Any]:
-    return {"sparsity": 0.5, "pattern": task.pattern, "method": task.method, "accept_damage": True}
+    from llmprune.methods import QUALITIES
+
+    kind = "quality" if task.method in QUALITIES else "method"
+    return {"sparsity": 0.5, "pattern": task.pattern, kind: task.method, "accept_damage": True}
 
 
 def _load(task: Task) -> Any:
