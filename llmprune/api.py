@@ -14,13 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.windows import Windows, read_windows
-from llmprune.engine import dense_gradients, selected
+from llmprune.engine import dense_gradients, ratios, selected
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, polish_to_json, prepare, quiet, run
 from llmprune.model.matrices import Selection
-from llmprune.preflight import check_ids, check_length, check_matrices, check_outside, check_permute, check_polish, choose_device, choose_dtype
+from llmprune.preflight import (
+    check_ids,
+    check_length,
+    check_matrices,
+    check_outside,
+    check_permute,
+    check_polish,
+    check_ratios,
+    choose_device,
+    choose_dtype,
+)
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
 from llmprune.stream import LiveStream
@@ -64,10 +74,12 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         check_matrices(matrices, stream, plan.pattern)
         check_polish(plan, stream, matrices)
         check_permute(plan, model.dtype)
+        check_ratios(plan, stream, matrices)
         windows = _live_windows(model, recipe, given, tokenizer)
         gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
+        shares = ratios(stream, windows.ids_NL, plan, matrices, gradients, lambda done, total: None)
         polished: list[Polished] = []
-        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients, on_polish=lambda done, hashes: polished.append(done))
+        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients, shares.asked, on_polish=lambda done, hashes: polished.append(done))
     return Report(
         recipe=recipe.resolved(),
         source={"name": type(model).__name__, "revision": None, "files": {}},
@@ -76,6 +88,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         perplexity=(),
         parameters=model.num_parameters(),
         polish=polish_to_json(polished[0], stream) if polished else None,
+        reasons=shares.reasons,
         environment={"torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")},
     )
 

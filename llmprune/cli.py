@@ -45,7 +45,7 @@ def prune(
     polish_steps: Annotated[Count, typer.Option(help="steps of the polish")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="N:M: reorder inner channels so that the groups hold more")] = False,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
-    allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices")] = None,
+    allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices ; see llmprune methods")] = None,
     calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
@@ -162,6 +162,7 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; all are liste
                 said = [" + ".join(p for p in (parts.criterion, parts.solver) if p), f"unstructured weights compete per {parts.group}"]
                 said += ["towards the dense path's outputs"] if parts.asymmetric else []
                 said += ["rows weighed by their Fisher information"] if parts.fisher_rows else []
+                said += [f"{parts.allocation} ratios"] if parts.allocation != "uniform" else []
                 said += [f"then distilled for {parts.polish_steps} steps"] if parts.polish_steps else []
                 said += ["the default"] if method == DEFAULT_QUALITY else []
                 out.print(f"--{flag} {method}: {', '.join(said)}", markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,10 +25,11 @@ from llmprune.stream import Flow, Stream
 from llmprune.structured.reorder import Channels, best_order, in_order
 from llmprune.target import asymmetric_target
 from llmprune.training import vectors
-from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stats
+from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stat, Stats
 
 Progress = Callable[[int, int], None]
 SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
+SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
 FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
 BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
 
@@ -42,10 +43,47 @@ def selected(stream: Stream, selection: Selection) -> dict[int, list[Matrix]]:
     return found
 
 
-def ratios(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[str, float]:
-    """What each matrix gives up, by full name."""
+@dataclass(frozen=True)
+class Ratios:
+    """What each matrix gives up, by full name, and the number that this rests on."""
+
+    asked: dict[str, float]
+    reasons: dict[str, float]
+
+
+@torch.no_grad()
+def ratios(
+    stream: Stream, windows_NL: Tensor, plan: Plan, matrices: dict[int, list[Matrix]], gradients: LossGradients | None, progress: Progress
+) -> Ratios:
+    """The plan's allocation, measured on the dense model: to be called before anything is pruned."""
+    allocation = plan.allocation
     sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
-    return plan.allocation.share(sizes, plan.sparsity)
+    blocks = {f"{stream.path_of(i)}.{m.name}": stream.path_of(i) for i, ms in matrices.items() for m in ms}
+    criterion = plan.criterion if allocation.scored else None
+    needs = allocation.needs | (criterion.needs if criterion else frozenset())
+    flow = Flow(stream, windows_NL[:SURVEY_WINDOWS]) if allocation.looks_at == "inputs" else None
+    measured: dict[str, Tensor] = {}
+    for index, ms in matrices.items() if allocation.looks_at != "nothing" else ():
+        with stream.block(index) as block:
+            statistics = survey(flow, index, block, ms, needs) if flow else {m.name: Stats() for m in ms}
+            if gradients is not None:
+                gradients.add_to(index, statistics)
+            for m in ms:
+                weight_RC, stats = m.view(block).float(), statistics.pop(m.name)
+                unreached = (needs and stats.tokens == 0) or (needs & SCORED and stats.grad_tokens == 0)
+                score_RC = None if unreached or criterion is None else criterion.score(weight_RC, stats)
+                measured[f"{stream.path_of(index)}.{m.name}"] = allocation.measure(weight_RC, stats, score_RC)
+        progress(index + 1, len(matrices))
+    return Ratios(*allocation.share(measured, sizes, blocks, plan.sparsity))
+
+
+def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
+    """What enters the matrices of a block, or the head, of the dense model."""
+    if index == len(flow.stream.names):
+        return at_head(flow, None, block, matrices, needs)
+    statistics = at_once(flow, index, block, matrices, needs, Clock())
+    flow.advance()
+    return statistics
 
 
 @torch.no_grad()
@@ -55,6 +93,7 @@ def prune(
     plan: Plan,
     matrices: dict[int, list[Matrix]],
     gradients: LossGradients | None = None,
+    asked: dict[str, float] | None = None,
     finished: Mapping[int, BlockReport] | None = None,
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
     on_polish: Callable[[Polished, dict[str, str]], None] = lambda polished, hashes: None,
@@ -62,13 +101,14 @@ def prune(
 ) -> list[BlockReport]:
     """Prune every block of a model on the outputs of the pruned blocks before it.
 
-    windows_NL: calibration token ids. gradients: what ``dense_gradients`` found before anything was pruned. ``finished`` blocks (of an
+    windows_NL: calibration token ids. gradients: what ``dense_gradients`` found before anything was pruned. asked: the ratio of every matrix, the
+    same for all if it is left out. ``finished`` blocks (of an
     interrupted run) are only run through. ``on_block`` is told of each newly pruned block once its tensors are kept, ``on_polish`` of what
     the distillation at the end has done, if the plan has one; ``progress`` is that one's.
     Raises StoppedError when statistics or outputs are not finite, or a block's output is destroyed.
     """
     finished = finished or {}
-    asked = ratios(stream, matrices, plan)
+    asked = asked or {f"{stream.path_of(i)}.{m.name}": plan.sparsity for i, ms in matrices.items() for m in ms}
     flow = Flow(stream, windows_NL)
     teacher = flow.twin() if plan.asymmetric or plan.polish_steps else None
     dense = teacher if plan.asymmetric else None
@@ -126,7 +166,7 @@ def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) ->
 
 def dense_gradients(stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> LossGradients | None:
     """The loss gradients that a plan asks for, of the model before it is pruned; None where it asks for none."""
-    needs = plan.needs & GRADIENTS
+    needs = (plan.needs | plan.allocation.needs) & GRADIENTS
     if not needs:
         return None
     return loss_gradients(stream, windows_NL if needs - {"grad_out_sq"} else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
@@ -153,9 +193,9 @@ def prune_block(
     scales = norm_scales(block, matrices, partial(flow.run, index, block, 0)) if "norm_scale" in plan.needs and not head else {}
     found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
     if head:
-        found = [(matrices, at_head(flow, dense, block, matrices, plan))]
+        found = [(matrices, at_head(flow, dense, block, matrices, plan.needs))]
     elif dense is None:
-        found = [(matrices, at_once(flow, index, block, matrices, plan, clock))]
+        found = [(matrices, at_once(flow, index, block, matrices, plan.needs, clock))]
     else:
         found = stage_by_stage(flow, dense, index, block, matrices, plan, clock, reordered)
     for stage, statistics in found:

@@ -12,7 +12,7 @@ import psutil
 
 GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
-LARGE = 16 << 20  # tensors from here on have memory of their own, which goes back when they are freed; smaller ones come and go too often
+LARGE = 8 << 20  # tensors from here on have memory of their own, which goes back when they are freed; smaller ones come and go too often
 FIRST = 2  # blocks that show how much memory a block leaves resident
 GROWTH = 1.05  # of that, until what is free goes back
 

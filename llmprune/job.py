@@ -24,9 +24,10 @@ from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import Windows, read_windows
-from llmprune.engine import dense_gradients, prune, selected
+from llmprune.engine import Ratios, dense_gradients, prune, ratios, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
+from llmprune.gradients import LossGradients
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.preflight import (
     check_ids,
@@ -36,6 +37,7 @@ from llmprune.preflight import (
     check_outside,
     check_permute,
     check_polish,
+    check_ratios,
     check_space,
     choose_device,
     choose_dtype,
@@ -133,6 +135,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     check_matrices(matrices, stream, plan.pattern)
     check_polish(plan, stream, matrices)
     check_permute(plan, stream.dtype)
+    check_ratios(plan, stream, matrices)
     check_space(output, source)
     stored = None if restart else load_windows(partial_folder(output))
     calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
@@ -206,6 +209,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         gradients = None
         if len(finished) < len(job.matrices):
             gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
+        shares = shared_out(job, journal, gradients, progress)
         job.stream.write_to(sink)
         progress("prune", len(finished), len(job.matrices))
 
@@ -225,7 +229,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         blocks = list(finished.values())
         if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
-            blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, finished, on_block, on_polish, steps)
+            blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, shares.asked, finished, on_block, on_polish, steps)
         pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
         job.stream.finish()
         sink.finish()
@@ -239,6 +243,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             environment=environment(job.stream),
             output=job.output,
             polish=polish,
+            reasons=shares.reasons,
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
         )
         write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
@@ -266,6 +271,16 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int,
             break
         finished[index] = block_from_json(record["report"], record["seconds"])
     return finished, polished["report"] if polished else None
+
+
+def shared_out(job: Job, journal: Journal, gradients: LossGradients | None, progress: Progress) -> Ratios:
+    """What each matrix gives up: as an earlier process found it, or measured now, before anything is pruned."""
+    record = journal.read("ratios")
+    if record is None:
+        ids_NL, step = job.calibration.ids_NL, partial(progress, "allocation")
+        record = asdict(ratios(job.stream, ids_NL, job.plan, job.matrices, gradients, step))
+        journal.write("ratios", record)
+    return Ratios(**record)
 
 
 def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:

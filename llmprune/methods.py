@@ -30,6 +30,7 @@ class Method:
     group: Group
     asymmetric: bool = False  # aims at the dense path's outputs (llmprune.target)
     fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
+    allocation: str = "uniform"  # of unstructured sparsity
     polish_steps: int = 0  # of whole-model distillation at the end
 
 
@@ -45,8 +46,8 @@ METHODS = {
 # Ours.
 QUALITIES = {
     "fast": Method("wanda", "refit", "row", asymmetric=True),
-    "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True),
-    "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, polish_steps=POLISH_STEPS),
+    "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher"),
+    "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }
 DEFAULT_QUALITY = "balanced"
 RECONSTRUCT = "reconstruct"

@@ -94,6 +94,13 @@ def check_outside(stream: Stream, selection: Selection) -> None:
         raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
 
 
+def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """An allocation that looks at nothing can be tried out at once."""
+    if plan.allocation.looks_at == "nothing":
+        sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
+        plan.allocation.share({}, sizes, {}, plan.sparsity)
+
+
 def check_permute(plan: Plan, dtype: torch.dtype) -> None:
     """Whether channels can trade places is tried out on each block, which takes the precision of float32."""
     if plan.permute and dtype != torch.float32:

@@ -56,7 +56,8 @@ class Recipe(BaseModel):
     polish_steps: int | None = Field(None, ge=1, description="steps of the polish")
     permute: bool = Field(False, description="N:M: reorder inner channels so that the groups hold more; folded into the weights")
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
-    allocation: str = Field("uniform", description="how the ratio is shared out over the matrices")
+    allocation: str | None = Field(None, description="how the ratio is shared out over the matrices")
+    ratios: dict[str, float] = Field(default_factory=dict, description="explicit allocation: regular expression of a name -> ratio")
     calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
     samples: int | None = Field(None, ge=1, description="calibration windows")
     sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
@@ -127,6 +128,7 @@ class Recipe(BaseModel):
             group=group,
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
+            allocation=self.allocation or ("uniform" if self.in_groups else named.allocation),
             fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
 
@@ -146,7 +148,7 @@ class Recipe(BaseModel):
                 raise RequestError(f"pattern {self.pattern} means sparsity {1 - n / m:g}, not {self.sparsity:g}", "leave one of them out")
             self._refuse_group()
         self._check_names()
-        check_name("allocation", self.allocation, names("allocation"))
+        self._check_allocation()
         self._check_parts()
         return self
 
@@ -164,6 +166,19 @@ class Recipe(BaseModel):
             check_name("quality", self.quality, list(QUALITIES))
         if self.method is not None:
             check_name("method", self.method, list(METHODS))
+
+    def _check_allocation(self) -> None:
+        if self.allocation is not None:
+            check_name("allocation", self.allocation, names("allocation"))
+        if self.in_groups and self.parts.allocation != "uniform":
+            raise RequestError(f"allocation {self.allocation!r} with pattern {self.pattern}, which fixes the ratio", "leave --allocation out")
+        if bool(self.ratios) != (self.parts.allocation == "explicit"):
+            raise RequestError(
+                "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'
+            )
+        odd = [r for r in self.ratios.values() if not 0 <= r < 1]
+        if odd:
+            raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
 
     def _check_parts(self) -> None:
         if self.criterion is not None:
@@ -193,7 +208,7 @@ class Recipe(BaseModel):
             pattern=build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
-            allocation=build("allocation", self.allocation),
+            allocation=build("allocation", parts.allocation, **({"ratios": tuple(self.ratios.items())} if self.ratios else {})),
             sparsity=self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
@@ -215,6 +230,7 @@ class Recipe(BaseModel):
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
+        value["allocation"] = parts.allocation
         value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
         value["group"] = parts.group if self.pattern == "unstructured" else None
         for key in ("model", "calibration"):

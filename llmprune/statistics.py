@@ -5,7 +5,7 @@ Shapes: C = input columns, R = output rows, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,14 +23,14 @@ from llmprune.model.program import Irregular, Paused, Program, Trace, read_progr
 from llmprune.model.watch import Reached, Watch, add_input, finish
 from llmprune.stream import FileHidden, Flow, MemoryHidden, memory_of, place_hidden
 from llmprune.structured.reorder import Channels, find_channels
-from llmprune.types import Plan, Stats
+from llmprune.types import Plan, Stat, Stats
 
 Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
 
 
-def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> dict[str, Stats]:
+def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock) -> dict[str, Stats]:
     """Run the unpruned block on the pruned path's inputs. Its outputs wait in ``flow.outputs``."""
-    watching = Watch(block, matrices, plan.needs)
+    watching = Watch(block, matrices, needs)
     for batch in range(len(flow)):
         with watching:
             flow.outputs[batch] = flow.run(index, block, batch)
@@ -40,9 +40,9 @@ def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], pl
     return watching.stats
 
 
-def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matrix], plan: Plan) -> dict[str, Stats]:
+def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
     """What enters the head behind the last block, on both paths if there is a dense one."""
-    watching, beside = Watch(head, matrices, plan.needs), Watch(head, matrices, frozenset())
+    watching, beside = Watch(head, matrices, needs), Watch(head, matrices, frozenset())
     walk = flow.stream.walk
     for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), (dense or flow).windows(), strict=True):
         with watching:
@@ -87,11 +87,11 @@ class Kept:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self._store: MemoryHidden | FileHidden | None = None
-        self._held: set[Hashable] = set()
+        self._held: set[tuple[str, Any, int]] = set()
         self.size = 0  # bytes of all micro-batches
 
     def put(self, batch: int, inputs: dict[Any, Tensor], partners: dict[str, Tensor]) -> None:
-        values: dict[Hashable, Tensor] = {("input", name, batch): value for name, value in inputs.items()}
+        values: dict[tuple[str, Any, int], Tensor] = {("input", name, batch): value for name, value in inputs.items()}
         values |= {("partner", name, batch): value for name, value in partners.items()}
         if self._store is None and values:
             self.size = sum(v.nbytes for v in values.values()) * len(self._flow)
@@ -104,6 +104,13 @@ class Kept:
     def get(self, kind: str, name: Any, batch: int) -> Tensor | None:
         key = (kind, name, batch)
         return self._store[key] if self._store is not None and key in self._held else None
+
+    def drop(self, names: set[Any]) -> None:
+        """Forget what stages or matrices were given; they have been pruned."""
+        for key in [k for k in self._held if k[1] in names]:
+            assert self._store is not None
+            del self._store[key]
+            self._held.remove(key)
 
 
 # Straight blocks: see model/program.py. ------------------------------------------------------------------------------------------------------
@@ -166,6 +173,7 @@ def straight_stages(
                     add_partner(partners, name, value, partner, kept.get("partner", name, batch))
                 clock.lap("statistics")
             finish(stats, stage[0].name)
+            kept.drop({number, *(m.name for m in stage)})
             yield stage, {m.name: replace(stats, partner_RC=partners.get(m.name)) for m in stage}
             for name in (m.name for m in stage if m.name in reordered):
                 for passage in passages:

@@ -179,6 +179,9 @@ class MemoryHidden:
     def __setitem__(self, batch: Hashable, hidden_NLD: Tensor) -> None:
         self._kept[batch] = hidden_NLD.to(self.device)
 
+    def __delitem__(self, batch: Hashable) -> None:
+        del self._kept[batch]
+
 
 class FileHidden:
     """Hidden states of each micro-batch, in a nameless file: read and written, never mapped, gone with the process."""
@@ -191,6 +194,9 @@ class FileHidden:
     def __getitem__(self, batch: Hashable) -> Tensor:
         start, shape, dtype = self._places[batch]
         return torch.frombuffer(read_range(self._file.fileno(), start, shape.numel() * dtype.itemsize, "hidden states"), dtype=dtype).view(shape)
+
+    def __delitem__(self, batch: Hashable) -> None:
+        """Nothing: its place is not needed by others."""
 
     def __setitem__(self, batch: Hashable, hidden_NLD: Tensor) -> None:
         if self._places.get(batch, (0,))[1:] != (hidden_NLD.shape, hidden_NLD.dtype):  # some models go on in float32 after the first block

@@ -89,10 +89,22 @@ class BlockSolver(Protocol):
 
 
 class Allocation(Protocol):
-    """Shares one budget out over the matrices."""
+    """Shares one budget out over the matrices, by a few numbers measured on each of the dense model."""
 
-    def share(self, sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-        """Ratio for each named matrix, given its number of weights."""
+    needs: frozenset[Stat]
+    looks_at: str  # of the dense model: "nothing", "weights" or "inputs", which take a forward
+    scored: bool  # measures the criterion's scores
+
+    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+        """What ``share`` has to know of one matrix; empty if nothing can be said."""
+        ...
+
+    def share(
+        self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """(ratio of each named matrix, the number that it rests on), given its number of weights and its block. The mean of the ratios over the
+        weights is the sparsity, to one weight.
+        """
         ...
 
 

@@ -34,6 +34,7 @@ class Report:
     environment: dict[str, Any]
     output: Path | None = None
     polish: dict[str, Any] | None = None  # what distillation has done
+    reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -74,6 +75,7 @@ class Report:
             "perplexity": [asdict(m) for m in self.perplexity],
             "blocks": [block_to_json(b) for b in self.blocks],
             "polish": self.polish,
+            "reasons": self.reasons,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},

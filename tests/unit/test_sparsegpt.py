@@ -138,6 +138,8 @@ class Given:
 
     keep_RC: Mask
     unit: int = 1
+    tall: int = 1
+    local: bool = False
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         return int((~self.keep_RC).sum())

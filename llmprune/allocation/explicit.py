@@ -1,0 +1,43 @@
+"""Ratios by name: the first regular expression that is found in a matrix's name gives its ratio; all others share what is left."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.errors import RequestError
+from llmprune.types import Stat, Stats
+
+MOST = 0.99  # of a matrix that is not named
+
+
+@dataclass(frozen=True)
+class Explicit:
+    ratios: tuple[tuple[str, float], ...] = ()
+    needs: frozenset[Stat] = frozenset()
+    looks_at: str = "nothing"
+    scored: bool = False
+
+    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+        return weight_RC.new_zeros(0)
+
+    def share(
+        self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Raises RequestError when an expression finds nothing, or the other matrices cannot meet the budget."""
+        named: dict[str, float] = {}
+        for pattern, ratio in self.ratios:
+            found = [name for name in sizes if re.search(pattern, name)]
+            if not found:
+                raise RequestError(f"ratios: {pattern!r} is in no matrix's name", "llmprune inspect lists the names")
+            named = dict.fromkeys(found, ratio) | named
+        rest = {name: size for name, size in sizes.items() if name not in named}
+        left = sparsity * sum(sizes.values()) - sum(ratio * sizes[name] for name, ratio in named.items())
+        other = left / sum(rest.values()) if rest else 0.0
+        if not (0 <= other <= max(MOST, sparsity) if rest else abs(left) < 1):
+            raise RequestError(
+                f"ratios: the other {len(rest)} matrices would have to give up {other:.1%} for {sparsity:g} in all", "change --sparsity or the ratios"
+            )
+        return {name: named.get(name, other) for name in sizes}, named

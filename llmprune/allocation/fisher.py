@@ -1,0 +1,35 @@
+"""One threshold for lam_r * w_rc ** 2 * H_cc over the whole model: what a weight's going costs, by the Fisher information lam_r of its output and
+the squares H_cc of its input. Each matrix gives up what lies under it, within ``width`` of the asked ratio; all are shifted to meet the budget.
+
+Own combination; the diagonal Fisher as in Theis et al., Faster gaze prediction with dense networks and Fisher pruning, https://arxiv.org/abs/1801.05787
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.linalg import log_histogram, shares_below, spend
+from llmprune.types import Stat, Stats
+
+
+@dataclass(frozen=True)
+class Fisher:
+    width: float = 0.15
+    needs: frozenset[Stat] = frozenset({"input_sq", "grad_out_sq"})
+    looks_at: str = "inputs"
+    scored: bool = False
+
+    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+        if stats.input_sq_C is None or stats.grad_out_sq_R is None or not stats.grad_tokens:
+            return weight_RC.new_zeros(0)  # no token reached it
+        logs_RC = weight_RC.abs().log2() * 2 + (stats.grad_out_sq_R / stats.grad_tokens).log2().unsqueeze(1) + stats.input_sq_C.log2()
+        return log_histogram(logs_RC)
+
+    def share(
+        self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        under = shares_below(measured, sparsity)
+        wanted = {name: min(sparsity + self.width, max(sparsity - self.width, under.get(name, sparsity))) for name in sizes}
+        return spend(wanted, sizes, sparsity), under
