@@ -276,4 +276,18 @@ def spend(wanted: dict[str, float], sizes: dict[str, int], sparsity: float) -> d
         middle = (low + high) / 2
         spent = sum(ratio * sizes[name] for name, ratio in shifted(middle).items())
         low, high = (middle, high) if spent < goal else (low, middle)
-    return shifted(high)
+    return in_whole_weights(shifted(high), sizes, sparsity)
+
+
+def in_whole_weights(ratios: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
+    """Ratios of whole weights whose sum is the budget's: each is rounded down, those nearest to one more get it. None loses all its weights; where
+    the budget leaves too few for that, the ratios stay as they are.
+    """
+    counts = {name: int(ratio * sizes[name]) for name, ratio in ratios.items()}
+    missing = round(sparsity * sum(sizes.values())) - sum(counts.values())
+    room = [name for name in sizes if counts[name] + 1 < sizes[name]]
+    if not 0 <= missing <= len(room):
+        return ratios
+    for name in sorted(room, key=lambda name: (counts[name] - ratios[name] * sizes[name], name))[:missing]:
+        counts[name] += 1
+    return {name: counts[name] / sizes[name] for name in ratios}

@@ -184,7 +184,7 @@ def test_an_allocation_spends_the_budget(made: Made, sizes: dict[str, int], sile
         assert list(ratios) == list(sizes)
         assert all(0 <= ratio < 1 for ratio in ratios.values())
         spent = sum(ratios[name] * size for name, size in sizes.items())
-        assert spent == pytest.approx(sparsity * sum(sizes.values()), rel=1e-9, abs=1e-9)
+        assert abs(spent - sparsity * sum(sizes.values())) < 1
         assert shared(made, sizes, sparsity, silent) == ratios
         if sparsity == 0:
             assert max(ratios.values()) < 1e-9

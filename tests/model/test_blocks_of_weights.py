@@ -25,6 +25,8 @@ def test_zeros_come_in_blocks(family: str, method: dict[str, Any], tmp_path: Pat
         for m in block_matrices(module):
             if f"{block.block}.{m.name}" in rows:
                 zeros = (m.view(module) == 0).reshape(m.rows // 2, 2, m.columns // 4, 4).sum((1, 3))
+                row = rows[f"{block.block}.{m.name}"]
                 assert set(zeros.unique().tolist()) == {0, 8}
-                assert int(zeros.sum()) == rows[f"{block.block}.{m.name}"].zeros == m.rows * m.columns // 2
+                assert int(zeros.sum()) == row.zeros == 8 * round(row.asked * m.rows * m.columns / 8)
     assert report.recipe["group"] is None
+    assert abs(report.sparsity - 0.5) < 0.01

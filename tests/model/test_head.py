@@ -56,7 +56,8 @@ def test_blocks_and_head_together(choice: dict[str, Any], tmp_path: Path) -> Non
     ask = ONLY_HEAD | {"only": "proj|lm_head"} | choice
     report = llmprune.prune(source, **ask, output=str(tmp_path / "out"), device="cpu")
     assert [row.matrix for row in report.rows][-1] == "lm_head.weight"
-    assert report.rows[-1].zeros * 2 == report.rows[-1].rows * report.rows[-1].columns
+    assert report.rows[-1].zeros == round(report.rows[-1].asked * report.rows[-1].rows * report.rows[-1].columns)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-4)
     llmprune.prune(model, **ask)
     for (name, live), stored in zip(model.named_parameters(), parameters_of(tmp_path / "out"), strict=True):
         assert torch.equal(live, stored), name

@@ -47,8 +47,8 @@ def test_fisher_is_one_threshold_over_the_model(sparsity: float) -> None:
     assert ratios == pytest.approx(under, abs=0.02)
     narrow, _ = share("fisher", sparsity, width=0.05)
     clipped = {n: min(sparsity + 0.05, max(sparsity - 0.05, r)) for n, r in reasons.items()}
-    apart = {round(narrow[n] - clipped[n], 9) for n in SIZES}
-    assert len(apart) == 1  # all shifted alike
+    apart = [narrow[n] - clipped[n] for n in SIZES]
+    assert max(apart) - min(apart) < 2 / min(SIZES.values())  # all shifted alike, to a weight
 
 
 def test_global_ranks_by_lamp() -> None:
@@ -67,7 +67,7 @@ def test_owl_follows_the_outliers_of_a_block() -> None:
     ratios, reasons = share("owl", 0.5, times=2.0)
     assert {n[0]: r for n, r in reasons.items()} == pytest.approx(outliers, abs=0.01)
     fewer, more = sorted(outliers, key=outliers.__getitem__)
-    assert ratios[f"{fewer}.0"] - ratios[f"{more}.0"] == pytest.approx(0.16)
+    assert ratios[f"{fewer}.0"] - ratios[f"{more}.0"] == pytest.approx(0.16, abs=0.005)
 
 
 def test_heavy_tails_give_up_less() -> None:
@@ -110,5 +110,6 @@ def test_a_budget_is_met_with_ratios_at_their_ends(sparsity: float) -> None:
     wanted = {"low": -0.4, "middle": 0.5, "high": 1.7}
     sizes = {"low": 10, "middle": 1000, "high": 317}
     ratios = spend(wanted, sizes, sparsity)
-    assert sum(ratios[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * 1327, abs=1e-6)
-    assert 0 <= ratios["low"] <= ratios["middle"] <= ratios["high"] < 1
+    assert sum(ratios[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * 1327, abs=1.0)
+    assert all(0 <= ratio < 1 for ratio in ratios.values())
+    assert ratios["middle"] <= ratios["high"] + 1 / 317
