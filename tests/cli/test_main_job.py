@@ -187,7 +187,8 @@ def test_every_recipe_runs(cli, small, recipe):
     assert ran.code == 0, ran.err
     report = json.loads(Path("out/llmprune.json").read_text())
     for row in (row for block in report["blocks"] for row in block["rows"]):
-        assert row["zeros"] == round(report["sparsity"]["asked"] * row["rows"] * row["columns"])
+        assert row["zeros"] == round(row["asked"] * row["rows"] * row["columns"])
+    assert report["sparsity"]["pruned_matrices"] == pytest.approx(report["sparsity"]["asked"], abs=1e-4)
 
 
 def test_flags_go_on_top_of_the_recipe(cli, small):
