@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.linalg import all_finite, notes_of
-from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.model.matrices import LEFT_ALONE, Matrix, Selection, block_matrices
 from llmprune.model.norms import norm_scales
 from llmprune.patterns.nm import NM
 from llmprune.polish import distill
@@ -141,6 +142,7 @@ def prune(
         reports.append(BlockReport(name, error, tuple(rows), tuple(f"{name}.{c}" for c in changed), clock.seconds))
         on_block(index, reports[-1], hashes)
     if teacher is not None and plan.polish_steps:
+        del flow, dense  # their hidden states have done their work
         on_polish(*polish(stream, teacher, matrices, plan.polish_steps, progress))
     return reports
 
@@ -149,10 +151,18 @@ def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], ste
     """Distill the teacher, which has come through the last block, into the pruned model; hashes of the tensors that were written."""
     hashes: dict[str, str] = {}
     with stream.whole():
-        masked = {i: whole_parameters(stream.walk.blocks[i], ms) for i, ms in matrices.items()}
-        polished = distill(stream, teacher, masked, steps, progress)
+        blocks = {i: stream.walk.blocks[i] for i, ms in matrices.items() if whole_parameters(stream.walk.blocks[i], ms)}
+        masked = {i: whole_parameters(block, matrices[i]) for i, block in blocks.items()}
+        free = {i: trained_vectors(block) for i, block in blocks.items()}
+
+        def settle() -> None:
+            for i, block in blocks.items():
+                store(stream, i, block, [*masked[i], *free[i]])
+
+        if not masked:  # some experts of a stack alone: nothing can be trained without the others
+            return Polished(0, 0.0, 0.0, {}), {}
+        polished = distill(stream, teacher, masked, free, steps, settle, progress)
         for index, names in polished.changed.items():
-            store(stream, index, stream.walk.blocks[index], names)
             hashes |= stream.keep(index, names)
     return polished, hashes
 
@@ -191,24 +201,25 @@ def prune_block(
     head = index == len(flow.stream.names)
     channels = inner_channels(flow, index, block, matrices) if plan.permute and not head else {}
     scales = norm_scales(block, matrices, partial(flow.run, index, block, 0)) if "norm_scale" in plan.needs and not head else {}
-    found: Iterable[tuple[list[Matrix], dict[str, Stats]]]
+    found: Generator[tuple[list[Matrix], dict[str, Stats]], None, None]
     if head:
-        found = [(matrices, at_head(flow, dense, block, matrices, plan.needs))]
+        found = (stage for stage in [(matrices, at_head(flow, dense, block, matrices, plan.needs))])
     elif dense is None:
-        found = [(matrices, at_once(flow, index, block, matrices, plan.needs, clock))]
+        found = (stage for stage in [(matrices, at_once(flow, index, block, matrices, plan.needs, clock))])
     else:
         found = stage_by_stage(flow, dense, index, block, matrices, plan, clock, reordered)
-    for stage, statistics in found:
-        clock.lap("forward")
-        if gradients is not None:
-            gradients.add_to(index, statistics)
-        for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write its channels
-            stats, saliency = replace(statistics.pop(m.name), norm_scale_C=scales.get(m.name)), None
-            if m.name in channels:
-                stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
-                changed += moved
-            rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
-        clock.lap("solve")
+    with closing(found):  # forwards that wait end with the block, whatever happens
+        for stage, statistics in found:
+            clock.lap("forward")
+            if gradients is not None:
+                gradients.add_to(index, statistics)
+            for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write its channels
+                stats, saliency = replace(statistics.pop(m.name), norm_scale_C=scales.get(m.name)), None
+                if m.name in channels:
+                    stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
+                    changed += moved
+                rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
+            clock.lap("solve")
     pruned = {m.parameter for m in matrices}
     return [rows[m.name] for m in matrices], [c for c in dict.fromkeys(changed) if c not in pruned]
 
@@ -224,7 +235,9 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
     score_RC = weight_RC.square() * (1 if squares_C is None or stats.tokens == 0 else squares_C)
     order_SW = best_order(score_RC, channels.columns_SKW, pattern.n, pattern.m)
     order_C = channels.order_C(order_SW)
-    held = [float((s * pattern.project(s, 0)).sum() / s.sum()) for s in (score_RC, score_RC[:, order_C])]
+    held: list[float] = [float((s * pattern.project(s, 0)).sum() / s.sum()) for s in (score_RC, score_RC[:, order_C])]
+    if held[1] <= held[0]:  # a sample of the rows may have misled
+        return stats, (held[0], held[0]), torch.arange(len(order_C)), []
     changed = channels.apply(block, order_SW)
     return in_order(stats, order_C), (held[0], held[1]), order_C, changed
 
@@ -251,18 +264,22 @@ def reconstruct_block(
     """
     device = flow.stream.device_of(index)
     wanted = (dense or flow).outputs
-    masked, free = whole_parameters(block, matrices), vectors(block)
-    if not masked or not solver.fit(
-        list(masked.values()), list(free.values()), lambda batch: (flow.run(index, block, batch), wanted[batch].to(device)), len(flow)
-    ):
+    masked, free = whole_parameters(block, matrices), trained_vectors(block)
+    settle = partial(store, flow.stream, index, block, [*masked, *free])
+    outputs = lambda batch: (flow.run(index, block, batch), wanted[batch].to(device))  # noqa: E731
+    if not masked or not solver.fit(list(masked.values()), list(free.values()), outputs, len(flow), settle):
         return rows, []
-    store(flow.stream, index, block, [*masked, *free])
     if dense is not None:
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)
     trained = {m.name for m in matrices if m.parameter in masked}
     now = [replace(r, zeros=int((m.view(block) == 0).sum()), lost=None) if m.name in trained else r for m, r in zip(matrices, rows, strict=True)]
     return now, list(free)
+
+
+def trained_vectors(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Norm scales and biases, but for those of what is left alone by default (routers)."""
+    return {name: p for name, p in vectors(block).items() if not LEFT_ALONE.search(name)}
 
 
 def whole_parameters(block: nn.Module, matrices: list[Matrix]) -> dict[str, nn.Parameter]:
@@ -296,7 +313,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     if "gram" in plan.needs and stats.tokens < weight_RC.shape[1]:
         notes += (f"{stats.tokens} calibration tokens for {weight_RC.shape[1]} inputs: its Gram matrix rests on the damping",)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
-        notes += ("no norm feeds it: ranked by magnitude",)
+        notes += ("no norm of its block feeds it: ranked by magnitude",)
     return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)
 
 

@@ -14,33 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.stream import Flow, Stream
-from llmprune.training import SurvivorAdam, vectors
+from llmprune.training import SurvivorAdam
 from llmprune.types import Polished
 
 TOKENS_PER_STEP = 1024
 RATE = 0.01  # of a tensor's root mean square
-BYTES_PER_WEIGHT = 25  # the weight, its gradient, two moments, the float32 copy, the value before, the mask
+BYTES_PER_WEIGHT = 29  # the weight, its gradient and the one that is added to it, two moments, the float32 copy, the value before, the mask
 
 
-def distill(stream: Stream, dense: Flow, masked: dict[int, dict[str, nn.Parameter]], steps: int, progress: Callable[[int, int], None]) -> Polished:
-    """Train a model in place whose every block and outer part is loaded. dense: the flow of the unpruned model, after its last block; its hidden
-    states and the model's own head are the teacher. masked: the pruned parameters of each block. What gains nothing is undone.
+def distill(
+    stream: Stream,
+    teacher: Flow,
+    masked: dict[int, dict[str, nn.Parameter]],
+    free: dict[int, dict[str, nn.Parameter]],
+    steps: int,
+    settle: Callable[[], None],
+    progress: Callable[[int, int], None],
+) -> Polished:
+    """Train a model in place whose every block and outer part is loaded. teacher: the flow of the unpruned model, after its last block; its hidden
+    states and the model's own head say what it predicts. masked, free: the pruned parameters of each block, and its vectors that are trained
+    too. settle: rounds them to what is stored. What gains nothing is undone.
     """
-    windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in dense.windows()]
-    free = [p for i in masked for p in vectors(stream.walk.blocks[i]).values()]
+    windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in teacher.windows()]
     before = mean_divergence(stream, windows)
-    adam = SurvivorAdam([p for parameters in masked.values() for p in parameters.values()], free, steps, RATE)
     each = min(len(windows), max(1, TOKENS_PER_STEP // windows[0][0].shape[1]))
     draw = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        for n in torch.randperm(len(windows), generator=draw)[:each].tolist():
-            with torch.enable_grad():
-                adam.add(divergence(stream, *windows[n]) / each)
-        adam.step()
-        progress(step + 1, steps)
-    after = mean_divergence(stream, windows)
-    adam.close(keep=after < before)
-    changed = {i: [*parameters, *vectors(stream.walk.blocks[i])] for i, parameters in masked.items()} if after < before else {}
+    survivors, vectors = ([p for named in kind.values() for p in named.values()] for kind in (masked, free))
+    with SurvivorAdam(survivors, vectors, steps, RATE) as adam:
+        for step in range(steps):
+            for n in torch.randperm(len(windows), generator=draw)[:each].tolist():
+                with torch.enable_grad():
+                    adam.add(divergence(stream, *windows[n]) / each)
+            adam.step()
+            progress(step + 1, steps)
+        settle()
+        after = mean_divergence(stream, windows)
+        adam.keep = after < before
+    changed = {i: [*masked[i], *free[i]] for i in masked} if adam.keep else {}
     return Polished(steps, before, min(before, after), changed)
 
 

@@ -194,7 +194,7 @@ class Recipe(BaseModel):
         if self.parts.asymmetric and self.parts.solver == "mask_only":
             raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
 
-        if self.polish_steps is not None and not self.parts.polish_steps:
+        if self.polish_steps is not None and self.polish is None and not self.parts.polish_steps:
             raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
 
     def plan(self) -> Plan:
@@ -250,6 +250,8 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}
+    if flags.keys() & set(named) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
+        stored.pop("polish_steps", None)
     values = stored | flags
     if "model" not in values:
         raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")

@@ -5,13 +5,14 @@ Shapes: C = input columns, R = output rows, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from llmprune.clock import Clock
@@ -25,6 +26,7 @@ from llmprune.stream import FileHidden, Flow, MemoryHidden, memory_of, place_hid
 from llmprune.structured.reorder import Channels, find_channels
 from llmprune.types import Plan, Stat, Stats
 
+MOST_THREADS = 256
 Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
 
 
@@ -67,7 +69,7 @@ def stage_by_stage(
     plan: Plan,
     clock: Clock,
     reordered: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
+) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
     """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next, and tells in ``reordered`` in which
     order it has put the input channels of a matrix.
 
@@ -156,11 +158,12 @@ def traced(flow: Flow, index: int, block: nn.Module, batch: int, program: Progra
 
 def straight_stages(
     flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock, reordered: Mapping[str, Tensor]
-) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
+) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
     products = Products(block, [m for stage in program.stages for m in stage])
-    together = 4 * kept.size < memory_of(flow.stream.device_of(index))
-    passages: list[Passage] = [(Waiting if together else Repeated)(flow, index, block, b, program, products) for b in range(len(flow))]
+    passages: list[Passage] = []
     try:
+        for batch in range(len(flow)):
+            passages.append((Waiting if all_can_wait(flow, index, kept) else Repeated)(flow, index, block, batch, program, products))
         for number, stage in enumerate(program.stages):
             stats = Stats()
             partners: dict[str, Tensor] = {}
@@ -179,13 +182,23 @@ def straight_stages(
                 for passage in passages:
                     passage.reorder(reordered[name])
         for batch, passage in enumerate(passages):
-            flow.outputs[batch] = passage.out()
+            # sums over channels in another order round otherwise, and a resumed run has only the new order
+            flow.outputs[batch] = flow.run(index, block, batch) if reordered else passage.out()
         clock.lap("forward")
     except Irregular:
         raise StoppedError(f"{flow.stream.names[index]}: runs otherwise once it is pruned", "take --target symmetric, and report this") from None
     finally:
         for passage in passages:
             passage.end()
+
+
+def all_can_wait(flow: Flow, index: int, kept: Kept) -> bool:
+    """Whether a block's micro-batches fit into memory side by side, and their threads (OpenMP makes a team for each) into the machine.
+
+    Eager attention holds heads x L^2 weights while it waits, which the sizes of inputs do not show.
+    """
+    eager = getattr(flow.stream.walk.model.config, "_attn_implementation", None) == "eager"
+    return not eager and len(flow) * torch.get_num_threads() <= MOST_THREADS and 4 * kept.size < memory_of(flow.stream.device_of(index))
 
 
 class Passage(Protocol):
@@ -277,7 +290,7 @@ class Repeated:
 
 def marked_stages(
     flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock
-) -> Iterator[tuple[list[Matrix], dict[str, Stats]]]:
+) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
     kept, calls = record_marked(dense, index, block, matrices)
     grouped, in_order = stages(calls, matrices)
     for number, stage in enumerate(grouped):
@@ -339,7 +352,10 @@ def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matr
     """The input channels that can be reordered, by the matrix that reads them; found on the first micro-batch."""
     everything = block_matrices(block)
     follow = Follow()
-    followed(flow, index, block, 0, Watch(block, everything, frozenset(), follow), follow)
+    try:
+        followed(flow, index, block, 0, Watch(block, everything, frozenset(), follow), follow)
+    except StoppedError:  # a matrix that is left out is used in a way that is not understood
+        return {}
     writers = {m.name: [w for w in everything if w.name in follow.made_of.get(m.name, ())] for m in matrices}
     config = flow.stream.walk.model.config.get_text_config(decoder=True)
     query = getattr(config, "num_attention_heads", 0)

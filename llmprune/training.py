@@ -26,6 +26,7 @@ class SurvivorAdam:
         self._copies = [p.data.float().clone() for p, _ in self._parameters]
         self._rates = [rate * _root_mean_square(copy[keep]) for copy, (_, keep) in zip(self._copies, self._parameters, strict=True)]
         self._adam = torch.optim.Adam([{"params": [copy]} for copy in self._copies], lr=rate, betas=(0.9, 0.95))
+        self.keep = False
         self._steps = steps
         self._done = 0
         self._trained = [p.requires_grad for p, _ in self._parameters]
@@ -53,11 +54,14 @@ class SurvivorAdam:
         warm = min(1.0, (self._done + 1) / max(1.0, WARM_UP * self._steps))
         return warm * 0.5 * (1 + math.cos(math.pi * self._done / self._steps))
 
-    def close(self, keep: bool) -> None:
-        """End the training; put the values from before it back unless they are to be kept."""
+    def __enter__(self) -> SurvivorAdam:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """The values from before come back, unless ``keep`` was set."""
         for before, trained, (p, _) in zip(self._before, self._trained, self._parameters, strict=True):
             p.requires_grad_(trained)
-            if not keep:
+            if not self.keep:
                 p.data.copy_(before)
 
 

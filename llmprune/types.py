@@ -85,7 +85,14 @@ class Solver(Protocol):
 class BlockSolver(Protocol):
     """Repairs the matrices of a block together, when all of them have their masks."""
 
-    def fit(self, masked: list[nn.Parameter], free: list[nn.Parameter], outputs: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> bool: ...
+    def fit(
+        self,
+        masked: list[nn.Parameter],
+        free: list[nn.Parameter],
+        outputs: Callable[[int], tuple[Tensor, Tensor]],
+        batches: int,
+        settle: Callable[[], None],
+    ) -> bool: ...
 
 
 class Allocation(Protocol):

@@ -38,18 +38,16 @@ class WholeStream(LiveStream):
         self.device = device
         self.dtype = dtype
         self.sink: Sink | None = None
-        self._changed: set[str] = set()
 
     def write_to(self, sink: Sink) -> None:
         self.sink = sink
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        """The widest float dtype of the checkpoint: which of its tensors a parameter is made of is not known here."""
+        """The most frequent float dtype of the checkpoint: which of its tensors a parameter is made of is not known here."""
         stored = [DTYPES[e.dtype] for e in self.source.tensors.values() if e.dtype in DTYPES and DTYPES[e.dtype].is_floating_point]
         return max(set(stored), key=stored.count)
 
     def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
-        self._changed.update(f"{self.path_of(index)}.{p}" for p in parameters)
         return {}
 
     def finish(self) -> None:

@@ -97,7 +97,9 @@ class Trace(TorchFunctionMode):
 
 
 def total(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    """[T, R]: the sum of partners, which may have their tokens in one axis or in two."""
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    return torch.stack(flat).sum(0) if len(flat) > 1 else flat[0]
 
 
 class Paused:

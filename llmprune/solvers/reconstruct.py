@@ -29,9 +29,16 @@ class Reconstruct:
         keep_RC = pattern.project(score_RC, drop)
         return Pruned(weight_RC.masked_fill(~keep_RC, 0), keep_RC)
 
-    def fit(self, masked: list[nn.Parameter], free: list[nn.Parameter], outputs: Callable[[int], tuple[Tensor, Tensor]], batches: int) -> bool:
-        """Train parameters of a block in place. outputs: micro-batch -> (what leaves the block, what should). False: nothing was gained, and they
-        are as before.
+    def fit(
+        self,
+        masked: list[nn.Parameter],
+        free: list[nn.Parameter],
+        outputs: Callable[[int], tuple[Tensor, Tensor]],
+        batches: int,
+        settle: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Train parameters of a block in place. outputs: micro-batch -> (what leaves the block, what should). settle: rounds the parameters to what
+        is stored. False: nothing was gained, and they are as before.
         """
 
         def error() -> float:
@@ -39,16 +46,16 @@ class Reconstruct:
 
         before = error()
         size = sum(outputs(batch)[1].float().square().sum().item() for batch in range(batches)) / batches
-        adam = SurvivorAdam(masked, free, self.steps, self.rate)
         order = torch.Generator().manual_seed(0)
-        for _ in range(self.steps):
-            batch = int(torch.randint(batches, (), generator=order))
-            with torch.enable_grad():
-                adam.add(_squared(*outputs(batch), size=size))
-            adam.step()
-        better = error() < before
-        adam.close(keep=better)
-        return better
+        with SurvivorAdam(masked, free, self.steps, self.rate) as adam:
+            for _ in range(self.steps):
+                batch = int(torch.randint(batches, (), generator=order))
+                with torch.enable_grad():
+                    adam.add(_squared(*outputs(batch), size=size))
+                adam.step()
+            settle()
+            adam.keep = error() < before
+        return adam.keep
 
 
 def _squared(out: Tensor, wanted: Tensor, size: float) -> Tensor:

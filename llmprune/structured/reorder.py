@@ -20,6 +20,7 @@ from llmprune.model.matrices import Matrix
 from llmprune.types import Stats
 
 EXACT = 1e-5  # largest difference that rounding in another order may leave, relative to the largest output
+LARGEST = 16
 APART = 100  # so many times more must the output change when only one side is shuffled
 
 
@@ -125,23 +126,24 @@ def is_exact(block: nn.Module, alike: tuple[Channels, ...], whole: Tensor, run: 
     def change(moving: list[Channels]) -> float:
         for channels in moving:
             channels.apply(block, order_SW)
-        found = float((run() - whole).abs().max())
-        for channels in moving:
-            channels.apply(block, order_SW.argsort(1))
-        return found
+        try:
+            return float((run() - whole).abs().max())
+        finally:
+            for channels in moving:
+                channels.apply(block, order_SW.argsort(1))
 
     together, alone = change(list(alike)), change([replace(channels, writers=()) for channels in alike])
     return together <= EXACT * float(whole.abs().max()) and alone > APART * together
 
 
 def best_order(score_RC: Tensor, columns_SKW: Tensor, n: int, m: int, rounds: int = 40, rows: int = 512) -> Tensor:
-    """[S, W]: an order in which N of every M consecutive channels hold more of a score; never less than the present one does.
+    """[S, W]: an order in which N of every M consecutive channels hold more of a score, on the rows that decide never less than the present one.
 
     Groups are paired at random, again and again; in each pair the exchange of two channels that gains most is made, if any gains. Scores are
     non-negative and add up; with many rows a sample of them decides.
     """
     spans, _, width = columns_SKW.shape
-    if width % m:  # groups would lie across spans
+    if width % m or m > LARGEST:  # groups would lie across spans; or trying all exchanges would take too long
         return torch.arange(width).repeat(spans, 1)
     generator = torch.Generator().manual_seed(0)
     if score_RC.shape[0] > rows:

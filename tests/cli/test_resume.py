@@ -57,7 +57,12 @@ MAX = {"method": None, "quality": "max", "polish_steps": 3}
 
 @pytest.mark.parametrize(
     "named",
-    [{"method": "sparsegpt"}, {"method": None, "quality": "balanced"}, MAX, {"sparsity": None, "pattern": "2:4", "permute": True}],
+    [
+        {"method": "sparsegpt"},
+        {"method": None, "quality": "balanced"},
+        MAX,
+        {"sparsity": None, "pattern": "2:4", "permute": True, "method": None, "sequence_length": 61},
+    ],
 )
 def test_resumed_equals_uninterrupted(here, named):
     llmprune.prune(**{**ASK, **named, "output": "whole"})

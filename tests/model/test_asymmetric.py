@@ -202,7 +202,9 @@ def test_the_target_is_the_damped_least_squares_correction():
     assert asymmetric_target(weight_RC, Stats(200, gram_CC=stats.gram_CC)) is weight_RC
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gpt_neox", "gemma2", "mamba", "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "phi3", "mixtral", "gpt_neox", "gemma2", "mamba", "lfm2", "llama4_text", "qwen3_next", "nemotron_h", "deepseek_v3"]
+)
 def test_the_default_quality_works_on_any_family(tmp_path, family):
     """Exact counts and finite errors, with the dense path beside and rows weighed."""
     save_tiny(family, tmp_path / "model")

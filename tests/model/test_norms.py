@@ -59,6 +59,6 @@ def test_a_matrix_without_a_norm_is_ranked_by_magnitude_and_says_so() -> None:
     llmprune.prune(plain, 0.5, calibration=IDS_NL, criterion="magnitude", group="row")
     for row in report.rows:
         alone = row.matrix.endswith(("o_proj.weight", "down_proj.weight"))
-        assert row.notes == (("no norm feeds it: ranked by magnitude",) if alone else ())
+        assert row.notes == (("no norm of its block feeds it: ranked by magnitude",) if alone else ())
         same = torch.equal(model.get_parameter(row.matrix), plain.get_parameter(row.matrix))
         assert same == alone, row.matrix

@@ -49,7 +49,8 @@ def test_steps_are_those_of_plain_adam_on_the_survivors() -> None:
         ours.add(loss(weight, scale) / 2)  # gradients of several losses add up
         ours.add(loss(weight, scale) / 2)
         ours.step()
-    ours.close(keep=True)
+    ours.keep = True
+    ours.__exit__()
     assert not weight.requires_grad
     torch.testing.assert_close(torch.stack([weight[i, j] for i, j in survivors]), torch.stack(plain[: len(survivors)]).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scale.data, torch.stack(plain[len(survivors) :]).detach(), rtol=1e-4, atol=1e-5)
@@ -81,7 +82,8 @@ def test_reconstruction_lowers_the_error_of_a_block(family: str, solver: str, tm
     first = model.get_submodule(trained.blocks[0].block)
     changed = {name for block in trained.blocks for name in block.changed}
     pruned = {row.matrix.partition("[")[0] for row in trained.rows}
-    assert changed >= {f"{trained.blocks[0].block}.{name}" for name in vectors(first)}
+    assert changed >= {f"{trained.blocks[0].block}.{name}" for name in vectors(first) if "router" not in name}
+    assert not any("router" in name for name in changed)
     for (name, was), before, now in zip(dense.named_parameters(), base.parameters(), model.parameters(), strict=True):
         assert torch.equal(was, now) or name in changed | pruned, name
         if name.startswith(trained.blocks[0].block + ".") and name in pruned:  # later blocks see other inputs, so get other masks
@@ -139,7 +141,7 @@ def test_a_live_model_is_distilled_like_a_checkpoint(tmp_path: Path) -> None:
     ("ask", "says"),
     [
         ({"polish_steps": 5}, "5 polish steps of no polish"),
-        ({"polish_steps": 5, "polish": "none", "quality": "max"}, "5 polish steps of no polish"),
+        ({"polish_steps": 5, "quality": "balanced"}, "5 polish steps of no polish"),
         ({"polish": "kd", "only": "proj|lm_head"}, "polish kd with a pruned head"),
         ({"solver": "reconstruct"}, "needs a criterion"),
         ({"solver": "admm+refit"}, "only .reconstruct can follow"),
