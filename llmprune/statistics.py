@@ -195,10 +195,14 @@ def straight_stages(
 def all_can_wait(flow: Flow, index: int, kept: Kept) -> bool:
     """Whether a block's micro-batches fit into memory side by side, and their threads (OpenMP makes a team for each) into the machine.
 
-    Eager attention holds heads x L^2 weights while it waits, which the sizes of inputs do not show.
+    Eager attention holds a few times heads x L^2 weights a window while it waits, which the sizes of inputs do not show.
     """
-    eager = getattr(flow.stream.walk.model.config, "_attn_implementation", None) == "eager"
-    return not eager and len(flow) * torch.get_num_threads() <= MOST_THREADS and 4 * kept.size < memory_of(flow.stream.device_of(index))
+    config = flow.stream.walk.model.config
+    windows, length = sum(len(ids_NL) for ids_NL in flow.ids), flow.ids[0].shape[1]
+    attention = 0
+    if getattr(config, "_attn_implementation", None) == "eager":
+        attention = 4 * 4 * getattr(config.get_text_config(decoder=True), "num_attention_heads", 0) * length**2 * windows
+    return len(flow) * torch.get_num_threads() <= MOST_THREADS and 4 * kept.size + attention < memory_of(flow.stream.device_of(index))
 
 
 class Passage(Protocol):
