@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,39 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.checkpoint.resolve import open_source
-from llmprune.data.windows import Windows, read_windows
-from llmprune.engine import dense_gradients, ratios, selected
+from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
+from llmprune.engine import selected
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.job import DEFAULT_SAMPLES, Progress, default_length, describe, open_stream, polish_to_json, prepare, quiet, run
+from llmprune.job import (
+    DEFAULT_SAMPLES,
+    Progress,
+    default_length,
+    describe,
+    given_windows,
+    open_stream,
+    polish_to_json,
+    prepare,
+    quiet,
+    run,
+    with_budget,
+)
 from llmprune.model.matrices import Selection
 from llmprune.preflight import (
     check_ids,
     check_length,
     check_matrices,
     check_outside,
-    check_permute,
-    check_polish,
-    check_ratios,
+    check_plan,
     choose_device,
     choose_dtype,
 )
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
+from llmprune.shares import dense_gradients, needs_of
 from llmprune.stream import LiveStream
+from llmprune.trials import decide
 from llmprune.types import Perplexity, Polished
 
 
@@ -72,28 +85,33 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         matrices = selected(stream, selection)
         check_outside(stream, selection)
         check_matrices(matrices, stream, plan.pattern)
-        check_polish(plan, stream, matrices)
-        check_permute(plan, model.dtype)
-        check_ratios(plan, stream, matrices)
-        windows = _live_windows(model, recipe, given, tokenizer)
-        gradients = dense_gradients(stream, windows.ids_NL, matrices, plan, lambda done, total: None)
-        shares = ratios(stream, windows.ids_NL, plan, matrices, gradients, lambda done, total: None)
+        plan = with_budget(recipe, plan, stream, matrices)
+        check_plan(plan, stream, matrices, model.dtype)
+        data = _live_windows(model, recipe, given, tokenizer)
+        ids_NL = data.calibration.ids_NL
+        gradients = dense_gradients(stream, ids_NL, matrices, needs_of(plan), lambda done, total: None)
+        decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase)
+        plan = replace(plan, sparsity=decision.sparsity)
         polished: list[Polished] = []
-        blocks = prune_stream(stream, windows.ids_NL, plan, matrices, gradients, shares.asked, on_polish=lambda done, hashes: polished.append(done))
+        on_polish = lambda done, hashes: polished.append(done)  # noqa: E731
+        blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, decision.ratios.asked, on_polish=on_polish)
     return Report(
         recipe=recipe.resolved(),
         source={"name": type(model).__name__, "revision": None, "files": {}},
-        calibration=describe(windows),
+        calibration=describe(data.calibration),
         blocks=tuple(blocks),
         perplexity=(),
         parameters=model.num_parameters(),
         polish=polish_to_json(polished[0], stream) if polished else None,
-        reasons=shares.reasons,
+        asked=decision.sparsity,
+        reasons=decision.ratios.reasons,
+        tried=decision.ratios.tried,
+        frontier=tuple(asdict(step) for step in decision.frontier),
         environment={"torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")},
     )
 
 
-def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Windows:
+def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
     check_length(length, model.config)
     if given is None:
@@ -103,11 +121,10 @@ def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: A
             )
         samples = recipe.samples or DEFAULT_SAMPLES
         windows = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, recipe.seed)
-        windows = (windows.shuffled(recipe.seed) if recipe.shuffle else windows).first(samples)
-    else:
-        windows = Windows(given.cpu(), "given token ids", "all")
-    check_ids(windows, model)
-    return windows
+        given = (windows.shuffled(recipe.seed) if recipe.shuffle else windows).first(samples).ids_NL
+    data = given_windows(recipe, given)
+    check_ids(data.calibration, model)
+    return data
 
 
 @contextmanager

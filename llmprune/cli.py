@@ -35,6 +35,8 @@ Count = Optional[int]
 def prune(
     model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
+    target_params: Annotated[Text, typer.Option(help="instead: non-zero parameters that may remain in the whole model, such as 900M")] = None,
+    max_ppl_increase: Annotated[Text, typer.Option(help="instead: the sparsest model within this increase of the perplexity, such as 5%")] = None,
     pattern: Annotated[Text, typer.Option(help="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")] = None,
     quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
@@ -45,7 +47,7 @@ def prune(
     polish_steps: Annotated[Count, typer.Option(help="steps of the polish")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="N:M: reorder inner channels so that the groups hold more")] = False,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
-    allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices ; see llmprune methods")] = None,
+    allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices; see llmprune methods")] = None,
     calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
-from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
+from llmprune.gradients import GRADIENTS, LossGradients
 from llmprune.linalg import all_finite, notes_of
 from llmprune.model.matrices import LEFT_ALONE, Matrix, Selection, block_matrices
 from llmprune.model.norms import norm_scales
@@ -22,16 +22,14 @@ from llmprune.patterns.nm import NM
 from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_head, at_once, inner_channels, stage_by_stage
-from llmprune.stream import Flow, Stream
+from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream
 from llmprune.structured.reorder import Channels, best_order, in_order
 from llmprune.target import asymmetric_target
 from llmprune.training import vectors
-from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stat, Stats
+from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stats
 
 Progress = Callable[[int, int], None]
 SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
-SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
-FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
 BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
 
 
@@ -44,49 +42,6 @@ def selected(stream: Stream, selection: Selection) -> dict[int, list[Matrix]]:
     return found
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """What each matrix gives up, by full name, and the number that this rests on."""
-
-    asked: dict[str, float]
-    reasons: dict[str, float]
-
-
-@torch.no_grad()
-def ratios(
-    stream: Stream, windows_NL: Tensor, plan: Plan, matrices: dict[int, list[Matrix]], gradients: LossGradients | None, progress: Progress
-) -> Ratios:
-    """The plan's allocation, measured on the dense model: to be called before anything is pruned."""
-    allocation = plan.allocation
-    sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
-    blocks = {f"{stream.path_of(i)}.{m.name}": stream.path_of(i) for i, ms in matrices.items() for m in ms}
-    criterion = plan.criterion if allocation.scored else None
-    needs = allocation.needs | (criterion.needs if criterion else frozenset())
-    flow = Flow(stream, windows_NL[:SURVEY_WINDOWS]) if allocation.looks_at == "inputs" else None
-    measured: dict[str, Tensor] = {}
-    for index, ms in matrices.items() if allocation.looks_at != "nothing" else ():
-        with stream.block(index) as block:
-            statistics = survey(flow, index, block, ms, needs) if flow else {m.name: Stats() for m in ms}
-            if gradients is not None:
-                gradients.add_to(index, statistics)
-            for m in ms:
-                weight_RC, stats = m.view(block).float(), statistics.pop(m.name)
-                unreached = (needs and stats.tokens == 0) or (needs & SCORED and stats.grad_tokens == 0)
-                score_RC = None if unreached or criterion is None else criterion.score(weight_RC, stats)
-                measured[f"{stream.path_of(index)}.{m.name}"] = allocation.measure(weight_RC, stats, score_RC)
-        progress(index + 1, len(matrices))
-    return Ratios(*allocation.share(measured, sizes, blocks, plan.sparsity))
-
-
-def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
-    """What enters the matrices of a block, or the head, of the dense model."""
-    if index == len(flow.stream.names):
-        return at_head(flow, None, block, matrices, needs)
-    statistics = at_once(flow, index, block, matrices, needs, Clock())
-    flow.advance()
-    return statistics
-
-
 @torch.no_grad()
 def prune(
     stream: Stream,
@@ -95,6 +50,7 @@ def prune(
     matrices: dict[int, list[Matrix]],
     gradients: LossGradients | None = None,
     asked: dict[str, float] | None = None,
+    variants: Variants | None = None,
     finished: Mapping[int, BlockReport] | None = None,
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
     on_polish: Callable[[Polished, dict[str, str]], None] = lambda polished, hashes: None,
@@ -103,9 +59,9 @@ def prune(
     """Prune every block of a model on the outputs of the pruned blocks before it.
 
     windows_NL: calibration token ids. gradients: what ``dense_gradients`` found before anything was pruned. asked: the ratio of every matrix, the
-    same for all if it is left out. ``finished`` blocks (of an
-    interrupted run) are only run through. ``on_block`` is told of each newly pruned block once its tensors are kept, ``on_polish`` of what
-    the distillation at the end has done, if the plan has one; ``progress`` is that one's.
+    same for all if it is left out. variants: what else each matrix is pruned to, on the way. ``finished`` blocks (of an interrupted run) are only
+    run through. ``on_block`` is told of each newly pruned block once its tensors are kept, ``on_polish`` of what the distillation at the end has
+    done, if the plan has one; ``progress`` is that one's.
     Raises StoppedError when statistics or outputs are not finite, or a block's output is destroyed.
     """
     finished = finished or {}
@@ -126,7 +82,7 @@ def prune(
                 teacher.through(index, block)
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
-            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock)
+            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock, variants)
             if plan.reconstruct is not None and not head:
                 rows, trained = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
                 changed = list(dict.fromkeys(changed + trained))
@@ -174,14 +130,6 @@ def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) ->
         parameter.data.copy_(parameter.data.to(stream.stored_dtype(index, name)))
 
 
-def dense_gradients(stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> LossGradients | None:
-    """The loss gradients that a plan asks for, of the model before it is pruned; None where it asks for none."""
-    needs = (plan.needs | plan.allocation.needs) & GRADIENTS
-    if not needs:
-        return None
-    return loss_gradients(stream, windows_NL if needs - {"grad_out_sq"} else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
-
-
 def prune_block(
     flow: Flow,
     dense: Flow | None,
@@ -192,6 +140,7 @@ def prune_block(
     asked: dict[str, float],
     gradients: LossGradients | None,
     clock: Clock,
+    variants: Variants | None = None,
 ) -> tuple[list[Row], list[str]]:
     """Prune the matrices of a block, all at once or stage by stage towards the dense path's outputs; (rows, names of what else has changed)."""
     name = flow.stream.path_of(index)
@@ -218,6 +167,8 @@ def prune_block(
                 if m.name in channels:
                     stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
                     changed += moved
+                if variants is not None:
+                    store_variants(variants, flow.stream, index, block, m, stats, plan)
                 rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
             clock.lap("solve")
     pruned = {m.parameter for m in matrices}
@@ -245,8 +196,7 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
     """Score, mask and repair one matrix in float32, rounded to the dtype it is stored in."""
     view_RC = matrix.view(block)
-    drop = plan.pattern.dropped(matrix.rows, matrix.columns, sparsity)
-    pruned = solve(view_RC.float(), stats, plan, drop)
+    pruned = solve_at(view_RC.float(), stats, plan, sparsity)
     stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
     name = f"{stream.path_of(index)}.{matrix.name}"
     if not all_finite(stored_RC):
@@ -254,6 +204,28 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())
     return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+
+
+def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float) -> Pruned:
+    """Apply the plan's method to one matrix that gives up ``ratio``."""
+    plan = replace(plan, pattern=plan.pattern.at(ratio))
+    rows, columns = weight_RC.shape
+    return solve(weight_RC, stats, plan, plan.pattern.dropped(rows, columns, ratio))
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Matrices as the plan's method leaves them at some more ratios; ``found`` holds (matrix, step) -> weights, in the stored dtype."""
+
+    ratios: dict[str, dict[int, float]]  # matrix -> step -> ratio
+    found: MemoryHidden | FileHidden
+
+
+def store_variants(variants: Variants, stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan) -> None:
+    name = f"{stream.path_of(index)}.{matrix.name}"
+    weight_RC, dtype = matrix.view(block).float(), stream.stored_dtype(index, matrix.parameter)
+    for step, ratio in variants.ratios.get(name, {}).items():
+        variants.found[name, step] = solve_at(weight_RC, stats, plan, ratio).weight_RC.to(dtype, copy=True)
 
 
 def reconstruct_block(

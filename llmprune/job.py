@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,8 @@ from llmprune.checkpoint.resolve import is_bundled, open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows, save_windows
-from llmprune.data.windows import Windows, read_windows
-from llmprune.engine import Ratios, dense_gradients, prune, ratios, selected
+from llmprune.data.windows import RunData, Windows, read_windows
+from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.gradients import LossGradients
@@ -35,16 +35,17 @@ from llmprune.preflight import (
     check_matrices,
     check_output,
     check_outside,
-    check_permute,
-    check_polish,
-    check_ratios,
+    check_plan,
     check_space,
     choose_device,
     choose_dtype,
+    share_for,
 )
 from llmprune.recipe import Recipe
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
+from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.stream import CheckpointStream, Stream
+from llmprune.trials import Decision, Step, decide
 from llmprune.types import BlockReport, Perplexity, Plan, Polished
 from llmprune.whole import WholeStream
 
@@ -69,8 +70,7 @@ class Job:
     source: Source
     stream: CheckpointStream | WholeStream
     matrices: dict[int, list[Matrix]]
-    calibration: Windows
-    evaluation: list[Windows]
+    data: RunData
     output: Path
     overwrite: bool
     restart: bool
@@ -81,13 +81,17 @@ class Job:
         return {
             "recipe": self.recipe.resolved(),
             "source": self.source.hashes,
-            "calibration": self.calibration.sha256,
-            "evaluation": [w.sha256 for w in self.evaluation],
+            "calibration": self.data.calibration.sha256,
+            "evaluation": [w.sha256 for w in self.data.evaluation],
+            "held": self.data.held.sha256 if self.data.held else None,
         } | environment(self.stream)
 
     def __str__(self) -> str:
         """What the run is about to do, in three lines."""
-        recipe, (count, length) = self.recipe.resolved(), self.calibration.ids_NL.shape
+        recipe, calibration = self.recipe.resolved(), self.data.calibration
+        count, length = calibration.ids_NL.shape
+        held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
+        goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
         weights = sum(m.rows * m.columns for m in matrices)
         places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in self.matrices]
@@ -99,8 +103,8 @@ class Job:
         return (
             f"{self.source.name}: {len(matrices)} matrices in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
-            f"{recipe['pattern']} at {recipe['sparsity']:g} by {parts}{group}, {recipe['allocation']} ratios\n"
-            f"calibration: {count} windows of {length} from {self.calibration.dataset} ({self.calibration.split})\n"
+            f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
+            f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){held}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
@@ -133,16 +137,20 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     matrices = selected(stream, selection)
     check_outside(stream, selection)
     check_matrices(matrices, stream, plan.pattern)
-    check_polish(plan, stream, matrices)
-    check_permute(plan, stream.dtype)
-    check_ratios(plan, stream, matrices)
+    plan = with_budget(recipe, plan, stream, matrices)
+    check_plan(plan, stream, matrices, stream.dtype)
     check_space(output, source)
     stored = None if restart else load_windows(partial_folder(output))
-    calibration, evaluation = stored or gather_windows(recipe, source, stream, windows)
-    for data in (calibration, *evaluation):
-        check_ids(data, stream.skeleton)
+    data = stored or gather_windows(recipe, source, stream, windows)
+    for part in data.all():
+        check_ids(part, stream.skeleton)
     source.scan()
-    return Job(recipe, plan, source, stream, matrices, calibration, evaluation, output, overwrite, restart)
+    return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
+
+
+def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> Plan:
+    """The plan with the sparsity that a budget of parameters means."""
+    return replace(plan, sparsity=share_for(recipe.target_params, stream, matrices)) if recipe.target_params else plan
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -155,29 +163,40 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
         return WholeStream(source, dtype, device)
 
 
-def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, given: Tensor | None) -> tuple[Windows, list[Windows]]:
-    """(calibration windows, evaluation windows) as the recipe and its defaults say."""
+def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, given: Tensor | None) -> RunData:
+    """The windows of a run, as the recipe and its defaults say."""
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
     check_length(length, stream.skeleton.config)
     if given is not None and not recipe.eval:
-        return Windows(given, "given token ids", "all"), []
+        return given_windows(recipe, given)
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    evaluation = [read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe)]
+    evaluation = tuple(read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe))
     if given is not None:
-        return Windows(given, "given token ids", "all"), evaluation
+        return replace(given_windows(recipe, given), evaluation=evaluation)
     samples = recipe.samples or DEFAULT_SAMPLES
     spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
-    windows = read_windows(spec, "calibration", tokenizer, length, samples + HELD_BACK, recipe.seed)
+    windows = read_windows(spec, "calibration", tokenizer, length, samples + 2 * HELD_BACK, recipe.seed)
     if recipe.shuffle:
         windows = windows.shuffled(recipe.seed)
     have = len(windows.ids_NL)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
+    held = None
+    if recipe.makes_trials:
+        windows, held = windows.held_back(HELD_BACK)
+        have = len(windows.ids_NL)
     if not evaluation:
-        spare = have - recipe.samples if recipe.samples else max(have - samples, have // 8)
+        spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
         samples = min(samples, have - min(spare, HELD_BACK))
-        evaluation = [windows.after(samples).first(HELD_BACK)] if have > samples else []
-    return windows.first(samples), evaluation
+        evaluation = (windows.after(samples).first(HELD_BACK),) if have > samples else ()
+    return RunData(windows.first(samples), evaluation, held)
+
+
+def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:
+    windows, held = Windows(ids_NL.cpu(), "given token ids", "all"), None
+    if recipe.makes_trials:
+        windows, held = windows.held_back(HELD_BACK)
+    return RunData(windows, (), held)
 
 
 def evaluation_sets(recipe: Recipe) -> list[str]:
@@ -195,12 +214,12 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
     heap.steady()
-    ids_NL = job.calibration.ids_NL
+    data, ids_NL = job.data, job.data.calibration.ids_NL
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
         check_output(job.output, job.source.folder, job.overwrite)  # another run may have finished it meanwhile
-        save_windows(journal.folder, job.calibration, job.evaluation)
+        save_windows(journal.folder, data)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
         finished, polish = finished_parts(journal, sink, len(job.matrices))
@@ -208,8 +227,9 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         job.stream.scratch = journal.folder
         gradients = None
         if len(finished) < len(job.matrices):
-            gradients = dense_gradients(job.stream, ids_NL, job.matrices, job.plan, lambda d, t: progress("gradients", d, t))
-        shares = shared_out(job, journal, gradients, progress)
+            gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
+        decision = decided(job, journal, gradients, progress)
+        plan = replace(job.plan, sparsity=decision.sparsity)
         job.stream.write_to(sink)
         progress("prune", len(finished), len(job.matrices))
 
@@ -229,21 +249,24 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         blocks = list(finished.values())
         if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
-            blocks = prune(job.stream, ids_NL, job.plan, job.matrices, gradients, shares.asked, finished, on_block, on_polish, steps)
-        pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.evaluation]
+            blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
+        pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
         job.stream.finish()
         sink.finish()
         report = Report(
             recipe=job.recipe.resolved(),
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
-            calibration=describe(job.calibration),
+            calibration=describe(data.calibration),
             blocks=tuple(blocks),
             perplexity=measured(dense, pruned),
             parameters=job.stream.skeleton.num_parameters(),
             environment=environment(job.stream),
             output=job.output,
             polish=polish,
-            reasons=shares.reasons,
+            asked=decision.sparsity,
+            reasons=decision.ratios.reasons,
+            tried=decision.ratios.tried,
+            frontier=tuple(asdict(step) for step in decision.frontier),
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
         )
         write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
@@ -273,14 +296,23 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int,
     return finished, polished["report"] if polished else None
 
 
-def shared_out(job: Job, journal: Journal, gradients: LossGradients | None, progress: Progress) -> Ratios:
-    """What each matrix gives up: as an earlier process found it, or measured now, before anything is pruned."""
+def decided(job: Job, journal: Journal, gradients: LossGradients | None, progress: Progress) -> Decision:
+    """What goes in all and of each matrix: as an earlier process found it, or measured now, before anything is pruned."""
     record = journal.read("ratios")
     if record is None:
-        ids_NL, step = job.calibration.ids_NL, partial(progress, "allocation")
-        record = asdict(ratios(job.stream, ids_NL, job.plan, job.matrices, gradients, step))
+        known = journal.read("frontier") or {"steps": []}
+
+        def on_step(step: Step) -> None:
+            known["steps"].append(asdict(step))
+            journal.write("frontier", known)
+
+        steps = tuple(Step(**step) for step in known["steps"])
+        data, increase = job.data, job.recipe.max_ppl_increase
+        found = decide(job.stream, data.calibration, data.held, job.plan, job.matrices, gradients, increase, steps, on_step, progress)
+        record = asdict(found)
         journal.write("ratios", record)
-    return Ratios(**record)
+    ratios = Ratios(**{**record["ratios"], "tried": tuple(record["ratios"]["tried"])})
+    return Decision(record["sparsity"], ratios, tuple(Step(**step) for step in record["frontier"]))
 
 
 def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
@@ -292,7 +324,7 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
 def dense_perplexities(job: Job, journal: Journal, progress: Progress) -> list[Perplexity]:
     record = journal.read("dense")
     if record is None:
-        values = [perplexity(job.stream, w, lambda d, t: progress("perplexity, dense", d, t)) for w in job.evaluation]
+        values = [perplexity(job.stream, w, lambda d, t: progress("perplexity, dense", d, t)) for w in job.data.evaluation]
         record = {"perplexity": [asdict(p) for p in values]}
         journal.write("dense", record)
     return [Perplexity(**p) for p in record["perplexity"]]

@@ -5,7 +5,6 @@ Shapes: R = output rows, C = input columns.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,6 +191,20 @@ def eigen_of(stats: Stats, damping: float) -> Eigen:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    values_C: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def spectrum_of(stats: Stats) -> Tensor:
+    """[C] eigenvalues of a matrix's Gram, in float64 and once for all matrices that share the input."""
+    if "spectrum" not in stats.factors:
+        assert stats.gram_CC is not None
+        stats.factors["spectrum"] = Spectrum(torch.linalg.eigvalsh(stats.gram_CC.double()).clamp_(min=0))
+    return stats.factors["spectrum"].values_C
+
+
+@dataclass(frozen=True)
 class Inverse:
     matrix_CC: Tensor
     notes: tuple[str, ...] = ()
@@ -232,62 +245,3 @@ def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: 
 def notes_of(stats: Stats) -> tuple[str, ...]:
     """What had to be done differently to derive something from a matrix's statistics, each said once."""
     return tuple(dict.fromkeys(note for derived in stats.factors.values() for note in derived.notes))
-
-
-LOWEST, HIGHEST, PER_OCTAVE = -160, 96, 64  # of the base-2 logarithms that a histogram tells apart
-MOST = 0.99  # of a matrix that may go where ratios are chosen for it
-
-
-def log_histogram(logs: Tensor) -> Tensor:
-    """Counts of base-2 logarithms, in float64, in bins of 1/64 octave; minus infinity (a score of zero) counts as the lowest."""
-    bins = (HIGHEST - LOWEST) * PER_OCTAVE
-    places = ((logs.float().nan_to_num(LOWEST, HIGHEST, LOWEST) - LOWEST) * PER_OCTAVE).clamp_(0, bins - 1)
-    return torch.bincount(places.flatten().long(), minlength=bins).double().cpu()
-
-
-def share_above(histogram: Tensor, value: float) -> float:
-    """The share of what was counted that lies above a value, to a bin."""
-    place = int((math.log2(value) - LOWEST) * PER_OCTAVE) if value > 0 else 0
-    return float(histogram[max(0, place + 1) :].sum() / histogram.sum())
-
-
-def shares_below(histograms: dict[str, Tensor], share: float) -> dict[str, float]:
-    """Of each histogram, the share under the one value under which ``share`` of all lies. Empty histograms are left out."""
-    counted = {name: h for name, h in histograms.items() if len(h)}
-    if not counted:
-        return {}
-    together = torch.stack(list(counted.values())).sum(0)
-    below = together.cumsum(0)
-    place = int(torch.searchsorted(below, share * below[-1]))
-    place = min(place, len(below) - 1)
-    inside = float((share * below[-1] - (below[place] - together[place])) / together[place].clamp_min(1))
-    return {name: float((h[:place].sum() + inside * h[place]) / h.sum()) for name, h in counted.items()}
-
-
-def spend(wanted: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-    """Ratios in [0, MOST] that meet the budget: the wanted ones, all shifted by one constant (those at an end stay there)."""
-    goal, most = sparsity * sum(sizes.values()), max(MOST, sparsity)
-
-    def shifted(by: float) -> dict[str, float]:
-        return {name: min(most, max(0.0, ratio + by)) for name, ratio in wanted.items()}
-
-    low, high = -max(wanted.values()), most - min(wanted.values())
-    for _ in range(100):
-        middle = (low + high) / 2
-        spent = sum(ratio * sizes[name] for name, ratio in shifted(middle).items())
-        low, high = (middle, high) if spent < goal else (low, middle)
-    return in_whole_weights(shifted(high), sizes, sparsity)
-
-
-def in_whole_weights(ratios: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-    """Ratios of whole weights whose sum is the budget's: each is rounded down, those nearest to one more get it. None loses all its weights; where
-    the budget leaves too few for that, the ratios stay as they are.
-    """
-    counts = {name: int(ratio * sizes[name]) for name, ratio in ratios.items()}
-    missing = round(sparsity * sum(sizes.values())) - sum(counts.values())
-    room = [name for name in sizes if counts[name] + 1 < sizes[name]]
-    if not 0 <= missing <= len(room):
-        return ratios
-    for name in sorted(room, key=lambda name: (counts[name] - ratios[name] * sizes[name], name))[:missing]:
-        counts[name] += 1
-    return {name: counts[name] / sizes[name] for name in ratios}

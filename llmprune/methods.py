@@ -51,6 +51,7 @@ QUALITIES = {
 }
 DEFAULT_QUALITY = "balanced"
 RECONSTRUCT = "reconstruct"
+TRIED = ("auto", "search")  # allocations that prune the whole model on trial
 
 
 def names(kind: str) -> list[str]:

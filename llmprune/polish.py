@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llmprune.evaluation.divergence import kl
 from llmprune.stream import Flow, Stream
 from llmprune.training import SurvivorAdam
 from llmprune.types import Polished
@@ -59,9 +60,8 @@ def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor) -> Tensor:
     device = stream.device_of(len(stream.names))
     ids_1L = ids_1L.to(device)
     with torch.no_grad():
-        teacher_LV = stream.walk.logits(ids_1L, hidden_1LD.to(device))[0].float().log_softmax(-1)
-    student_LV = stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0].float().log_softmax(-1)
-    return (teacher_LV.exp() * (teacher_LV - student_LV)).sum(-1).mean()
+        teacher_LV = stream.walk.logits(ids_1L, hidden_1LD.to(device))[0]
+    return kl(teacher_LV, stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0]).mean()
 
 
 def mean_divergence(stream: Stream, windows: list[tuple[Tensor, Tensor]]) -> float:

@@ -15,6 +15,7 @@ from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.polish import BYTES_PER_WEIGHT
+from llmprune.shares import allocations, is_tried, share
 from llmprune.stream import Stream, memory_of
 from llmprune.types import Pattern, Plan
 
@@ -94,11 +95,37 @@ def check_outside(stream: Stream, selection: Selection) -> None:
         raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
 
 
+def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dtype: torch.dtype) -> None:
+    """What the parts of a plan need is there."""
+    check_polish(plan, stream, matrices)
+    check_permute(plan, dtype)
+    check_trials(plan, matrices, stream)
+    check_ratios(plan, stream, matrices)
+
+
 def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
     """An allocation that looks at nothing can be tried out at once."""
-    if plan.allocation.looks_at == "nothing":
-        sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
-        plan.allocation.share({}, sizes, {}, plan.sparsity)
+    for name, allocation in allocations(plan).items():
+        if allocation.looks_at == "nothing":
+            share(stream, plan, matrices, {}, name)
+
+
+def share_for(parameters: int, stream: Stream, matrices: dict[int, list[Matrix]]) -> float:
+    """The sparsity that leaves so many non-zero parameters in the whole model. Raises RequestError where the pruned matrices cannot give it."""
+    total = stream.walk.model.num_parameters()
+    weights = sum(m.rows * m.columns for ms in matrices.values() for m in ms)
+    if not total - weights < parameters <= total:
+        raise RequestError(
+            f"target_params {parameters:,}: the model has {total:,} parameters, of which {weights:,} are in the matrices that are pruned",
+            f"ask for more than {total - weights:,} and at most {total:,}",
+        )
+    return (total - parameters) / weights
+
+
+def check_trials(plan: Plan, matrices: dict[int, list[Matrix]], stream: Stream) -> None:
+    """Trials compare predictions under one head."""
+    if is_tried(plan.allocation) and len(stream.names) in matrices:
+        raise RequestError("trials of ratios with a pruned head: they need the unpruned one", "leave the head out with --skip, or take fisher")
 
 
 def check_permute(plan: Plan, dtype: torch.dtype) -> None:

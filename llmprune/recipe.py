@@ -17,6 +17,7 @@ from llmprune.methods import (
     POLISH_STEPS,
     QUALITIES,
     RECONSTRUCT,
+    TRIED,
     Group,
     Method,
     build,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from llmprune.types import Plan
 
 MAX_RECIPE = 1 << 20
+BUDGETS = ("sparsity", "target_params", "max_ppl_increase")
+MOST_SPARSITY = 0.99  # where another budget decides
+MOST_INCREASE = 10.0
 
 
 class Recipe(BaseModel):
@@ -42,6 +46,10 @@ class Recipe(BaseModel):
     model: str = Field(description="folder, Hub id or alias")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
+    target_params: int | None = Field(None, gt=0, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
+    max_ppl_increase: float | None = Field(
+        None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
+    )
     pattern: str = Field("unstructured", description="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")
     quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
@@ -74,15 +82,27 @@ class Recipe(BaseModel):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _read_sparsity(cls, value: Any) -> Any:
+        value = _read_share(value)
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
+        return value
+
+    @field_validator("target_params", mode="before")
+    @classmethod
+    def _read_count(cls, value: Any) -> Any:
         if isinstance(value, str):
-            match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
+            match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)\s*", value)
             if not match:
-                raise ValueError("is no number")
-            value = float(match[1]) / (100 if match[2] else 1)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 <= value < 1:
-                raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
-            return float(value)
+                raise ValueError("is no count (write 900000000, 900M or 0.9B)")
+            return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()])
+        return value
+
+    @field_validator("max_ppl_increase", mode="before")
+    @classmethod
+    def _read_increase(cls, value: Any) -> Any:
+        value = _read_share(value)
+        if isinstance(value, float) and not 0 < value <= MOST_INCREASE:
+            raise ValueError(f'is outside 0 < increase <= {MOST_INCREASE:g} (five per cent is 0.05 or "5%")')
         return value
 
     @field_validator("skip", "only")
@@ -101,13 +121,34 @@ class Recipe(BaseModel):
         return self.pattern != "unstructured" and not self.pattern.startswith("block:")
 
     @property
-    def ratio(self) -> float:
-        """The sparsity asked for, from the pattern where it is left out."""
+    def mixed(self) -> bool:
+        """N:M as the sparsest pattern of a matrix; others get more of every M, or stay dense."""
+        return self.in_groups and self.allocation not in (None, "uniform")
+
+    @property
+    def most(self) -> float:
+        """The most that can go."""
         if not self.in_groups:
-            assert self.sparsity is not None
-            return self.sparsity
+            return MOST_SPARSITY
         n, m = parse_nm(self.pattern)
         return 1 - n / m
+
+    @property
+    def ratio(self) -> float | None:
+        """The sparsity asked for, from the pattern where it is left out; None where another budget decides."""
+        return self.most if self.in_groups and not self.mixed else self.sparsity
+
+    @property
+    def makes_trials(self) -> bool:
+        """Whether windows have to be held back to try something out on."""
+        return self.max_ppl_increase is not None or self.allocation in TRIED
+
+    @property
+    def budget(self) -> str:
+        """What is asked for, in a word that can stand in a file's name."""
+        if self.ratio is not None:
+            return f"{self.ratio:g}"
+        return f"{self.target_params}-parameters" if self.target_params else f"ppl-{self.max_ppl_increase:g}"
 
     @property
     def parts(self) -> Method:
@@ -138,19 +179,45 @@ class Recipe(BaseModel):
             if self.pattern != "unstructured":
                 parse_block(self.pattern)
                 self._refuse_group()
-            if self.sparsity is None:
-                raise RequestError("no sparsity", "add --sparsity 0.5, or --pattern 2:4")
+            self._check_budget("add --sparsity 0.5, or --pattern 2:4")
             if self.permute:
                 raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
         else:
-            n, m = parse_nm(self.pattern)
-            if self.sparsity is not None and abs(self.sparsity - self.ratio) > 1e-9:
-                raise RequestError(f"pattern {self.pattern} means sparsity {1 - n / m:g}, not {self.sparsity:g}", "leave one of them out")
+            self._check_groups()
             self._refuse_group()
         self._check_names()
         self._check_allocation()
         self._check_parts()
         return self
+
+    def _check_budget(self, hint: str) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if not given:
+            raise RequestError("no sparsity", hint)
+        if len(given) > 1:
+            raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
+        if self.max_ppl_increase is not None and self.allocation in TRIED:
+            raise RequestError(f"max_ppl_increase with allocation {self.allocation!r}, which makes trials of its own", "take fisher or uniform")
+
+    def _check_groups(self) -> None:
+        if self.mixed:
+            self._check_budget(f"{self.pattern} is the sparsest pattern of a matrix: say how much goes in all, such as --sparsity {self.most / 2:g}")
+            if self.sparsity is not None and self.sparsity >= self.most:
+                raise RequestError(
+                    f"pattern {self.pattern} mixed by allocation {self.allocation!r} at sparsity {self.sparsity:g}",
+                    f"{self.pattern} is the sparsest pattern of a matrix: ask for less than {self.most:g} in all, or leave --allocation out",
+                )
+            return
+        others = [name for name in BUDGETS[1:] if getattr(self, name) is not None]
+        if others:
+            raise RequestError(
+                f"{others[0]} with pattern {self.pattern}, which fixes the ratio", "add --allocation fisher to mix it with denser ones"
+            )
+        if self.sparsity is not None and abs(self.sparsity - self.most) > 1e-9:
+            raise RequestError(
+                f"pattern {self.pattern} means sparsity {self.most:g}, not {self.sparsity:g}",
+                "leave one of them out, or add --allocation fisher to mix it with denser ones",
+            )
 
     def _refuse_group(self) -> None:
         if self.group is not None:
@@ -170,8 +237,8 @@ class Recipe(BaseModel):
     def _check_allocation(self) -> None:
         if self.allocation is not None:
             check_name("allocation", self.allocation, names("allocation"))
-        if self.in_groups and self.parts.allocation != "uniform":
-            raise RequestError(f"allocation {self.allocation!r} with pattern {self.pattern}, which fixes the ratio", "leave --allocation out")
+        if self.in_groups and self.allocation == "explicit":
+            raise RequestError(f"allocation 'explicit' with pattern {self.pattern}", "name what stays dense with --skip")
         if bool(self.ratios) != (self.parts.allocation == "explicit"):
             raise RequestError(
                 "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'
@@ -198,7 +265,7 @@ class Recipe(BaseModel):
             raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
 
     def plan(self) -> Plan:
-        """The request in values, for the engine."""
+        """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go."""
         from llmprune.types import Plan
 
         parts = self.parts
@@ -209,7 +276,7 @@ class Recipe(BaseModel):
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
             allocation=build("allocation", parts.allocation, **({"ratios": tuple(self.ratios.items())} if self.ratios else {})),
-            sparsity=self.ratio,
+            sparsity=self.most if self.ratio is None else self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
             permute=self.permute,
@@ -221,7 +288,7 @@ class Recipe(BaseModel):
     def default_output(self) -> str:
         """``<model>-<pattern>-<sparsity>``, in the current folder."""
         name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(self.model).name or "model")
-        return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.ratio:g}"
+        return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.budget}"
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as it is saved: paths as their last name, what only names places left out."""
@@ -250,6 +317,8 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}
+    if flags.keys() & set(BUDGETS):  # one budget at a time
+        stored = {k: v for k, v in stored.items() if k not in BUDGETS}
     if flags.keys() & set(named) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
         stored.pop("polish_steps", None)
     values = stored | flags
@@ -262,6 +331,16 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
+
+
+def _read_share(value: Any) -> Any:
+    """A number, or a text such as 0.5 or 50%, as a float; anything else as it is."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
+        if not match:
+            raise ValueError("is no number")
+        return float(match[1]) / (100 if match[2] else 1)
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _description(field: str) -> str:

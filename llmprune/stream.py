@@ -59,6 +59,10 @@ class Stream(Protocol):
         """Store these changed parameters of a loaded block; hashes of what was written."""
         ...
 
+    def trial(self) -> AbstractContextManager[None]:
+        """What is kept inside is forgotten at the end."""
+        ...
+
     def device_of(self, index: int) -> torch.device: ...
 
     scratch: Path | None  # folder for hidden states that do not fit in memory
@@ -128,8 +132,34 @@ class CheckpointStream:
         assert self.loader.sink is not None
         return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.path_of(index)}.{p}" for p in parameters))
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        before = self.loader.sink
+        self.loader.sink = Draft(place_hidden(self.source.bytes, torch.device("cpu"), self.scratch))
+        try:
+            yield
+        finally:
+            self.loader.sink = before
+
     def device_of(self, index: int) -> torch.device:
         return self.device
+
+
+class Draft:
+    """Stands in for a sink while something is tried out: checkpoint tensors, in memory or a nameless file."""
+
+    def __init__(self, store: MemoryHidden | FileHidden) -> None:
+        self.written: set[str] = set()
+        self._store = store
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, str]:
+        for key, tensor in tensors.items():
+            self._store[key] = tensor.clone()
+            self.written.add(key)
+        return {}
+
+    def read_many(self, keys: list[str]) -> dict[str, Tensor]:
+        return {key: self._store[key].clone() for key in keys}
 
 
 class LiveStream:
@@ -161,6 +191,19 @@ class LiveStream:
 
     def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
         return {}
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        places = {path: self.model.get_submodule(path) for path in [*self.names, self.walk.head_path]}
+        parameters = {f"{path}.{name}": p for path, place in places.items() for name, p in place.named_parameters()}
+        before = place_hidden(sum(p.nbytes for p in parameters.values()), torch.device("cpu"), self.scratch)
+        for name, parameter in parameters.items():
+            before[name] = parameter.data.clone()
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(before[name])
 
     def device_of(self, index: int) -> torch.device:
         return next(self.model.get_submodule(self.path_of(index)).parameters()).device

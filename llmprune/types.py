@@ -63,9 +63,14 @@ class Pattern(Protocol):
     unit: int  # columns that are decided together (1: any weight on its own)
     tall: int  # rows that are
     local: bool  # every ``unit`` columns of a row are decided by themselves
+    levels: tuple[float, ...]  # the only ratios that a matrix may give up, ascending; empty: any
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         """Exact number of weights that go from a [rows, columns] matrix."""
+        ...
+
+    def at(self, ratio: float) -> Pattern:
+        """The pattern of a matrix that gives up ``ratio``: itself, unless matrices of one run differ in it."""
         ...
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
@@ -95,14 +100,24 @@ class BlockSolver(Protocol):
     ) -> bool: ...
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an allocation may look at of one matrix of the dense model."""
+
+    weight_RC: Tensor
+    stats: Stats
+    score_RC: Tensor | None  # the criterion's scores; None unless the allocation is ``scored``, or no token reached the matrix
+    pruned_at: Callable[[float], Tensor]  # the weights [R, C] that the plan's own method leaves at a ratio
+
+
 class Allocation(Protocol):
     """Shares one budget out over the matrices, by a few numbers measured on each of the dense model."""
 
     needs: frozenset[Stat]
-    looks_at: str  # of the dense model: "nothing", "weights" or "inputs", which take a forward
+    looks_at: str  # of the dense model: "nothing", "weights"; "inputs" or "prunings", which take a forward
     scored: bool  # measures the criterion's scores
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+    def measure(self, seen: Seen) -> Tensor:
         """What ``share`` has to know of one matrix; empty if nothing can be said."""
         ...
 
@@ -115,6 +130,21 @@ class Allocation(Protocol):
         ...
 
 
+class TriedAllocation(Protocol):
+    """Tries ratios out on the whole model (llmprune.trials): those of other allocations, and what it makes of the best of them."""
+
+    starts: tuple[str, ...]  # names of the allocations that are tried
+    evolves: bool  # goes on from the best of them by ``improve``
+
+    def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> dict[str, int] | None:
+        """Steps of equal weight counts that each matrix goes up or down from the best start, of sum 0; None to stay there.
+
+        room: the lowest and the highest step of each matrix that can move. fitness: the divergence from the dense model of each of some
+        candidates (matrices that are not named stay), on a number of windows.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """A checked request, in values: what the engine needs to prune any model."""
@@ -122,7 +152,7 @@ class Plan:
     criterion: Criterion | None
     pattern: Pattern
     solver: Solver
-    allocation: Allocation
+    allocation: Allocation | TriedAllocation
     sparsity: float
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmprune.errors import RequestError
-from llmprune.types import Stat, Stats
+from llmprune.types import Seen, Stat
 
 MOST = 0.99  # of a matrix that is not named
 
@@ -20,8 +20,8 @@ class Explicit:
     looks_at: str = "nothing"
     scored: bool = False
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
-        return weight_RC.new_zeros(0)
+    def measure(self, seen: Seen) -> Tensor:
+        return seen.weight_RC.new_zeros(0)
 
     def share(
         self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.linalg import log_histogram, shares_below, spend
-from llmprune.types import Stat, Stats
+from llmprune.budget import log_histogram, shares_below, spend
+from llmprune.types import Seen, Stat
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Fisher:
     looks_at: str = "inputs"
     scored: bool = False
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+    def measure(self, seen: Seen) -> Tensor:
+        weight_RC, stats = seen.weight_RC, seen.stats
         if stats.input_sq_C is None or stats.grad_out_sq_R is None or not stats.grad_tokens:
             return weight_RC.new_zeros(0)  # no token reached it
         logs_RC = weight_RC.abs().log2() * 2 + (stats.grad_out_sq_R / stats.grad_tokens).log2().unsqueeze(1) + stats.input_sq_C.log2()

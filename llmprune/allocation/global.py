@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.linalg import log_histogram, shares_below, spend
-from llmprune.types import Stat, Stats
+from llmprune.budget import log_histogram, shares_below, spend
+from llmprune.types import Seen, Stat
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Global:
     looks_at: str = "inputs"
     scored: bool = True
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
-        if score_RC is not None:
-            squares = score_RC.double().square()
-        elif stats.input_sq_C is not None:
-            squares = weight_RC.double().square() * stats.input_sq_C
+    def measure(self, seen: Seen) -> Tensor:
+        if seen.score_RC is not None:
+            squares = seen.score_RC.double().square()
+        elif seen.stats.input_sq_C is not None:
+            squares = seen.weight_RC.double().square() * seen.stats.input_sq_C
         else:
-            return weight_RC.new_zeros(0)  # no token reached it
+            return seen.weight_RC.new_zeros(0)  # no token reached it
         ascending = squares.flatten().sort().values
         behind = ascending.flip(0).cumsum(0).flip(0)
         return log_histogram((ascending / behind.clamp_min(1e-300)).log2())

@@ -12,8 +12,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from llmprune.linalg import spend
-from llmprune.types import Stat, Stats
+from llmprune.budget import spend
+from llmprune.types import Seen, Stat
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class HeavyTail:
     looks_at: str = "weights"
     scored: bool = False
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
-        values = torch.linalg.svdvals(weight_RC.double()).square()  # descending
+    def measure(self, seen: Seen) -> Tensor:
+        values = torch.linalg.svdvals(seen.weight_RC.double()).square()  # descending
         k = max(1, len(values) // 2)
         if len(values) < 2 or float(values[k]) <= 0:
-            return weight_RC.new_zeros(0)
+            return seen.weight_RC.new_zeros(0)
         tail = (values[:k] / values[k]).log().sum()
         return (1 + k / tail.clamp_min(1e-12)).view(1)
 

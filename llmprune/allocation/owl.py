@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import log_histogram, share_above, spend
-from llmprune.types import Stat, Stats
+from llmprune.budget import log_histogram, share_above, spend
+from llmprune.types import Seen, Stat
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class OWL:
     looks_at: str = "inputs"
     scored: bool = False
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
+    def measure(self, seen: Seen) -> Tensor:
         """Their sum, then their histogram."""
-        if stats.input_sq_C is None:
-            return weight_RC.new_zeros(0)
-        score_RC = weight_RC.abs() * stats.input_sq_C.sqrt()
+        if seen.stats.input_sq_C is None:
+            return seen.weight_RC.new_zeros(0)
+        score_RC = seen.weight_RC.abs() * seen.stats.input_sq_C.sqrt()
         return torch.cat([score_RC.sum(dtype=torch.float64).view(1), log_histogram(score_RC.log2())])
 
     def share(

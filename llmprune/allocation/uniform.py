@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.types import Stat, Stats
+from llmprune.types import Seen, Stat
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Uniform:
     looks_at: str = "nothing"
     scored: bool = False
 
-    def measure(self, weight_RC: Tensor, stats: Stats, score_RC: Tensor | None) -> Tensor:
-        return weight_RC.new_zeros(0)
+    def measure(self, seen: Seen) -> Tensor:
+        return seen.weight_RC.new_zeros(0)
 
     def share(
         self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.checkpoint.names import convert, natural, parameter_names, revert
-from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import ConversionError, RequestError
+
+
+class Finished(Protocol):
+    """Where the tensors that a run has finished are put, and read again."""
+
+    @property
+    def written(self) -> Container[str]: ...
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, str]: ...
+
+    def read_many(self, keys: list[str]) -> dict[str, Tensor]: ...
 
 
 class Loader:
@@ -23,7 +34,7 @@ class Loader:
     def __init__(self, source: Source, skeleton: PreTrainedModel, block_path: str, blocks: int) -> None:
         self.source = source
         self.skeleton = skeleton
-        self.sink: Sink | None = None
+        self.sink: Finished | None = None
         names, self.converted = parameter_names(skeleton, list(source.tensors))
         self.parameter_of = names
         self.keys_of: dict[str, list[str]] = {}  # parameter -> checkpoint keys

@@ -9,25 +9,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from llmprune.checkpoint.files import write_whole
-from llmprune.data.windows import Windows
+from llmprune.data.windows import RunData, Windows
 
 NAME = "windows.safetensors"
 
 
-def save_windows(folder: Path, calibration: Windows, evaluation: list[Windows]) -> None:
+def save_windows(folder: Path, data: RunData) -> None:
     """Write all windows of a run, unless they are there already."""
     if load_windows(folder) is None:
-        every = [calibration, *evaluation]
-        names = json.dumps([[w.dataset, w.split] for w in every])
-        write_whole(folder / NAME, save({str(i): w.ids_NL.contiguous() for i, w in enumerate(every)}, {"names": names}))
+        every = data.all()
+        named = {"names": [[w.dataset, w.split] for w in every], "held": data.held is not None}
+        write_whole(folder / NAME, save({str(i): w.ids_NL.contiguous() for i, w in enumerate(every)}, {"windows": json.dumps(named)}))
 
 
-def load_windows(folder: Path) -> tuple[Windows, list[Windows]] | None:
+def load_windows(folder: Path) -> RunData | None:
     """What save_windows wrote, or None when it is absent or damaged."""
     try:
         with safe_open(folder / NAME, "pt") as file:
-            names = json.loads(file.metadata()["names"])
-            every = [Windows(file.get_tensor(str(i)).clone(), *name) for i, name in enumerate(names)]
+            named = json.loads(file.metadata()["windows"])
+            every = [Windows(file.get_tensor(str(i)).clone(), *name) for i, name in enumerate(named["names"])]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    return every[0], every[1:]
+    held = every.pop() if named["held"] else None
+    return RunData(every[0], tuple(every[1:]), held)

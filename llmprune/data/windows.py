@@ -30,6 +30,12 @@ class Windows:
     def after(self, count: int) -> Windows:
         return replace(self, ids_NL=self.ids_NL[count:], split=f"{self.split}, held back")
 
+    def held_back(self, most: int) -> tuple[Windows, Windows | None]:
+        """(all but the last, the last ones: an eighth, or ``most``); a single window is not divided."""
+        count = min(most, max(1, len(self.ids_NL) // 8))
+        rest = len(self.ids_NL) - count
+        return (self.first(rest), self.after(rest)) if rest else (self, None)
+
     def shuffled(self, seed: int) -> Windows:
         order = torch.randperm(len(self.ids_NL), generator=torch.Generator().manual_seed(seed))
         return replace(self, ids_NL=self.ids_NL[order])
@@ -37,6 +43,18 @@ class Windows:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.ids_NL.contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All windows of a run. held: of the calibration text, for trials, on which nothing is calibrated; None where there are none."""
+
+    calibration: Windows
+    evaluation: tuple[Windows, ...] = ()
+    held: Windows | None = None
+
+    def all(self) -> tuple[Windows, ...]:
+        return (self.calibration, *self.evaluation, *((self.held,) if self.held else ()))
 
 
 def cut(text: Text, tokenizer: Any, length: int) -> Windows:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from llmprune.data.windows import Windows
-from llmprune.stream import Flow, Stream
+from llmprune.evaluation.divergence import after_blocks
+from llmprune.stream import Stream
 from llmprune.types import Perplexity
 
 TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
@@ -18,11 +19,7 @@ TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
 @torch.no_grad()
 def perplexity(stream: Stream, windows: Windows, progress: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
     """Perplexity of the model as the stream holds it now, one block in memory at a time."""
-    flow = Flow(stream, windows.ids_NL)
-    for index in range(len(stream.names)):
-        with stream.block(index) as block:
-            flow.through(index, block)
-        progress(index + 1, len(stream.names))
+    flow = after_blocks(stream, windows.ids_NL, progress)
     total = torch.zeros((), dtype=torch.float64)
     dtype = ""
     for ids, logits in flow.logits():

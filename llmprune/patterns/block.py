@@ -18,6 +18,7 @@ class Block:
     height: int = 4
     width: int = 4
     local: bool = False
+    levels: tuple[float, ...] = ()
 
     @property
     def unit(self) -> int:
@@ -26,6 +27,9 @@ class Block:
     @property
     def tall(self) -> int:
         return self.height
+
+    def at(self, ratio: float) -> Block:
+        return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         size = self.height * self.width

@@ -5,7 +5,7 @@ Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,8 +25,16 @@ class NM:
         return self.m
 
     @property
+    def levels(self) -> tuple[float, ...]:
+        """What matrices may give up when patterns are mixed: all of K:M from dense to N:M."""
+        return tuple((self.m - kept) / self.m for kept in range(self.m, self.n - 1, -1))
+
+    @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
+
+    def at(self, ratio: float) -> NM:
+        return replace(self, n=self.m - round(ratio * self.m))
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         return rows * columns // self.m * (self.m - self.n)

@@ -18,6 +18,10 @@ class Unstructured:
     unit: int = 1
     tall: int = 1
     local: bool = False
+    levels: tuple[float, ...] = ()
+
+    def at(self, ratio: float) -> Unstructured:
+        return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         return round(sparsity * rows * columns)

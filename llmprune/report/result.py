@@ -31,10 +31,13 @@ class Report:
     blocks: tuple[BlockReport, ...]
     perplexity: tuple[Measured, ...]
     parameters: int
+    asked: float  # share of the weights of the pruned matrices
     environment: dict[str, Any]
     output: Path | None = None
     polish: dict[str, Any] | None = None  # what distillation has done
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
+    tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
+    frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -66,7 +69,7 @@ class Report:
             "source": self.source,
             "calibration": self.calibration,
             "sparsity": {
-                "asked": self.recipe["sparsity"],
+                "asked": self.asked,
                 "pruned_matrices": self.sparsity,
                 "zeros": self.zeros,
                 "weights": self.weights,
@@ -76,6 +79,8 @@ class Report:
             "blocks": [block_to_json(b) for b in self.blocks],
             "polish": self.polish,
             "reasons": self.reasons,
+            "tried": self.tried,
+            "frontier": self.frontier,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},

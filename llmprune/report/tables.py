@@ -7,25 +7,35 @@ from rich.table import Table
 
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
+from llmprune.types import BlockReport
 
 MOST_NOTES = 10
 
 
 def print_report(report: Report, console: Console) -> None:
     """The closing table: per block sparsity, relative output error, seconds; then the perplexities, notes and where the result is."""
-    table = Table("block", "matrices", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
+    table = Table("block", "matrices", "ratios", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
     for column in table.columns[1:]:
         column.justify = "right"
     for block in report.blocks:
         weights = sum(r.rows * r.columns for r in block.rows)
         sparsity = sum(r.zeros for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
-        table.add_row(block.block, str(len(block.rows)), f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
+        cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
+        table.add_row(block.block, str(len(block.rows)), ratios_of(block), *cells)
     console.print(table)
     share = report.zeros / report.parameters
     console.print(
-        f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}), {share:.2%} of the model", soft_wrap=True
+        f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model",
+        soft_wrap=True,
     )
+    for entry in report.tried:
+        kept = ", kept" if entry["kept"] else ""
+        console.print(f"allocation {entry['allocation']}: mean KL from the dense model on held-back windows {entry['divergence']:.4g}{kept}")
+    for step in report.frontier:
+        console.print(
+            f"frontier: sparsity {step['sparsity']:.4f}, perplexity on held-back windows {step['perplexity']:.4g} ({step['increase']:+.2%})"
+        )
     if report.polish:
         was, now = report.polish["divergence_before"], report.polish["divergence_after"]
         console.print(f"polish: {report.polish['steps']} steps, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
@@ -38,6 +48,12 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"note: and {len(report.notes) - MOST_NOTES} more in llmprune.json")
     if report.output is not None:
         console.print(f"saved: {report.output}", soft_wrap=True)
+
+
+def ratios_of(block: BlockReport) -> str:
+    """The least and the greatest ratio that a block's matrices were asked for."""
+    ends = (f"{end(r.asked for r in block.rows):.1%}" for end in (min, max)) if block.rows else ()
+    return " to ".join(dict.fromkeys(ends))
 
 
 def print_inspection(found: list[Inspected], console: Console) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmprune.budget import log_histogram, share_above, shares_below, spend
 from llmprune.errors import RequestError
-from llmprune.linalg import log_histogram, share_above, shares_below, spend
 from llmprune.methods import build
 from llmprune.types import Stats
 
