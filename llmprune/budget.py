@@ -74,24 +74,25 @@ def cheapest(curves: dict[str, tuple[Tensor, Tensor]], sizes: dict[str, int], sp
     pieces are taken in the order of their loss per weight, which is the optimum of the Lagrangian for every budget. Matrices without a curve give
     up the asked ratio.
     """
-    ratios = {name: float(curves[name][0][0]) if name in curves else sparsity for name in sizes}
-    left = sparsity * sum(sizes.values()) - sum(ratio * sizes[name] for name, ratio in ratios.items())
-    pieces = [(slope / sizes[name], k, name, width) for name, curve in curves.items() for k, (slope, width) in enumerate(_hull(*curve))]
-    for _, _, name, width in sorted(pieces):
-        taken = min(width, max(0.0, left / sizes[name]))
-        ratios[name] += taken
-        left -= taken * sizes[name]
-    return spend(ratios, sizes, sparsity)  # where every curve is at its end, and into whole weights
+    counts = {name: round(size * (float(curves[name][0][0]) if name in curves else sparsity)) for name, size in sizes.items()}
+    left = round(sparsity * sum(sizes.values())) - sum(counts.values())
+    pieces = [(slope / sizes[name], k, name, end) for name, curve in curves.items() for k, (slope, end) in enumerate(_hull(*curve))]
+    for _, _, name, end in sorted(pieces):
+        taken = min(max(0, round(end * sizes[name]) - counts[name]), max(0, left))
+        counts[name] += taken
+        left -= taken
+    ratios = {name: count / sizes[name] for name, count in counts.items()}
+    return spend(ratios, sizes, sparsity) if left or any(r >= 1 for r in ratios.values()) else ratios  # every curve may be at its end
 
 
 def _hull(ratios_K: Tensor, losses_K: Tensor) -> list[tuple[float, float]]:
-    """(slope, width) of the pieces of the lower convex hull; slopes ascend."""
+    """(slope, ratio at its end) of the pieces of the lower convex hull; slopes ascend."""
     points: list[tuple[float, float]] = []
     for x, y in zip(ratios_K.tolist(), losses_K.tolist(), strict=True):
         while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], (x, y)):
             points.pop()
         points.append((x, y))
-    return [(_slope(a, b), b[0] - a[0]) for a, b in pairwise(points)]
+    return [(_slope(a, b), b[0]) for a, b in pairwise(points)]
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -89,6 +89,46 @@ def prune(
 
 
 @app.command()
+def sweep(
+    methods: Annotated[str, typer.Option(help="methods and qualities, such as wanda,sparsegpt,balanced")],
+    output: Annotated[str, typer.Option(help="folder of the table and the plot")],
+    model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
+    sparsities: Annotated[str, typer.Option(help="such as 0.4,0.5,60%; of unstructured sparsity and blocks")] = "",
+    patterns: Annotated[str, typer.Option(help="such as unstructured,2:4,block:4x4")] = "unstructured",
+    allocation: Annotated[Text, typer.Option(help="how the ratios are shared out over the matrices; else each method's own choice")] = None,
+    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
+    sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
+    eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
+    recipe: Annotated[Text, typer.Option(help="TOML file with what all rows have in common")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output, at the end")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted sweep has left")] = False,
+    device: Annotated[Text, typer.Option(help="auto, cpu, cuda ...")] = None,
+    dtype: Annotated[Text, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left alone")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices that are pruned")] = None,
+    accept_damage: Annotated[bool, typer.Option("--accept-damage", help="go on when a block's output is destroyed")] = False,
+    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Prune by many methods, patterns and sparsities under one calibration: a table and a plot of perplexity against sparsity."""
+    from llmprune.recipe import Recipe, listed, recipes
+
+    base = {k: v for k, v in locals().items() if k in Recipe.model_fields and k != "output" and not (v is None or v is False or v == [])}
+    asked = recipes(Path(recipe) if recipe else None, base, listed(methods), listed(sparsities), listed(patterns))
+    _announce(asked[0].model, as_json)
+    from llmprune.report.tables import print_sweep
+    from llmprune.sweep import prepare_sweep, run_sweep
+
+    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart)
+    if not as_json:
+        out.print(str(prepared), soft_wrap=True, markup=False)
+    with _progress() as progress:
+        report = run_sweep(prepared, progress)
+    print(json.dumps(report.to_json(), indent=1)) if as_json else print_sweep(report, out)
+
+
+@app.command()
 def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
     data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,

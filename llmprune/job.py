@@ -43,9 +43,9 @@ from llmprune.preflight import (
 )
 from llmprune.recipe import Recipe
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
-from llmprune.shares import Ratios, dense_gradients, needs_of
+from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
 from llmprune.stream import CheckpointStream, Stream
-from llmprune.trials import Decision, Step, decide
+from llmprune.trials import Decision, Step, choose, decide
 from llmprune.types import BlockReport, Perplexity, Plan, Polished
 from llmprune.whole import WholeStream
 
@@ -88,9 +88,7 @@ class Job:
 
     def __str__(self) -> str:
         """What the run is about to do, in three lines."""
-        recipe, calibration = self.recipe.resolved(), self.data.calibration
-        count, length = calibration.ids_NL.shape
-        held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
+        recipe = self.recipe.resolved()
         goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
         weights = sum(m.rows * m.columns for m in matrices)
@@ -104,10 +102,16 @@ class Job:
             f"{self.source.name}: {len(matrices)} matrices in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
             f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
-            f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){held}\n"
+            f"{self.describe_data()}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
+
+    def describe_data(self) -> str:
+        calibration = self.data.calibration
+        count, length = calibration.ids_NL.shape
+        held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
+        return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){held}"
 
 
 def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
@@ -122,15 +126,16 @@ def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
     }
 
 
-def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False) -> Job:
+def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
     """Check a request against the model, its data and the disk. Nothing is written and no forward is run.
 
-    windows: calibration token ids [N, L] that stand in for a text. Raises RequestError.
+    windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
+    RequestError.
     """
     plan = recipe.plan()
     source = open_source(recipe.model, recipe.revision)
     output = Path(recipe.output or recipe.default_output).expanduser()
-    check_output(output, source.folder, overwrite)
+    check_output(output, source.folder, overwrite, result)
     device = choose_device(recipe.device)
     stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
     selection = Selection(recipe.skip, recipe.only)
@@ -313,6 +318,11 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
         journal.write("ratios", record)
     ratios = Ratios(**{**record["ratios"], "tried": tuple(record["ratios"]["tried"])})
     return Decision(record["sparsity"], ratios, tuple(Step(**step) for step in record["frontier"]))
+
+
+def ratios_of(job: Job, plan: Plan, measured: Measured, gradients: LossGradients | None) -> Ratios:
+    """What each matrix gives up by a plan for the job's model."""
+    return choose(job.stream, job.data.calibration, job.data.held, plan, job.matrices, gradients, measured)
 
 
 def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:

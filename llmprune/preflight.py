@@ -20,8 +20,10 @@ from llmprune.stream import Stream, memory_of
 from llmprune.types import Pattern, Plan
 
 
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder."""
+def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
+    """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder. result: the file that
+    one to be replaced must hold.
+    """
     if output.exists() and output.resolve().samefile(source):
         raise RequestError(f"output {output.name}: is the source model", "choose another --output")
     if source.resolve() in output.resolve().parents or output.resolve() in source.resolve().parents:
@@ -30,8 +32,8 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise RequestError(f"output {output.name}: is a file", "choose another --output")
     if output.exists() and not overwrite:
         raise RequestError(f"output {output.name}: exists already", "add --overwrite to replace it at the end, or choose another --output")
-    if output.exists() and not ((output / "config.json").exists() or not any(output.iterdir())):
-        raise RequestError(f"output {output.name}: holds no model, so it is not replaced", "choose another --output")
+    if output.exists() and not ((output / result).exists() or not any(output.iterdir())):
+        raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", "choose another --output")
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RequestError(f"output {output.name}: {parent.name} cannot be written to", "choose another --output")

@@ -333,6 +333,26 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
 
 
+def listed(text: str) -> list[str]:
+    """The parts of "a,b,c"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
+    """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
+    found = []
+    for method in methods:
+        check_name("method", method, [*METHODS, *QUALITIES])
+        kind = {"method" if method in METHODS else "quality": method}
+        for pattern in patterns:
+            grouped = pattern != "unstructured" and not pattern.startswith("block:") and flags.get("allocation") in (None, "uniform")
+            shares: list[dict[str, Any]] = [{}] if grouped else [{"sparsity": s} for s in sparsities]
+            found += [read_recipe(path, flags | kind | {"pattern": pattern} | share) for share in shares]
+    if not found:
+        raise RequestError("a sweep of nothing", "give --methods wanda,balanced and --sparsities 0.5,0.6, or --patterns 2:4")
+    return found
+
+
 def _read_share(value: Any) -> Any:
     """A number, or a text such as 0.5 or 50%, as a float; anything else as it is."""
     if isinstance(value, str):

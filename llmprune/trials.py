@@ -54,12 +54,28 @@ class Trials:
 
 
 @torch.no_grad()
-def choose(trials: Trials, measured: Measured, progress: Progress) -> Ratios:
-    """The ratios that a plan's allocation gives, after trials if it is one of those that make some."""
-    stream, plan, allocation = trials.stream, trials.plan, trials.plan.allocation
-    if not is_tried(allocation):
-        return share(stream, plan, trials.matrices, measured)
-    names = allocation.starts
+def choose(
+    stream: Stream,
+    calibration: Windows,
+    held: Windows | None,
+    plan: Plan,
+    matrices: dict[int, list[Matrix]],
+    gradients: LossGradients | None,
+    measured: Measured,
+    progress: Progress = lambda done, total: None,
+) -> Ratios:
+    """The ratios that a plan's allocation gives, after trials if it is one of those that make some; they leave training out."""
+    if not is_tried(plan.allocation):
+        return share(stream, plan, matrices, measured)
+    if held is None:
+        raise RequestError("trials of ratios with a single calibration window", "calibrate on more")
+    cheap = replace(plan, polish_steps=0, reconstruct=None)
+    trials = Trials(stream, calibration.ids_NL[:TRIAL_WINDOWS], held.ids_NL, cheap, matrices, gradients)
+    return best_of(trials, plan.allocation, measured, progress)
+
+
+def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, progress: Progress) -> Ratios:
+    stream, plan, names = trials.stream, trials.plan, allocation.starts
     dense = after_blocks(stream, trials.held_NL)
     found = []
     for done, name in enumerate(names):
@@ -155,12 +171,8 @@ def decide(
     """
     ids_NL = calibration.ids_NL
     measured = measure(stream, ids_NL, plan, matrices, gradients, partial(progress, "allocation"))
-    if held is None:
-        return Decision(plan.sparsity, share(stream, plan, matrices, measured))
-    if most_increase is None:
-        cheap = replace(plan, polish_steps=0, reconstruct=None)
-        trials = Trials(stream, ids_NL[:TRIAL_WINDOWS], held.ids_NL, cheap, matrices, gradients)
-        return Decision(plan.sparsity, choose(trials, measured, partial(progress, "trials")))
+    if held is None or most_increase is None:
+        return Decision(plan.sparsity, choose(stream, calibration, held, plan, matrices, gradients, measured, partial(progress, "trials")))
     steps = list(frontier)
     dense = perplexity(stream, held).value
 

@@ -18,7 +18,8 @@ from typing import Any
 from llmprune.checkpoint.files import lock_folder, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-OWN = re.compile(r"lock|output|replaced|hidden-\d+|(identity|dense|frontier|ratios|polished|block-\d+)\.json(\.tmp)?|windows\.safetensors(\.tmp)?")
+RECORDS = r"(identity|dense|frontier|ratios|polished|(block|row)-\d+)\.json"
+OWN = re.compile(rf"lock|output|replaced|hidden-\d+|{RECORDS}(\.tmp)?|windows\.safetensors(\.tmp)?")
 
 
 class Journal:

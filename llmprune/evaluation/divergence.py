@@ -24,7 +24,7 @@ def after_blocks(stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], 
 
 
 def divergences(dense: Flow, pruned: Sequence[Flow]) -> list[float]:
-    """Of each pruned flow, the mean over all tokens; its windows are the first of ``dense``, all are after the last block. The head is the stream's."""
+    """Of each pruned flow, the mean over all tokens. Its windows are the first of ``dense``; all are after the last block."""
     stream, totals, tokens = dense.stream, [0.0] * len(pruned), 0
     with stream.outer():
         for (ids_1L, theirs_1LD), *others in zip(dense.windows(), *(flow.windows() for flow in pruned), strict=False):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
 from llmprune.types import BlockReport
+
+if TYPE_CHECKING:
+    from llmprune.sweep import SweepReport
 
 MOST_NOTES = 10
 
@@ -25,10 +30,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(block.block, str(len(block.rows)), ratios_of(block), *cells)
     console.print(table)
     share = report.zeros / report.parameters
-    console.print(
-        f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model",
-        soft_wrap=True,
-    )
+    zeros = f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}, asked {report.asked:.4%})"
+    console.print(f"{zeros}, {share:.2%} of the model", soft_wrap=True)
     for entry in report.tried:
         kept = ", kept" if entry["kept"] else ""
         console.print(f"allocation {entry['allocation']}: mean KL from the dense model on held-back windows {entry['divergence']:.4g}{kept}")
@@ -48,6 +51,19 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"note: and {len(report.notes) - MOST_NOTES} more in llmprune.json")
     if report.output is not None:
         console.print(f"saved: {report.output}", soft_wrap=True)
+
+
+def print_sweep(report: SweepReport, console: Console) -> None:
+    """The frontier: one line a pruning."""
+    names = [f"perplexity, {dense.dataset}" for dense in report.dense]
+    table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source['name']}")
+    table.add_row("dense", "", "0", *(f"{dense.value:.4g}" for dense in report.dense), "")
+    for row in report.rows:
+        table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *(f"{p.value:.4g}" for p in row.perplexity), f"{row.seconds:.1f}")
+    console.print(table)
+    for dense in report.dense:
+        console.print(f"perplexity, dense: {dense}", soft_wrap=True)
+    console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
 
 
 def ratios_of(block: BlockReport) -> str:

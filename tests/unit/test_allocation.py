@@ -5,16 +5,20 @@ Shapes: R = output rows, C = input columns.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmprune.budget import log_histogram, share_above, shares_below, spend
+from llmprune.allocation.search import Search
+from llmprune.budget import cheapest, log_histogram, on_levels, share_above, shares_below, spend
 from llmprune.errors import RequestError
+from llmprune.linalg import drop_smallest
 from llmprune.methods import build
-from llmprune.types import Stats
+from llmprune.types import Seen, Stats
 
 SHAPES = {"a.0": (16, 24), "a.1": (8, 48), "b.0": (32, 16), "b.1": (4, 96)}
 BLOCKS = {name: name[0] for name in SHAPES}
@@ -26,14 +30,20 @@ def model() -> dict[str, tuple[Tensor, Stats]]:
     made = {}
     for k, (name, (rows, columns)) in enumerate(SHAPES.items()):
         weight_RC = torch.randn(rows, columns, generator=generator) * (0.5 + k)
+        inputs_TC = torch.randn(50, columns, generator=generator) * torch.rand(columns, generator=generator)
         squares_C, gradients_R = torch.rand(columns, generator=generator) * 10, torch.rand(rows, generator=generator) * 1e-6
-        made[name] = weight_RC, Stats(tokens=50, grad_tokens=50, input_sq_C=squares_C, grad_out_sq_R=gradients_R)
+        made[name] = weight_RC, Stats(tokens=50, grad_tokens=50, input_sq_C=squares_C, gram_CC=inputs_TC.T @ inputs_TC, grad_out_sq_R=gradients_R)
     return made
+
+
+def smallest_gone(weight_RC: Tensor) -> Callable[[float], Tensor]:
+    """Stands in for a plan's method: the smallest weights go."""
+    return lambda ratio: weight_RC * drop_smallest(weight_RC.abs().flatten(), round(ratio * weight_RC.numel())).view_as(weight_RC)
 
 
 def share(name: str, sparsity: float, **options: object) -> tuple[dict[str, float], dict[str, float]]:
     allocation = build("allocation", name, **options)
-    measured = {n: allocation.measure(w, s, w.abs() if allocation.scored else None) for n, (w, s) in model().items()}
+    measured = {n: allocation.measure(Seen(w, s, w.abs() if allocation.scored else None, smallest_gone(w))) for n, (w, s) in model().items()}
     return allocation.share(measured, SIZES, BLOCKS, sparsity)
 
 
@@ -113,3 +123,99 @@ def test_a_budget_is_met_with_ratios_at_their_ends(sparsity: float) -> None:
     assert sum(ratios[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * 1327, abs=1.0)
     assert all(0 <= ratio < 1 for ratio in ratios.values())
     assert ratios["middle"] <= ratios["high"] + 1 / 317
+
+
+CURVES = {
+    "convex": [[0.0, 1.0, 3.0, 9.0, 40.0], [0.0, 0.1, 0.3, 2.0, 9.0], [0.0, 4.0, 9.0, 20.0, 60.0]],
+    "falling first": [[5.0, 1.0, 2.0, 7.0, 30.0], [0.0, 0.5, 2.0, 8.0, 9.0e3], [0.0, 1e-3, 1.0, 3.0, 6.0]],
+}
+LEVELS = [0.0, 0.2, 0.5, 0.75, 0.95]
+
+
+def between(ratio: float, losses: list[float]) -> float:
+    k = next(k for k in range(1, 5) if ratio <= LEVELS[k] + 1e-12)
+    return losses[k - 1] + (ratio - LEVELS[k - 1]) / (LEVELS[k] - LEVELS[k - 1]) * (losses[k] - losses[k - 1])
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.6, 0.9])
+@pytest.mark.parametrize("kind", list(CURVES))
+def test_the_cheapest_choice_is_that_of_brute_force(kind: str, sparsity: float) -> None:
+    """Of piecewise linear losses under one budget an optimum has all matrices but one at a level: try them all."""
+    sizes = {"a": 1000, "b": 3000, "c": 500}
+    curves = dict(zip(sizes, CURVES[kind], strict=True))
+    best = math.inf
+    for free in sizes:
+        fixed = [name for name in sizes if name != free]
+        for levels in itertools.product(LEVELS, repeat=2):
+            rest = sparsity * 4500 - sum(level * sizes[name] for name, level in zip(fixed, levels, strict=True))
+            if 0 <= rest / sizes[free] <= LEVELS[-1]:
+                chosen = dict(zip(fixed, levels, strict=True)) | {free: rest / sizes[free]}
+                best = min(best, sum(between(chosen[name], curves[name]) for name in sizes))
+    ratios = cheapest({name: (torch.tensor(LEVELS), torch.tensor(losses)) for name, losses in curves.items()}, sizes, sparsity)
+    assert sum(ratios[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * 4500, abs=0.5)
+    slope = max(losses[-1] - losses[-2] for losses in curves.values()) / 0.2 / min(sizes.values())  # ratios are of whole weights
+    assert sum(between(ratios[name], curves[name]) for name in sizes) == pytest.approx(best, abs=3 * slope)
+
+
+def test_sensitivity_measures_the_weighed_error_of_outputs() -> None:
+    allocation = build("allocation", "sensitivity", levels=(0.0, 0.5, 0.9))
+    for weight_RC, stats in model().values():
+        found = allocation.measure(Seen(weight_RC, stats, None, smallest_gone(weight_RC)))
+        for level, error in found.T.tolist():
+            apart_RC = (weight_RC - smallest_gone(weight_RC)(level)).double()
+            rows_R = stats.grad_out_sq_R.double() / stats.grad_tokens
+            expected = sum(float(rows_R[r] * apart_RC[r] @ stats.gram_CC.double() @ apart_RC[r]) for r in range(len(weight_RC)))
+            assert error == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_sensitivity_takes_the_least_sum_of_errors_of_all_combinations_of_levels() -> None:
+    levels = (0.0, 0.25, 0.5, 0.75, 0.95)
+    allocation = build("allocation", "sensitivity", levels=levels)
+    measured = {n: allocation.measure(Seen(w, s, None, smallest_gone(w))) for n, (w, s) in model().items() if n != "b.1"}
+    sizes = {n: SIZES[n] for n in measured}
+    ratios, reasons = allocation.share(measured, sizes, BLOCKS, 0.5)
+    total, goal = sum(reasons.values()), 0.5 * sum(sizes.values())
+    for chosen in itertools.product(range(5), repeat=3):
+        if sum(levels[k] * size for k, size in zip(chosen, sizes.values(), strict=True)) >= goal:
+            assert total <= sum(float(measured[n][1, k]) for n, k in zip(sizes, chosen, strict=True)) * (1 + 1e-6)
+    assert abs(sum(ratios[n] * sizes[n] for n in sizes) - goal) < 1
+
+
+def test_inputs_of_more_directions_are_kept() -> None:
+    entropy = {}
+    for name, (_, stats) in model().items():
+        shares = torch.linalg.eigvalsh(stats.gram_CC.double()).clamp_min(1e-300)
+        shares /= shares.sum()
+        entropy[name] = -float((shares * shares.log()).sum()) / math.log(len(shares))
+    ratios, reasons = share("entropy", 0.5)
+    assert reasons == pytest.approx(entropy, rel=1e-6)
+    narrow, wide = min(entropy, key=entropy.__getitem__), max(entropy, key=entropy.__getitem__)
+    assert ratios[narrow] - ratios[wide] == pytest.approx(0.16, abs=0.01)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.33, 0.4999])
+def test_levels_stay_within_the_budget_and_leave_less_than_a_step(sparsity: float) -> None:
+    sizes = {"a": 64, "b": 4096, "c": 1024, "d": 1024}
+    wanted = {"a": 0.1, "b": 0.45, "c": 0.3, "d": 0.02}
+    levels = (0.0, 0.25, 0.5)
+    ratios = on_levels(wanted, sizes, levels, sparsity)
+    assert set(ratios.values()) <= set(levels)
+    left = sparsity * sum(sizes.values()) - sum(ratios[n] * sizes[n] for n in sizes)
+    assert -0.5 <= left < 0.25 * min(size for name, size in sizes.items() if ratios[name] < 0.5) + 0.5
+
+
+def test_a_search_finds_the_best_exchange_and_keeps_the_budget() -> None:
+    """A fitness with one optimum at known steps, by which offspring of any number of windows are judged alike."""
+    best = {"a": 2, "b": -1, "c": -1, "d": 0}
+    seen: list[dict[str, int]] = []
+
+    def fitness(candidates: list[dict[str, int]], windows: int) -> list[float]:
+        seen.extend(candidates)
+        return [float(sum((c[n] - best[n]) ** 2 for n in best)) for c in candidates]
+
+    room = {"a": (-3, 3), "b": (-1, 1), "c": (-3, 3), "d": (0, 2)}
+    assert Search().improve(room, fitness) == best
+    assert all(sum(c.values()) == 0 for c in seen)
+    assert all(room[n][0] <= c[n] <= room[n][1] for c in seen for n in room)
+    assert Search().improve({"a": (-3, 3)}, fitness) is None
+    assert Search(generations=3).improve(room, lambda candidates, windows: [0.0] * len(candidates)) is None

@@ -15,12 +15,15 @@ import llmprune
 ROOT = Path(llmprune.__file__).parent
 FLOORS = [
     {"errors", "types", "clock", "heap"},
-    {"linalg", "data", "checkpoint", "training"},
+    {"linalg", "budget", "data", "checkpoint", "training"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
     {"methods", "stream", "statistics", "gradients", "polish", "whole", "evaluation"},
     {"engine"},
+    {"shares"},
+    {"trials"},
     {"recipe", "report", "preflight"},
     {"hub", "job"},
+    {"sweep"},
     {"cli", "api", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,152 @@
+"""Many prunings of one model under one calibration: a table, and a plot of perplexity against sparsity.
+
+Windows, loss gradients, what allocations measure and the dense perplexity are had once; every row is then pruned and measured exactly as a run of its
+own would be, but nothing is saved except its figures. A killed sweep goes on from the last finished row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from llmprune import heap
+from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.journal import Journal
+from llmprune.engine import prune
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.gradients import LossGradients
+from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
+from llmprune.preflight import check_matrices, check_plan
+from llmprune.recipe import Recipe
+from llmprune.report.frontier import draw, markdown
+from llmprune.shares import Measured, dense_gradients, measure, needs_of
+from llmprune.types import Perplexity, Plan
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One pruning: what was asked, the share of exact zeros that came out, and the perplexity on each evaluation set."""
+
+    method: str
+    pattern: str
+    asked: float
+    sparsity: float
+    perplexity: tuple[Perplexity, ...]
+    seconds: float = field(compare=False)  # of the pruning, without what is shared
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All rows, with the dense perplexities. ``output`` holds them as sweep.json, sweep.md and sweep.svg."""
+
+    dense: tuple[Perplexity, ...]
+    rows: tuple[SweepRow, ...]
+    calibration: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, Any]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "output"}
+
+
+@dataclass
+class Sweep:
+    """A checked sweep, ready to start."""
+
+    job: Job  # of the first row; its model and windows are everybody's
+    rows: list[tuple[Recipe, Plan]]
+
+    def __str__(self) -> str:
+        return f"{self.job.source.name}: {len(self.rows)} prunings; {self.job.describe_data()}\noutput: {self.job.output}"
+
+
+def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False) -> Sweep:
+    """Check every row against the model. Nothing is written and no forward is run. Raises RequestError."""
+    job = prepare(asked[0].model_copy(update={"output": str(output)}), None, overwrite, restart, result="sweep.json")
+    rows = []
+    for recipe in asked:
+        plan = recipe.plan()
+        check_matrices(job.matrices, job.stream, plan.pattern)
+        check_plan(plan, job.stream, job.matrices, job.stream.dtype)
+        rows.append((recipe, plan))
+    return Sweep(job, rows)
+
+
+def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
+    """Every row that an interrupted sweep of the same request has not finished. The output appears whole, or not at all."""
+    heap.steady()
+    job = sweep.job
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows]}
+    journal = Journal(job.output, identity, job.restart)
+    try:
+        dense = dense_perplexities(job, journal, progress)
+        job.stream.scratch = journal.folder
+        shared = Shared(sweep, progress)
+        rows = []
+        for number, (recipe, plan) in enumerate(sweep.rows):
+            record = journal.read(f"row-{number:05d}")
+            if record is None:
+                record = asdict(prune_row(job, recipe, plan, shared))
+                journal.write(f"row-{number:05d}", record)
+            rows.append(SweepRow(**record | {"perplexity": tuple(Perplexity(**p) for p in record["perplexity"])}))
+            progress("sweep", number + 1, len(sweep.rows))
+        source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
+        report = SweepReport(tuple(dense), tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output)
+        journal.weights.mkdir(exist_ok=True)
+        for name, data in files_of(report):
+            write_whole(journal.weights / name, data)
+        journal.publish()
+        return report
+    finally:
+        journal.close()
+
+
+def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
+    yield "sweep.json", to_json(report.to_json())
+    yield "sweep.md", markdown(report.to_json()).encode()
+    yield "sweep.svg", draw(report.to_json())
+
+
+class Shared:
+    """What the rows have in common, made when the first of them needs it."""
+
+    def __init__(self, sweep: Sweep, progress: Progress) -> None:
+        self._sweep, self._progress = sweep, progress
+        self._gradients: LossGradients | None = None
+        self._measured: dict[Any, Measured] = {}
+
+    def gradients(self) -> LossGradients | None:
+        if self._gradients is None:
+            job = self._sweep.job
+            needs = frozenset().union(*(needs_of(plan) for _, plan in self._sweep.rows))
+            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, partial(self._progress, "gradients"))
+        return self._gradients
+
+    def measured(self, plan: Plan) -> Measured:
+        """Of a plan's allocation; it does not hang on the sparsity."""
+        key = replace(plan, sparsity=0.0)
+        if key not in self._measured:
+            job = self._sweep.job
+            step = partial(self._progress, "allocation")
+            self._measured[key] = measure(job.stream, job.data.calibration.ids_NL, plan, job.matrices, self.gradients(), step)
+        return self._measured[key]
+
+
+def prune_row(job: Job, recipe: Recipe, plan: Plan, shared: Shared) -> SweepRow:
+    """Prune, measure, forget."""
+    gradients, measured = shared.gradients(), shared.measured(plan)
+    began = perf_counter()
+    ratios = ratios_of(job, plan, measured, gradients)
+    with job.stream.trial():
+        blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
+        seconds = perf_counter() - began
+        found = tuple(perplexity(job.stream, windows) for windows in job.data.evaluation)
+    rows = [row for block in blocks for row in block.rows]
+    sparsity = sum(row.zeros for row in rows) / sum(row.rows * row.columns for row in rows)
+    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, found, seconds)
