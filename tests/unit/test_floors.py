@@ -20,7 +20,7 @@ FLOORS = [
     {"methods", "stream", "statistics", "gradients", "polish", "whole", "evaluation"},
     {"engine"},
     {"recipe", "report", "preflight"},
-    {"hub", "job"},
+    {"hub", "job", "benchmark"},
     {"cli", "api", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
