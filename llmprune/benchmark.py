@@ -37,7 +37,7 @@ from llmprune.report.speed import Bench, Measured, compared
 DEFAULT_PROMPT = 512
 QUIET = 0.5  # processes that ran on average in the minute before
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-ROOT = Path(llmprune.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,15 @@ def bench(
 def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], progress: Callable[[str, int, int], None]) -> Bench:
     reason = why_not(torch.device(task.device))
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(e, replace(task, folder=str(e.source.folder), dtype=e.dtype))) for e in entrants]
+        processes = [stack.enter_context(_process()) for _ in entrants]  # they import side by side, and load after each other
+        workers = [_loaded(p, e, task) for p, e in zip(processes, entrants, strict=True)]
         last = workers[-1]
         if reason is None and last.facts["two_of_four"]:
-            converted = Entrant(last.entrant.source, "2:4 kernels", last.entrant.dtype, None)
-            workers.append(stack.enter_context(_worker(converted, replace(last.task, kernel_repeat=repeat))))
+            compressed = replace(last.entrant, role="2:4 kernels")
+            try:
+                workers.append(_loaded(stack.enter_context(_process()), compressed, replace(task, kernel_repeat=repeat)))
+            except StoppedError as error:  # the models themselves can still be measured
+                reason = f"2:4 kernels: {error.message}"
         laps = in_turns([w.lap for w in workers], repeat, done=lambda done, total: progress("bench", done, total))
         peaks = [w.ask("peak") for w in workers]
     if reason is None and len(workers) == len(entrants):
@@ -185,17 +189,23 @@ class _Worker:
 
 
 @contextmanager
-def _worker(entrant: Entrant, task: Task) -> Iterator[_Worker]:
-    """A process that has loaded its model; it ends with the block."""
+def _process() -> Iterator[subprocess.Popen[str]]:
+    """A process that waits for its task; it ends with the block."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     words = [sys.executable, "-P", "-m", "llmprune.evaluation.worker"]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        yield _Worker(entrant, task, process, _ask(process, json.dumps(asdict(task)), entrant.source.name))
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def _loaded(process: subprocess.Popen[str], entrant: Entrant, task: Task) -> _Worker:
+    """The process with the entrant's model in it."""
+    own = replace(task, folder=str(entrant.source.folder), dtype=entrant.dtype)
+    return _Worker(entrant, own, process, _ask(process, json.dumps(asdict(own)), entrant.source.name))
 
 
 def _ask(process: subprocess.Popen[str], line: str, name: str) -> Any:
