@@ -35,6 +35,7 @@ from llmprune.preflight import choose_device
 from llmprune.report.speed import Bench, Measured, compared
 
 DEFAULT_PROMPT = 512
+COMPILED_WARM_UP = 3  # rounds: a cache of fixed size is set up in the first, so torch.compile comes back to it once more
 QUIET = 0.5  # processes that ran on average in the minute before
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,8 @@ def bench(
     """Measure a checkpoint, by turns with ``against`` where given, as plain transformers loads and runs them.
 
     model, against: alias, folder or Hub id. prompt_length: tokens; by default 512, or what the models' positions leave. new_tokens: decoded
-    after the first one. repeat: rounds that count, after one that warms up. threads: as torch has it by default. dtype: the checkpoint's own by
+    after the first one. repeat: rounds that count, after one that warms up (three with compile).
+    threads: as torch has it by default. dtype: the checkpoint's own by
     default. trust_remote_code: run the model code that the checkpoint brings along. Raises RequestError before any load when the
     request cannot be met, StoppedError when a model does not get through.
     """
@@ -100,7 +102,8 @@ def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], pro
                 workers.append(_loaded(stack.enter_context(_process()), compressed, replace(task, kernel_repeat=repeat)))
             except StoppedError as error:  # the models themselves can still be measured
                 reason = f"2:4 kernels: {error.message}"
-        laps = in_turns([w.lap for w in workers], repeat, done=lambda done, total: progress("bench", done, total))
+        warm_up = COMPILED_WARM_UP if task.compiled else 1
+        laps = in_turns([w.lap for w in workers], repeat, warm_up, lambda done, total: progress("bench", done, total))
         peaks = [w.ask("peak") for w in workers]
     if reason is None and len(workers) == len(entrants):
         reason = f"2:4 kernels: no nn.Linear of {last.entrant.source.name} keeps 2:4"

@@ -154,7 +154,7 @@ def bench(
     prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default")] = None,
     new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one")] = 64,
     batch: Annotated[int, typer.Option(help="sequences side by side")] = 1,
-    repeat: Annotated[int, typer.Option(help="rounds that count, after one that warms up")] = 5,
+    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up")] = 5,
     threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")] = "auto",
