@@ -70,10 +70,9 @@ def bench(
     """Measure a checkpoint, by turns with ``against`` where given, as plain transformers loads and runs them.
 
     model, against: alias, folder or Hub id. prompt_length: tokens; by default 512, or what the models' positions leave. new_tokens: decoded
-    after the first one. repeat: rounds that count, after one that warms up (three with compile).
-    threads: as torch has it by default. dtype: the checkpoint's own by
-    default. trust_remote_code: run the model code that the checkpoint brings along. Raises RequestError before any load when the
-    request cannot be met, StoppedError when a model does not get through.
+    after the first one. repeat: rounds that count, after one that warms up (three with compile). threads: as torch has it by default.
+    dtype: the checkpoint's own by default. trust_remote_code: run the model code that the checkpoint brings along.
+    Raises RequestError before any load when the request cannot be met, StoppedError when a model does not get through.
     """
     _check_counts(new_tokens=new_tokens, batch=batch, repeat=repeat, **({"prompt_length": prompt_length} if prompt_length is not None else {}))
     _check_counts(**({"threads": threads} if threads is not None else {}))
@@ -119,7 +118,8 @@ def _load_note(device: torch.device) -> list[str]:
     """Threads that wait for each other lose more than their share to other processes: figures of a busy machine say so."""
     load = psutil.getloadavg()[0]
     busy = device.type == "cpu" and load > QUIET
-    return [f"the machine was busy before the run (load average {load:.1f}): measure again on a quiet one"] if busy else []
+    remedy = "measure again on a quiet one, or with OMP_WAIT_POLICY=passive, so that waiting threads do not spin"
+    return [f"the machine was busy before the run (load average {load:.1f}): {remedy}"] if busy else []
 
 
 def _check_counts(**counts: int) -> None:
