@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, tiny_model
+from rich.console import Console
 from torch import nn
 from transformers import DynamicCache
 
 from llmprune.evaluation.memory import forget_peak, peak_resident, resident
-from llmprune.evaluation.sparse24 import convert, keeps_2of4, two_of_four, why_not
-from llmprune.evaluation.speed import Runner, Spread, Workload, cache_bytes, in_turns
-from llmprune.report.speed import Measured, compared
+from llmprune.evaluation.sparse24 import Kernel, convert, keeps_2of4, two_of_four, why_not
+from llmprune.evaluation.speed import Lap, Runner, Spread, Workload, cache_bytes, in_turns
+from llmprune.report.speed import Bench, Measured, compared
+from llmprune.report.tables import print_bench
 
 CACHED = sorted(FAMILIES.keys() - {"openai_gpt"})
 
@@ -126,8 +128,6 @@ def test_groups_of_four():
 
 @pytest.mark.parametrize("shorter", [1.0, 2.0])
 def test_ratios_are_taken_round_by_round(shorter):
-    from llmprune.evaluation.speed import Lap
-
     dense = [Lap(1.0, 1.1, 4.0, 100), Lap(3.0, 3.3, 8.0, 100)]  # the load trebled in the second round
     pruned = [Lap(lap.prefill / shorter, lap.first_token / shorter, lap.decode / shorter, 50) for lap in dense]
     flat = Spread.of([1.0])
@@ -137,3 +137,27 @@ def test_ratios_are_taken_round_by_round(shorter):
     assert found.prefill == found.decode == Spread(shorter, shorter, shorter)
     assert found.first_token.median == pytest.approx(1 / shorter)
     assert (found.peak_memory, found.kv_cache, found.parameters, found.disk) == (None, 0.5, 0.5, 0.25)
+
+
+def test_kernels_are_told_faster_slower_and_refused(capsys):
+    flat = Spread.of([2e-6])
+    kernels = (
+        Kernel(64, 32, 3, 512, Spread.of([3e-6]), flat),
+        Kernel(64, 32, 3, 1, Spread.of([1e-6]), flat),
+        Kernel(6, 8, 1, 1, flat, None, "shape [6, 8] is not supported"),
+    )
+    setting = {"prompt_length": 512, "new_tokens": 4, "batch": 1, "repeat": 2, "device": "cuda", "card": "a card", "threads": 1, "compile": False}
+    model = Measured("m", "model", "bfloat16", flat, flat, flat, None, 1, 1, 1)
+    found = Bench(setting | {"torch": "2", "transformers": "5"}, (model,), (), kernels, ())
+    print_bench(found, Console(width=200))
+    table = capsys.readouterr().out
+    for words in ("1.50 x, faster", "0.50 x, slower", "stays dense: shape [6, 8] is not supported", "64 x 32", "not measured"):
+        assert words in table
+    assert [k["speed_up"] for k in found.to_json()["kernels"]] == [1.5, 0.5, None]
+
+
+@pytest.mark.slow
+def test_compiled_laps_use_a_cache_of_fixed_size():
+    runner = Runner(tiny_model("llama"), Workload(6, 3), compiled=True)
+    plain = Runner(tiny_model("llama"), Workload(6, 3)).lap().kv_cache_bytes
+    assert [runner.lap().kv_cache_bytes for _ in range(2)] == [plain // 6 * 9] * 2
