@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LlmpruneError", "evaluate", "load", "prune"]
+__all__ = ["LlmpruneError", "bench", "evaluate", "load", "prune"]
 
 if TYPE_CHECKING:
     from llmprune.api import evaluate, load, prune
+    from llmprune.benchmark import bench
     from llmprune.errors import LlmpruneError
 
 
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from llmprune.errors import LlmpruneError
 
         return LlmpruneError
+    if name == "bench":
+        from llmprune.benchmark import bench
+
+        return bench
     if name in __all__:
         import llmprune.api
 

@@ -190,6 +190,32 @@ def inspect(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it")] = None,
+    prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default")] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one")] = 64,
+    batch: Annotated[int, typer.Option(help="sequences side by side")] = 1,
+    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up")] = 5,
+    threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="through torch.compile, with a cache of fixed size")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that a checkpoint brings along")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure prefill and decode speed, memory and size; on CUDA also the 2:4 kernels. It measures and promises nothing."""
+    options = {k: v for k, v in locals().items() if k not in ("model", "as_json")}
+    _announce(model, as_json)
+    from llmprune.benchmark import bench as measure
+    from llmprune.report.tables import print_bench
+
+    with _progress() as progress:
+        found = measure(model, progress=progress, **options)
+    print(json.dumps(found.to_json(), indent=1)) if as_json else print_bench(found, out)
+
+
+@app.command()
 def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
     """List what can be asked for, or show one method's equation and paper."""
     from llmprune.checkpoint.aliases import ALIASES

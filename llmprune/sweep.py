@@ -7,7 +7,7 @@ own would be, but nothing is saved except its figures. A killed sweep goes on fr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -22,36 +22,9 @@ from llmprune.gradients import LossGradients
 from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
 from llmprune.preflight import check_matrices, check_plan
 from llmprune.recipe import Recipe
-from llmprune.report.frontier import draw, markdown
+from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
 from llmprune.shares import Measured, dense_gradients, measure, needs_of
 from llmprune.types import Perplexity, Plan
-
-
-@dataclass(frozen=True)
-class SweepRow:
-    """One pruning: what was asked, the share of exact zeros that came out, and the perplexity on each evaluation set."""
-
-    method: str
-    pattern: str
-    asked: float
-    sparsity: float
-    perplexity: tuple[Perplexity, ...]
-    seconds: float = field(compare=False)  # of the pruning, without what is shared
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """All rows, with the dense perplexities. ``output`` holds them as sweep.json, sweep.md and sweep.svg."""
-
-    dense: tuple[Perplexity, ...]
-    rows: tuple[SweepRow, ...]
-    calibration: dict[str, Any]
-    source: dict[str, Any]
-    environment: dict[str, Any]
-    output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "output"}
 
 
 @dataclass

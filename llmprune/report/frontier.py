@@ -2,8 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any
+
+from llmprune.types import Perplexity
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One pruning: what was asked, the share of exact zeros that came out, and the perplexity on each evaluation set."""
+
+    method: str
+    pattern: str
+    asked: float
+    sparsity: float
+    perplexity: tuple[Perplexity, ...]
+    seconds: float = field(compare=False)  # of the pruning, without what is shared
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All rows, with the dense perplexities. ``output`` holds them as sweep.json, sweep.md and sweep.svg."""
+
+    dense: tuple[Perplexity, ...]
+    rows: tuple[SweepRow, ...]
+    calibration: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, Any]
+    output: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "output"}
 
 
 def markdown(report: dict[str, Any]) -> str:

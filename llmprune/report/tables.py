@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 
+from llmprune.evaluation.sparse24 import Kernel
+from llmprune.evaluation.speed import Spread
+from llmprune.report.frontier import SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
+from llmprune.report.speed import Bench
 from llmprune.types import BlockReport
-
-if TYPE_CHECKING:
-    from llmprune.sweep import SweepReport
 
 MOST_NOTES = 10
 
@@ -80,3 +81,65 @@ def print_inspection(found: list[Inspected], console: Console) -> None:
     weights = sum(i.rows * i.columns for i in found)
     zeros = sum(i.zeros for i in found)
     console.print(f"{len(found)} matrices, {zeros:,} of {weights:,} weights are zero ({zeros / max(1, weights):.4%})")
+
+
+def print_bench(found: Bench, console: Console) -> None:
+    """Figures side by side with their ratios to the first model's; then the 2:4 kernels and the notes."""
+    said, reference = found.setting, found.models[0]
+    how = f"{said['repeat']} rounds by turns; {said['device']} ({said['card']}), {said['threads']} threads" + (
+        ", compiled" if said["compile"] else ""
+    )
+    work = f"prompt {said['prompt_length']}, {said['new_tokens']} new tokens, batch {said['batch']}, greedy, key-value cache"
+    console.print(f"{work}; {how}, torch {said['torch']}, transformers {said['transformers']}", soft_wrap=True, markup=False)
+    table = Table("median (lowest..highest)")
+    for model in found.models:
+        table.add_column(f"{model.role}\n{model.name}\n{model.dtype}", justify="right")
+    for ratio in found.ratios:
+        table.add_column(f"{ratio.role} /\n{reference.role}", justify="right")
+    for label, field, written in ROWS:
+        values = [written(getattr(model, field)) for model in found.models]
+        table.add_row(label, *values, *(_ratio(getattr(ratio, field)) for ratio in found.ratios))
+    console.print(table)
+    if found.kernels:
+        console.print(_kernel_table(found.kernels))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _kernel_table(kernels: tuple[Kernel, ...]) -> Table:
+    """One row a shape and number of tokens: microseconds of one product, and dense over 2:4, below 1 where the kernel is slower."""
+    table = Table("2:4 matrices", "count", "tokens", "dense us", "2:4 us", "dense / 2:4")
+    for kernel in kernels:
+        sparse = _spread(kernel.sparse, 1e6) if kernel.sparse else f"stays dense: {kernel.refused}"
+        gain = "" if kernel.speed_up is None else f"{kernel.speed_up:.2f} x, {'faster' if kernel.speed_up > 1 else 'slower'}"
+        shape = f"{kernel.rows} x {kernel.columns}"
+        table.add_row(shape, str(kernel.matrices), str(kernel.tokens), _spread(kernel.dense, 1e6), sparse, gain)
+    return table
+
+
+def _spread(value: Spread, scale: float = 1.0) -> str:
+    low, mid, high = (f"{v * scale:,.{0 if v * scale >= 1000 else 1}f}" for v in (value.lowest, value.median, value.highest))
+    return f"{mid} ({low}..{high})"
+
+
+def _ratio(value: Spread | float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Spread):
+        return f"{value.median:.2f} x ({value.lowest:.2f}..{value.highest:.2f})"
+    return f"{value:.2f} x"
+
+
+def _size(value: int | None) -> str:
+    return "not measured" if value is None else f"{value / 1e6:,.1f} MB"
+
+
+ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
+    ("prefill, tokens/s", "prefill", _spread),
+    ("decode, tokens/s", "decode", _spread),
+    ("time to first token, ms", "first_token", lambda value: _spread(value, 1e3)),
+    ("peak memory", "peak_memory", _size),
+    ("key-value cache", "kv_cache", _size),
+    ("parameters", "parameters", lambda value: f"{value:,}"),
+    ("on disk", "disk", _size),
+)

@@ -22,7 +22,7 @@ FLOORS = [
     {"shares"},
     {"trials"},
     {"recipe", "report", "preflight"},
-    {"hub", "job"},
+    {"hub", "job", "benchmark"},
     {"sweep"},
     {"cli", "api", "__init__", "__main__"},
 ]
