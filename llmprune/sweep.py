@@ -43,7 +43,7 @@ def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, re
     job = prepare(asked[0].model_copy(update={"output": str(output)}), None, overwrite, restart, result="sweep.json")
     rows = []
     for recipe in asked:
-        plan = recipe.plan()
+        plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
         check_matrices(job.matrices, job.stream, plan.pattern)
         check_plan(plan, job.stream, job.matrices, job.stream.dtype)
         rows.append((recipe, plan))

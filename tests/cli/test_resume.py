@@ -61,6 +61,8 @@ MAX = {"method": None, "quality": "max", "polish_steps": 3}
         {"method": "sparsegpt"},
         {"method": None, "quality": "balanced"},
         MAX,
+        {"allocation": "auto"},
+        {"sparsity": None, "max_ppl_increase": 0.5},
         {"sparsity": None, "pattern": "2:4", "permute": True, "method": None, "sequence_length": 61},
     ],
 )
@@ -69,6 +71,10 @@ def test_resumed_equals_uninterrupted(here, named):
     stops = [("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)]
     if named is MAX:
         stops[-1:-1] = [("polish", 2), ("polish", 3)]
+    if "max_ppl_increase" in named:
+        stops[1:1] = [("budget", 1), ("budget", 3)]
+    if "allocation" in named:
+        stops[1:1] = [("trials", 2)]
     for step, block in stops:
         run_until(step, block, **named)
     report = llmprune.prune(**{**ASK, **named})

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import save_tiny, tiny_model, tiny_windows
 
 import llmprune
+from llmprune.data.windows import read_windows
 from llmprune.errors import RequestError
 
 IDS_NL = tiny_windows()
@@ -17,7 +19,7 @@ MANY = ["llama", "gpt2", "phi3", "gemma2", "falcon_new", "mixtral", "qwen3_moe",
 
 
 @pytest.mark.parametrize("family", MANY)
-@pytest.mark.parametrize("allocation", ["fisher", "global", "owl", "heavy_tail", "uniform"])
+@pytest.mark.parametrize("allocation", ["fisher", "global", "owl", "heavy_tail", "entropy", "sensitivity", "uniform"])
 def test_the_budget_is_met_to_one_weight(family: str, allocation: str) -> None:
     model = tiny_model(family)
     report = llmprune.prune(model, 0.6, calibration=IDS_NL, method="wanda", allocation=allocation)
@@ -76,7 +78,19 @@ def test_ratios_by_name() -> None:
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        ({"pattern": "2:4", "allocation": "owl"}, "allocation 'owl' with pattern 2:4"),
+        ({"pattern": "2:4", "allocation": "owl"}, "no sparsity"),
+        ({"pattern": "2:4", "sparsity": 0.5, "allocation": "owl"}, "pattern 2:4 mixed by allocation 'owl' at sparsity 0.5"),
+        ({"pattern": "2:4", "sparsity": 0.4}, "pattern 2:4 means sparsity 0.5, not 0.4"),
+        ({"pattern": "2:4", "sparsity": 0.4, "allocation": "explicit", "ratios": {"o_proj": 0.5}}, "allocation 'explicit' with pattern 2:4"),
+        ({"pattern": "2:4", "target_params": 9_000}, "target_params with pattern 2:4"),
+        ({"sparsity": 0.5, "target_params": 9_000}, "sparsity together with target_params"),
+        ({"target_params": 9_000, "max_ppl_increase": 0.05}, "target_params together with max_ppl_increase"),
+        ({"target_params": 900}, "target_params 900: the model has"),
+        ({"target_params": "9e3"}, "target_params '9e3': is no count"),
+        ({"max_ppl_increase": "5 percent"}, "max_ppl_increase '5 percent': is no number"),
+        ({"max_ppl_increase": 0}, "max_ppl_increase 0: is outside"),
+        ({"max_ppl_increase": 0.05, "allocation": "auto"}, "max_ppl_increase with allocation 'auto'"),
+        ({"sparsity": 0.5, "allocation": "auto", "only": "proj|lm_head"}, "trials of ratios with a pruned head"),
         ({"sparsity": 0.5, "allocation": "explicit"}, "ratios and allocation 'explicit' go together"),
         ({"sparsity": 0.5, "ratios": {"o_proj": 0.5}}, "ratios and allocation 'explicit' go together"),
         ({"sparsity": 0.5, "allocation": "explicit", "ratios": {"o_proj": 1.0}}, "ratios: 1 is outside"),
@@ -90,3 +104,85 @@ def test_refused(ask: dict[str, Any], says: str, tmp_path: Path) -> None:
         llmprune.prune(tmp_path / "model", calibration=IDS_NL, method="wanda", output=str(tmp_path / "out"), **ask)
     assert says in refused.value.message
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_trials_leave_no_trace_and_keep_the_best(family: str, tmp_path: Path) -> None:
+    """A run by ``auto`` is a run by the allocation that it says it has kept, live and from a folder."""
+    save_tiny(family, tmp_path / "model")
+    ids_NL = torch.cat([IDS_NL] * 2)
+    ask = {"sparsity": 0.6, "method": "sparsegpt", "calibration": ids_NL}
+    report = llmprune.prune(tmp_path / "model", allocation="auto", output=str(tmp_path / "auto"), **ask)
+    assert [entry["allocation"] for entry in report.tried] == ["uniform", "fisher", "sensitivity"]
+    (kept,) = [entry for entry in report.tried if entry["kept"]]
+    assert kept["divergence"] == min(entry["divergence"] for entry in report.tried)
+    live = llmprune.prune(tiny_model(family), allocation="auto", **ask)
+    assert [e["divergence"] for e in live.tried] == pytest.approx([e["divergence"] for e in report.tried], rel=1e-4)
+    held = max(1, len(ids_NL) // 8)
+    alone = llmprune.prune(tmp_path / "model", allocation=kept["allocation"], output=str(tmp_path / "alone"), **ask | {"calibration": ids_NL[:-held]})
+    assert alone.rows == report.rows
+    for file in (tmp_path / "alone").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "auto" / file.name).read_bytes()
+
+
+def test_divergence_of_a_trial_is_that_of_the_pruned_model(tmp_path: Path) -> None:
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    report = llmprune.prune(model, 0.6, method="wanda", calibration=IDS_NL, allocation="auto")
+    (kept,) = [entry for entry in report.tried if entry["kept"]]
+    held_NL = IDS_NL[-max(1, len(IDS_NL) // 8) :]
+    with torch.no_grad():
+        theirs, ours = (m(held_NL).logits.log_softmax(-1) for m in (dense, model))
+    assert kept["divergence"] == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_search_meets_the_budget_and_is_no_worse_than_its_start(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.trials.STEP", 0.1)
+    report = llmprune.prune(tiny_model(family), 0.6, method="sparsegpt", calibration=torch.cat([IDS_NL] * 2), allocation="search")
+    sizes = {row.matrix: row.rows * row.columns for row in report.rows}
+    assert abs(sum(row.asked * sizes[row.matrix] for row in report.rows) - 0.6 * sum(sizes.values())) < 1
+    (kept,) = [entry for entry in report.tried if entry["kept"]]
+    assert kept["divergence"] == min(entry["divergence"] for entry in report.tried)
+    assert len(report.tried) == 4
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "sensitivity", "owl"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_mixed_patterns(family: str, allocation: str) -> None:
+    model = tiny_model(family)
+    report = llmprune.prune(model, 0.35, "2:4", calibration=IDS_NL, method="sparsegpt", allocation=allocation)
+    asked = {row.asked for row in report.rows}
+    assert asked <= {0.0, 0.25, 0.5}
+    assert len(asked) > 1
+    assert all(row.zeros == round(row.asked * row.rows * row.columns) for row in report.rows)
+    total = sum(row.rows * row.columns for row in report.rows)
+    step = 0.25 * min(row.rows * row.columns for row in report.rows if row.asked < 0.5)
+    assert 0.35 * total - step <= report.zeros <= 0.35 * total + 0.5
+    (index,) = [i for i, row in enumerate(report.rows) if row.asked == 0.25][:1]
+    parameter = dict(model.named_parameters())[report.rows[index].matrix.partition("[")[0]]
+    weight_RC = parameter if parameter.dim() == 2 else parameter[0]
+    weight_RC = weight_RC.T if family == "gpt2" else weight_RC
+    assert bool(((weight_RC.reshape(len(weight_RC), -1, 4) == 0).sum(-1) >= 1).all())
+
+
+@pytest.mark.parametrize("ask", [{"target_params": 15_000}, {"target_params": "15k", "allocation": "uniform"}])
+def test_a_budget_of_parameters(ask: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    llmprune.prune(model, calibration=IDS_NL, method="wanda", **ask)
+    assert abs(sum(int((p != 0).sum()) for p in model.parameters()) - 15_000) <= len(list(model.parameters()))
+
+
+def test_a_budget_of_perplexity_ends_near_its_limit(tmp_path: Path) -> None:
+    """On text that the model knows: what the report says of the held-back windows is what the saved model does on them."""
+    ask: dict[str, Any] = {"method": "wanda", "samples": 24, "sequence_length": 64, "max_ppl_increase": "20%"}
+    report = llmprune.prune("llama", output=str(tmp_path / "out"), **ask)
+    chosen = next(step for step in report.frontier if step["sparsity"] == report.asked)
+    assert 0.17 <= chosen["increase"] <= 0.2
+    assert all(step["increase"] > 0.2 for step in report.frontier if step["sparsity"] > report.asked)
+    assert report.sparsity == pytest.approx(report.asked, abs=1e-3)
+    windows = read_windows("bundled-calibration", "calibration", llmprune.load(tmp_path / "out")[1], 64, None, 0)
+    held_NL = windows.held_back(32)[1].ids_NL
+    model = llmprune.load(tmp_path / "out", dtype=torch.float32)[0]
+    with torch.no_grad():
+        losses = [model(ids[None], labels=ids[None]).loss for ids in held_NL]
+    assert float(torch.stack(losses).mean().exp()) == pytest.approx(chosen["perplexity"], rel=1e-3)

@@ -1,0 +1,111 @@
+"""llmprune sweep: rows equal runs of their own, calibration is shared, a killed sweep goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.runner import Cli
+
+import llmprune
+from llmprune import sweep as sweeping
+from llmprune.recipe import recipes
+from llmprune.sweep import prepare_sweep, run_sweep
+
+METHODS = ["magnitude", "wanda", "sparsegpt", "balanced"]
+SPARSITIES = ["0.3", "0.4", "0.5", "0.6"]
+
+
+def asked(small: tuple[object, ...], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[object]:
+    base = {"model": "llama", "samples": 8, "sequence_length": 64, "eval": [str(small[-1])]}
+    return recipes(None, base, methods, sparsities, patterns)
+
+
+def test_rows_are_those_of_runs_of_their_own(cli: Cli, small: tuple[object, ...]) -> None:
+    words = ("--methods", "wanda,balanced", "--sparsities", "0.4,60%", "--patterns", "unstructured,2:4")
+    ran = cli("sweep", "--model", "llama", *words, "--output", "table", *small)
+    assert ran.code == 0, ran.err
+    assert "6 prunings" in ran.out
+    stored = json.loads(Path("table/sweep.json").read_text())
+    assert [(row["method"], row["pattern"]) for row in stored["rows"]] == [
+        (m, p) for m in ("wanda", "balanced") for p in ("unstructured", "unstructured", "2:4")
+    ]
+    for number, row in enumerate(stored["rows"]):
+        kind = {"method" if row["method"] == "wanda" else "quality": row["method"]}
+        share = {} if row["pattern"] == "2:4" else {"sparsity": row["asked"]}
+        ask = {"samples": 8, "sequence_length": 64, "eval": [str(small[-1])], "output": f"alone{number}"}
+        alone = llmprune.prune("llama", pattern=row["pattern"], **kind, **share, **ask)
+        assert row["perplexity"][0]["value"] == alone.perplexity[0].pruned.value
+        assert row["sparsity"] == alone.sparsity
+        assert stored["dense"][0]["value"] == alone.perplexity[0].dense.value
+    table = Path("table/sweep.md").read_text()
+    assert table.count("\n| balanced | ") == 3
+    assert Path("table/sweep.svg").read_text().count("<svg") == 1
+    assert "balanced 2:4" in Path("table/sweep.svg").read_text()
+
+
+def test_four_methods_by_four_sparsities_survive_a_kill(cli: Cli, small: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    gradients = sweeping.dense_gradients
+
+    def counted(*args: object) -> object:
+        passes.append("gradients")
+        return gradients(*args)
+
+    class Killed(Exception):
+        pass
+
+    def killed_after_five(step: str, done: int, total: int) -> None:
+        if (step, done) == ("sweep", 5):
+            raise Killed
+
+    monkeypatch.setattr(sweeping, "dense_gradients", counted)
+    rows = asked(small, METHODS, SPARSITIES, ["unstructured"])
+    whole = run_sweep(prepare_sweep(rows, Path("whole")))
+    assert passes == ["gradients"]
+    with pytest.raises(Killed):
+        run_sweep(prepare_sweep(rows, Path("table")), killed_after_five)
+    assert not Path("table").exists()
+    pruned = []
+    prune_row = sweeping.prune_row
+    monkeypatch.setattr(sweeping, "prune_row", lambda *args: pruned.append(args[1]) or prune_row(*args))
+    resumed = run_sweep(prepare_sweep(rows, Path("table")))
+    assert len(pruned) == 11
+    assert resumed.rows == whole.rows
+    assert len(resumed.rows) == 16
+    assert all(row.sparsity == pytest.approx(row.asked, abs=1e-4) for row in resumed.rows)
+    assert not Path("table.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--methods", "wnda", "--sparsities", "0.5"), "method 'wnda' is unknown"),
+        (("--methods", "wanda"), "a sweep of nothing"),
+        (("--methods", "", "--sparsities", "0.5"), "a sweep of nothing"),
+        (("--methods", "wanda", "--sparsities", "1.5"), "outside 0 <= sparsity < 1"),
+        (("--methods", "wanda", "--sparsities", "0.5", "--patterns", "unstructured,2:x"), "pattern '2:x' is unknown"),
+        (("--methods", "wanda", "--patterns", "3:7"), "matrices have a width that 7 does not divide"),
+        (("--methods", "wanda", "--sparsities", "0.5", "--samples", "1000"), "182 windows of 256, 1000 asked for"),
+    ],
+)
+def test_refused(cli: Cli, words: tuple[str, ...], says: str) -> None:
+    ran = cli("sweep", "--model", "llama", "--output", "table", *words)
+    assert ran.code == 2
+    assert says in ran.err
+    assert ran.err.count("error: ") == 1
+    assert list(Path().iterdir()) == []
+
+
+def test_an_output_is_replaced_only_if_asked_and_only_a_sweeps(cli: Cli, small: tuple[object, ...]) -> None:
+    words = ("sweep", "--model", "llama", "--methods", "magnitude", "--sparsities", "0.3", "--output", "table", *small)
+    assert cli(*words).code == 0
+    assert "exists already" in cli(*words).err
+    assert cli(*words, "--overwrite").code == 0
+    Path("strange").mkdir()
+    Path("strange/file").write_text("mine")
+    again = cli(*words[: -len(small) - 1], "strange", *small, "--overwrite")
+    assert again.code == 2
+    assert "holds no sweep.json" in again.err
+    assert Path("strange/file").read_text() == "mine"
