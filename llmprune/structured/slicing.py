@@ -1,0 +1,178 @@
+"""Zeros in the place of units (masking) and smaller tensors without them (slicing): both give the same outputs.
+
+``keeps``: space name -> sorted numbers of the units that stay; a space that it does not name stays whole. U = units, K = places of a unit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from llmprune.errors import RequestError
+from llmprune.model.matrices import block_matrices
+from llmprune.structured.spaces import Axis, Space, check_keep, tensors_of
+
+Keeps = Mapping[str, Tensor]
+Sizes = dict[str, int]
+
+
+@torch.no_grad()
+def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
+    """Zero in place everything that belongs to the dropped units.
+
+    Raises RequestError for experts: a router never passes an expert by because of zeros.
+    """
+    tensors = tensors_of(block)
+    for space in _cut(spaces, keeps):
+        if space.pattern == "experts":
+            raise RequestError(f"{space.name}: zeros do not take experts away from a router", "cut them out, or keep them")
+        dropped_N = _dropped(space, keeps[space.name])
+        for axis in _axes(block, space):
+            tensor = tensors[axis.parameter].data
+            tensor = tensor if axis.expert is None else tensor[axis.expert]
+            tensor.index_fill_(axis.dim, axis.index_UK[dropped_N].flatten().to(tensor.device), 0)
+
+
+@torch.no_grad()
+def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of the block, without the dropped units: contiguous clones by name.
+
+    Where an RMS norm runs over all units, its input is scaled to give the mean that the whole width gives with zeros for the dropped ones.
+    """
+    kept = _Kept.of(block, spaces, keeps)
+    sliced = {name: kept.select(name, tensor.detach()) for name, tensor in tensors_of(block).items()}
+    for space in _cut(spaces, keeps):
+        share = (len(keeps[space.name]) / space.units) ** 0.5
+        for norm, writer in space.norms:
+            bias = f"{writer.removesuffix('weight')}bias"
+            for name, scale in ((norm, 1 / share), (writer, share), (bias, share)):
+                if name in sliced:
+                    sliced[name].mul_(scale)
+    return sliced
+
+
+def sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
+    """The config fields that count units of the patterns that are cut, with their values after the cut.
+
+    Raises RequestError when two spaces disagree on one field, such as experts of different widths, or heads and KV groups at once.
+    """
+    gone, patterns = _gone_experts(spaces, keeps), {space.pattern for space in _cut(spaces, keeps)}
+    found: dict[str, tuple[int, str]] = {}
+    for space in spaces:
+        if space.pattern not in patterns or _expert(space) in gone:
+            continue
+        count = len(keeps[space.name]) if space.name in keeps else space.units
+        for field, per_unit in space.config:
+            value, other = found.setdefault(field, (count * per_unit, space.name))
+            if value != count * per_unit:
+                raise RequestError(f"{space.name}: {field} would be {count * per_unit}, but {value} for {other}", "keep equally many units in both")
+    return {field: value for field, (value, _) in found.items()}
+
+
+def all_sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
+    """``sizes``, and the fields of what stays whole."""
+    whole = {field: space.units * per_unit for space in spaces for field, per_unit in space.config}
+    return whole | sizes(spaces, keeps)
+
+
+def rebuild(block: nn.Module, config: PreTrainedConfig, index: int, spaces: Sequence[Space], keeps: Keeps) -> nn.Module:
+    """A smaller block of the same class that computes what the masked block computes; ``index`` is its place in the model that it goes into."""
+    own = sized(config, spaces, keeps)
+    with init_empty_weights(include_buffers=False):
+        smaller = type(block)(own, index)  # type: ignore[call-arg]
+    smaller.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
+    trained = {name: p.requires_grad for name, p in block.named_parameters()}
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return smaller.train(block.training)
+
+
+def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> PreTrainedConfig:
+    """A copy of a config with the sizes of one block."""
+    own = copy.copy(config)
+    for field, value in sizes(spaces, keeps).items():
+        setattr(own, field, value)
+    for space in _cut(spaces, keeps):
+        for field, fixed in space.fixed:
+            setattr(own, field, fixed)
+    return own
+
+
+def widened(space: Space, keep_K: Tensor, count: int) -> Tensor:
+    """``count`` units to write out: those that stay, and the first of the dropped ones to fill up with zeros; as many in each group."""
+    kept = torch.zeros(space.units, dtype=torch.bool)
+    kept[keep_K] = True
+    each = count // space.groups
+    order = torch.sort(~kept.view(space.groups, -1), dim=1, stable=True).indices[:, :each]
+    return (order + torch.arange(space.groups)[:, None] * (space.units // space.groups)).flatten().sort().values
+
+
+def _cut(spaces: Sequence[Space], keeps: Keeps) -> list[Space]:
+    cut = [space for space in spaces if space.name in keeps]
+    for space in cut:
+        check_keep(space, keeps[space.name])
+    return cut
+
+
+def _dropped(space: Space, keep_K: Tensor) -> Tensor:
+    dropped = torch.ones(space.units, dtype=torch.bool)
+    dropped[keep_K] = False
+    return dropped.nonzero().flatten()
+
+
+def _axes(block: nn.Module, space: Space) -> Iterator[Axis]:
+    """All axes of a space, the readers' columns as axes too."""
+    yield from space.axes
+    matrices = {m.name: m for m in block_matrices(block)} if space.readers else {}
+    for reader in space.readers:
+        matrix = matrices[reader.matrix]
+        yield Axis(matrix.parameter, 0 if matrix.transposed else 1, reader.columns_UK, matrix.expert)
+
+
+def _expert(space: Space) -> int | None:
+    return space.axes[0].expert if space.axes else None
+
+
+def _gone_experts(spaces: Sequence[Space], keeps: Keeps) -> set[int]:
+    return {int(e) for space in spaces if space.pattern == "experts" and space.name in keeps for e in _dropped(space, keeps[space.name])}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Which places stay along every dimension that is cut: (parameter, expert, dimension) -> mask."""
+
+    places: dict[tuple[str, int | None, int], Tensor]
+
+    @staticmethod
+    def of(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> _Kept:
+        tensors, masks = tensors_of(block), {}
+        gone = _gone_experts(spaces, keeps)
+        for space in _cut(spaces, keeps):
+            if _expert(space) in gone:
+                continue
+            dropped_N = _dropped(space, keeps[space.name])
+            for axis in _axes(block, space):
+                size = tensors[axis.parameter].shape[axis.dim + (axis.expert is not None)]
+                mask = masks.setdefault((axis.parameter, axis.expert, axis.dim), torch.ones(size, dtype=torch.bool))
+                mask[axis.index_UK[dropped_N].flatten()] = False
+        return _Kept(masks)
+
+    def select(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of one tensor, in memory of its own."""
+        if any(parameter == name and expert is not None for parameter, expert, _ in self.places):
+            experts = self.places.get((name, None, 0), torch.ones(len(tensor), dtype=torch.bool)).nonzero().flatten().tolist()
+            return torch.stack([self._along(name, e, tensor[e]) for e in experts])
+        return self._along(name, None, tensor).clone(memory_format=torch.contiguous_format)
+
+    def _along(self, name: str, expert: int | None, tensor: Tensor) -> Tensor:
+        for dim in range(tensor.dim()):
+            mask = self.places.get((name, expert, dim))
+            if mask is not None:
+                tensor = tensor.index_select(dim, mask.nonzero().flatten().to(tensor.device))
+        return tensor
