@@ -1,0 +1,88 @@
+"""A live model made smaller: a new model of the sizes that are left, with the old one's tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.model.blocks import find_blocks
+from llmprune.model.skeleton import build_skeleton
+from llmprune.structured.export import Export, export
+from llmprune.structured.slicing import Keeps, rebuild, slice_parameters
+from llmprune.structured.spaces import Space, all_spaces
+
+
+def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
+    """A working model without the dropped units and layers; ``model`` stays as it is.
+
+    keeps: for each block, space name -> sorted numbers of the units that stay. Tensors outside the blocks are shared with ``model``.
+    With one size for all layers it saves and loads like any model; with several, use ``save_sliced``.
+    Raises RequestError for sizes that cannot be saved, and for an architecture without a table.
+    """
+    smaller, _ = sliced_with_export(model, keeps, kept_layers)
+    return smaller
+
+
+def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> Export:
+    """Save a smaller model with everything needed to load it; what stands in its config."""
+    smaller, exported = sliced_with_export(model, keeps, kept_layers)
+    smaller.save_pretrained(folder)
+    for name, text in exported.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return exported
+
+
+def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, Export]:
+    path = find_blocks(model)
+    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
+    spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks)]
+    exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
+    smaller = _like(model, exported)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{path}.")}
+    own: nn.ModuleList = smaller.get_submodule(path)  # type: ignore[assignment]
+    for new, old in enumerate(kept):
+        if exported.per_layer and keeps[old]:
+            own[new] = rebuild(blocks[old], smaller.config, new, spaces[old], keeps[old])
+        state |= {f"{path}.{new}.{name}": tensor for name, tensor in slice_parameters(blocks[old], spaces[old], keeps[old]).items()}
+    _fill(smaller, state)
+    _take_over(model, smaller, path, kept)
+    if exported.per_layer:
+        smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
+        smaller.config.per_layer_config = exported.per_layer
+        smaller.config.allow_global_per_layer_attribute_access = True
+    return smaller, exported
+
+
+def _like(model: PreTrainedModel, exported: Export) -> PreTrainedModel:
+    """A model of the exported config, without weights, that computes in the same way."""
+    uniform = {name: value for name, value in exported.config.items() if name not in ("auto_map", "per_layer_config")}
+    smaller = build_skeleton(uniform, model.dtype)
+    smaller.set_attn_implementation(model.config._attn_implementation)
+    smaller.set_experts_implementation(model.config._experts_implementation)
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    return smaller
+
+
+def _fill(smaller: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    smaller.load_state_dict(state, assign=True)
+    smaller.tie_weights()
+
+
+def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
+    """Device, mode, and which parameters are trained."""
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in smaller.named_parameters():
+        old = name
+        if name.startswith(f"{path}."):
+            number, _, rest = name.removeprefix(f"{path}.").partition(".")
+            old = f"{path}.{kept[int(number)]}.{rest}"
+        parameter.requires_grad_(trained[old])
+    smaller.to(model.device).train(model.training)
+
+
+__all__ = ["Space", "save_sliced", "slice_model", "sliced_with_export"]
