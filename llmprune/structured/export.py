@@ -18,12 +18,17 @@ from llmprune.structured.layers import fewer_layers
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space
 
+# transformers renames the tensors of some models by the name of their class, which is another here
+RENAMING = '''from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
+'''
 MODULE = "modeling_pruned"
 NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
 CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
 
 from {module} import {layer}, {model}
-
+{renaming}
 
 class Pruned{model}({model}):
     def __init__(self, config):
@@ -127,21 +132,22 @@ def _own(config: PreTrainedConfig, saved: dict[str, Any], sizes: Sizes) -> Sizes
 
 def _uniform(saved: dict[str, Any], config: PreTrainedConfig) -> Export:
     family = family_of(config)
-    heads = saved.get(HEADS, config.num_attention_heads if family and family.divides else 1)
-    if family is None or not family.divides or config.hidden_size % heads == 0:
+    if family is None or not family.divides:
         return Export(saved)
+    heads, width = (saved.get(name, getattr(config, name)) for name in (HEADS, "hidden_size"))
+    if width % heads == 0:
+        return Export(saved)
+    why = f"{heads} heads do not divide a hidden size of {width}, which a {config.model_type} config insists on"
     if family.substitute is None:
-        legal = [n for n in range(1, heads + 1) if config.hidden_size % n == 0]
-        raise RequestError(f"{config.model_type}: {heads} heads do not divide a hidden size of {config.hidden_size}", f"legal: {legal}")
-    return _substituted(saved, config, family.substitute, heads)
+        raise RequestError(f"{config.model_type}: {why}", "keep another number")
+    return _substituted(saved, config, family.substitute, why)
 
 
-def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, heads: int) -> Export:
+def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why: str) -> Export:
     """The other kind has defaults of its own, so every field is written out."""
     full = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     named = {name: value for name, value in (full | saved).items() if name not in NOT_SHARED}
     named |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "sliding_window": None, "rope_parameters": full["rope_parameters"]}
-    why = f"{heads} heads do not divide its hidden size of {config.hidden_size}, which a {config.model_type} config insists on"
     return Export(named, notes=(f"saved as {kind}, which has the same tensors and the same forward: {why}",))
 
 
@@ -149,7 +155,9 @@ def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, differ
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     layer, name = type(blocks[0]), type(model).__name__
     count = 1 + len({tuple(sorted(sizes.items())) for sizes in different.values()})
-    code = CODE.format(layer=layer.__name__, model=name, module=type(model).__module__, path=path, sizes=count)
+    family = family_of(model.config)
+    renaming = RENAMING.format(model=name) if family and family.named_by_class else ""
+    code = CODE.format(renaming=renaming, layer=layer.__name__, model=name, module=type(model).__module__, path=path, sizes=count)
     saved |= {
         "architectures": [f"Pruned{name}"],
         "auto_map": {"AutoModelForCausalLM": f"{MODULE}.Pruned{name}"},

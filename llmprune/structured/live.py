@@ -6,14 +6,16 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.errors import RequestError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
 from llmprune.structured.export import Export, export
 from llmprune.structured.slicing import Keeps, rebuild, slice_parameters
-from llmprune.structured.spaces import Space, all_spaces
+from llmprune.structured.spaces import all_spaces, outer_space
 
 
 def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
@@ -43,7 +45,7 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks)]
     exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
     smaller = _like(model, exported)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{path}.")}
+    state = _outside(model, path, keeps)
     own: nn.ModuleList = smaller.get_submodule(path)  # type: ignore[assignment]
     for new, old in enumerate(kept):
         if exported.per_layer and keeps[old]:
@@ -56,6 +58,20 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
         smaller.config.per_layer_config = exported.per_layer
         smaller.config.allow_global_per_layer_attribute_access = True
     return smaller, exported
+
+
+def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[str, Tensor]:
+    """The tensors outside the blocks, with the residual channels that every block keeps."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{path}.")}
+    hidden = [cut["hidden"] for cut in keeps if "hidden" in cut]
+    if not hidden:
+        return state
+    if len(hidden) < len(keeps) or any(not torch.equal(keep, hidden[0]) for keep in hidden):
+        raise RequestError("hidden: not the same residual channels in every block", "give every block the same")
+    space = outer_space(model)
+    cut = slice_parameters(model, [space], {"hidden": hidden[0]}, [axis.parameter for axis in space.axes])
+    tied = {target: cut[source] for target, source in model.all_tied_weights_keys.items() if source in cut}
+    return state | cut | tied
 
 
 def _like(model: PreTrainedModel, exported: Export) -> PreTrainedModel:
@@ -83,6 +99,3 @@ def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept
             old = f"{path}.{kept[int(number)]}.{rest}"
         parameter.requires_grad_(trained[old])
     smaller.to(model.device).train(model.training)
-
-
-__all__ = ["Space", "save_sliced", "slice_model", "sliced_with_export"]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,20 +40,20 @@ def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
 
 
 @torch.no_grad()
-def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of the block, without the dropped units: contiguous clones by name.
+def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps, only: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of the block, without the dropped units: contiguous clones by name; ``only``: just these.
 
-    Where an RMS norm runs over all units, its input is scaled to give the mean that the whole width gives with zeros for the dropped ones.
+    Where an RMS norm runs over all units, it and its input are rescaled so that the kept units come out as they do beside zeros.
     """
     kept = _Kept.of(block, spaces, keeps)
-    sliced = {name: kept.select(name, tensor.detach()) for name, tensor in tensors_of(block).items()}
+    wanted = None if only is None else set(only)
+    tensors = {name: t.detach() for name, t in tensors_of(block).items() if wanted is None or name in wanted}
+    sliced = {name: kept.select(name, tensor) for name, tensor in tensors.items()}
     for space in _cut(spaces, keeps):
-        share = (len(keeps[space.name]) / space.units) ** 0.5
-        for norm, writer in space.norms:
-            bias = f"{writer.removesuffix('weight')}bias"
-            for name, scale in ((norm, 1 / share), (writer, share), (bias, share)):
-                if name in sliced:
-                    sliced[name].mul_(scale)
+        root = (len(keeps[space.name]) / space.units) ** 0.5
+        for scale in space.scales:
+            if root != 1 and scale.path in sliced:
+                sliced[scale.path].add_(scale.offset).mul_(root**scale.power).sub_(scale.offset)
     return sliced
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.model.families import TABLES, family_of
-from llmprune.model.families.table import HEADS, Cut, Family, Part
+from llmprune.model.families.table import HEADS, Cut, Family, Part, Residual, Scale
 from llmprune.model.matrices import Matrix, block_matrices
 
 PATTERNS = ("channels", "heads", "kv-groups", "experts", "kernel", "layers", "hidden")
+ROUNDED = ("channels", "kernel", "hidden")
 WITHOUT = {
     "channels": "it has no FFN channels that its config can count",
     "heads": "it has no attention heads",
@@ -60,7 +61,7 @@ class Space:
     config: tuple[tuple[str, int], ...] = ()  # (config field, its value per kept unit)
     least: int = 1  # units that must stay
     fixed: tuple[tuple[str, Any], ...] = ()  # config fields to write out, because their default would follow the cut
-    norms: tuple[tuple[str, str], ...] = ()  # (weight of an RMS norm over all units, weight of the matrix that writes its input)
+    scales: tuple[Scale, ...] = ()  # parameters that a cut rescales, by the root of the share of the units that stays
 
 
 def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
@@ -73,8 +74,7 @@ def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
     reason = family.refused.get(pattern)
     if reason is None and pattern in WITHOUT and all(cut.pattern != pattern for cut in family.cuts):
         reason = WITHOUT[pattern]
-    if reason is None and pattern == "hidden":
-        reason = "the residual width cannot be cut yet; channels, heads or layers work"
+    assert reason or pattern != "hidden" or family.residual
     return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}"
 
 
@@ -92,6 +92,34 @@ def spaces_of(config: PreTrainedConfig, index: int, block: nn.Module, pattern: s
 def all_spaces(config: PreTrainedConfig, index: int, block: nn.Module) -> list[Space]:
     """The spaces of one block under every pattern that its family knows."""
     return _resolved(_family(config), block, PATTERNS)
+
+
+def outer_space(model: PreTrainedModel) -> Space:
+    """The residual channels outside the blocks: embeddings, last norm, head; parameters by their paths in the model.
+
+    Raises RequestError where the width cannot be cut.
+    """
+    reason = refusal(model.config, "hidden")
+    stream = _family(model.config).residual
+    if reason is not None or stream is None:
+        raise RequestError(reason or "", "cut another pattern")
+    names = {id(module): name for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embeddings.weight or f"{names[id(head)]}.weight" in model.all_tied_weights_keys
+    each_UK = places(embeddings.weight.shape[1], (1,))
+    paths = [f"{names[id(embeddings)]}.weight"] + ([] if tied else [f"{names[id(head)]}.weight"])
+    scaled = 0 if stream.scaled_embeddings else 1
+    return Space(
+        "hidden",
+        "hidden",
+        len(each_UK),
+        (*(Axis(path, 1, each_UK) for path in paths), Axis(stream.last_norm, 0, each_UK)),
+        (),
+        config=(("hidden_size", 1),),
+        fixed=stream.fixed,
+        # a head that shares the embeddings' weight shares their scale too
+        scales=(Scale(paths[0], scaled), Scale(stream.last_norm, -1 - tied * scaled, float(stream.plus_one))),
+    )
 
 
 def places(units: int, widths: tuple[int, ...]) -> Tensor:
@@ -120,7 +148,8 @@ def _resolved(family: Family, block: nn.Module, patterns: tuple[str, ...]) -> li
     for matrix in block_matrices(block):
         matrices.setdefault(matrix.parameter, []).append(matrix)
     layout = _Layout(tensors_of(block), matrices)
-    return [space for cut in family.cuts if cut.pattern in patterns for space in layout.spaces(cut)]
+    found = [space for cut in family.cuts if cut.pattern in patterns for space in layout.spaces(cut)]
+    return [*found, layout.stream(family.residual)] if family.residual and "hidden" in patterns else found
 
 
 @dataclass(frozen=True)
@@ -147,8 +176,29 @@ class _Layout:
                 cut.config,
                 cut.least,
                 cut.fixed,
-                tuple((norm, self.weight(writer)) for norm, writer in cut.norms),
+                tuple(scale for written in cut.scales for scale in self.scales(written)),
             )
+
+    def stream(self, residual: Residual) -> Space:
+        """The residual channels of one block. They must be the same ones in every block, and outside (``outer_space``)."""
+        norms = [n for path in (*residual.norms, *residual.inner_norms) for n in self.names(path)]
+        rows = [n for path in residual.writes for n in self.names(path)]
+        columns = [self.weight(path) for path in residual.reads if self.names(path)]
+        width = len(self.tensors[norms[0]])
+        each_UK = places(width, (1,))
+        stacked = {name: int(ms[0].expert is not None) for name, ms in self.matrices.items()}
+        axes = [Axis(name, 0, each_UK) for name in norms]
+        axes += [Axis(name, stacked.get(name, self.tensors[name].dim() - 1) + self.rows_dim(name), each_UK) for name in rows]
+        axes += [Axis(name, stacked[name] + 1 - self.rows_dim(name), each_UK) for name in columns]
+        offset = float(residual.plus_one)
+        scales = [Scale(name, 1) for name in rows] + [Scale(n, -1, offset) for path in residual.norms for n in self.names(path)]
+        scales += [Scale(name, -1) for name in columns if residual.bare]
+        return Space("hidden", "hidden", width, tuple(axes), (), config=(("hidden_size", 1),), fixed=residual.fixed, scales=tuple(scales))
+
+    def scales(self, scale: Scale) -> Iterator[Scale]:
+        """For everything that its path names."""
+        for name in self.names(scale.path):
+            yield Scale(name, scale.power, scale.offset)
 
     def axes(self, cut: Cut, units: int, expert: int | None) -> Iterator[Axis]:
         for part in cut.writes:
@@ -201,16 +251,18 @@ def check_keep(space: Space, keep_K: Tensor) -> None:
 
 
 def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, native: bool = True) -> list[int]:
-    """The numbers of units that may stay. ``round_to`` holds for channels; the whole number always counts as round.
+    """The numbers of units that may stay. ``round_to`` holds for single channels; the whole number always counts as round.
 
     native: the count is to stand in the model's own config (one count for all layers), not in a config of each layer.
     """
-    step = math.lcm(space.groups, round_to if space.pattern in ("channels", "kernel") else 1)
+    step = math.lcm(space.groups, round_to if space.pattern in ROUNDED else 1)
     counts = {n for n in range(step, space.units, step) if n >= space.least} | {space.units}
-    per_unit = dict(space.config).get(HEADS)
-    family = _family(config)
-    if native and per_unit and family.divides and family.substitute is None:
-        counts = {n for n in counts if config.hidden_size % (n * per_unit) == 0}
+    sizes, family = dict(space.config), _family(config)
+    if native and family.divides and family.substitute is None:
+        if HEADS in sizes:
+            counts = {n for n in counts if config.hidden_size % (n * sizes[HEADS]) == 0}
+        if space.pattern == "hidden":
+            counts = {n for n in counts if n % getattr(config, HEADS) == 0}
     return sorted(counts)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from llmprune.model.families.table import Family, Table, feed_forward
+from llmprune.model.families.table import CENTRED, Family, Table, feed_forward
 
 NO_HEAD_SIZE = "its head size is always hidden size / heads, so a config cannot say fewer heads; channels or layers work"
-TIED_HEADS = {"heads": NO_HEAD_SIZE, "kv-groups": NO_HEAD_SIZE}
+DEPTH = "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx); channels works"
+TIED_HEADS = {"heads": NO_HEAD_SIZE, "kv-groups": NO_HEAD_SIZE, "hidden": CENTRED}
 
 
 def opt(config: PreTrainedConfig) -> Family:
@@ -15,11 +16,12 @@ def opt(config: PreTrainedConfig) -> Family:
 
 
 def gpt2(config: PreTrainedConfig) -> Family:
-    return Family((feed_forward("mlp.c_proj", "mlp.c_fc", size="n_inner"),), TIED_HEADS)
+    depth = {"layers": DEPTH} if config.scale_attn_by_inverse_layer_idx else {}
+    return Family((feed_forward("mlp.c_proj", "mlp.c_fc", size="n_inner"),), TIED_HEADS | depth)
 
 
 def gpt_neox(config: PreTrainedConfig) -> Family:
-    return Family((feed_forward("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),), TIED_HEADS)
+    return Family((feed_forward("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),), TIED_HEADS, named_by_class=True)
 
 
 def falcon(config: PreTrainedConfig) -> Family:

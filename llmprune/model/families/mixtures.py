@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from llmprune.model.families.gated import MLP
-from llmprune.model.families.table import HEADS, KV_HEADS, Cut, Family, Part, Table, attention, feed_forward, routed
+from llmprune.model.families.gated import MLP, NORMS, READS, WRITES
+from llmprune.model.families.table import HEADS, KV_HEADS, Cut, Family, Part, Residual, Table, attention, feed_forward, residual, routed
 
-WIDE_NORMS = "its query norm is always as wide as the hidden size, so the head count cannot change; channels or experts work"
+WIDE_NORMS = "its query norm runs over all heads and is always as wide as the hidden size; channels, experts or layers work"
 ONE_KEY_A_HEAD = "every head has a key and a value of its own (MLA); heads works"
+
+# beside what dense blocks have
+EXPERT_READS = (*READS, "mlp.gate", "mlp.experts.gate_up_proj")
+EXPERT_WRITES = (*WRITES, "mlp.experts.down_proj")
 
 
 def expert_channels(size: str, copies: int = 2) -> Cut:
@@ -18,24 +22,26 @@ def expert_channels(size: str, copies: int = 2) -> Cut:
 
 def mixtral(config: PreTrainedConfig) -> Family:
     experts = routed("mlp.gate", "mlp.experts", "num_local_experts", config.num_local_experts, config.num_experts_per_tok)
-    return Family((expert_channels("intermediate_size"), *attention(config), experts))
+    return Family((expert_channels("intermediate_size"), *attention(config), experts), residual=residual(config, EXPERT_READS, EXPERT_WRITES, NORMS))
 
 
 def qwen3_moe(config: PreTrainedConfig) -> Family:
     experts = routed("mlp.gate", "mlp.experts", "num_experts", config.num_experts, config.num_experts_per_tok)
-    return Family((MLP, expert_channels("moe_intermediate_size"), *attention(config), experts))
+    stream = residual(config, EXPERT_READS, EXPERT_WRITES, NORMS)
+    return Family((MLP, expert_channels("moe_intermediate_size"), *attention(config), experts), residual=stream)
 
 
 def olmoe(config: PreTrainedConfig) -> Family:
     experts = routed("mlp.gate", "mlp.experts", "num_experts", config.num_experts, config.num_experts_per_tok)
-    return Family((expert_channels("intermediate_size"), experts), {"heads": WIDE_NORMS, "kv-groups": WIDE_NORMS})
+    return Family((expert_channels("intermediate_size"), experts), {"heads": WIDE_NORMS, "kv-groups": WIDE_NORMS, "hidden": WIDE_NORMS})
 
 
 def gpt_oss(config: PreTrainedConfig) -> Family:
     """Every query head has an attention sink; gate and up of a channel are neighbours."""
     experts = routed("mlp.router", "mlp.experts", "num_local_experts", config.num_local_experts, config.num_experts_per_tok)
     heads = attention(config, ("self_attn.q_proj", "self_attn.sinks"))
-    return Family((expert_channels("intermediate_size", copies=1), *heads, experts))
+    stream = residual(config, (*READS, "mlp.router", "mlp.experts.gate_up_proj"), EXPERT_WRITES, NORMS)
+    return Family((expert_channels("intermediate_size", copies=1), *heads, experts), residual=stream)
 
 
 def deepseek_v3(config: PreTrainedConfig) -> Family:
@@ -68,7 +74,14 @@ def deepseek_v3(config: PreTrainedConfig) -> Family:
         units=config.moe_intermediate_size,
         config=(("moe_intermediate_size", 1),),
     )
-    return Family((MLP, expert_channels("moe_intermediate_size"), shared, heads, experts), {"kv-groups": ONE_KEY_A_HEAD})
+    first = "self_attn.q_a_proj" if config.q_lora_rank is not None else "self_attn.q_proj"
+    gated = ("mlp.gate_proj", "mlp.up_proj", "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
+    stream = Residual(
+        (first, "self_attn.kv_a_proj_with_mqa", *gated, "mlp.gate", "mlp.experts.gate_up_proj"),
+        (*EXPERT_WRITES, "mlp.shared_experts.down_proj"),
+        NORMS,
+    )
+    return Family((MLP, expert_channels("moe_intermediate_size"), shared, heads, experts), {"kv-groups": ONE_KEY_A_HEAD}, stream)
 
 
 TABLES: dict[str, Table] = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "olmoe": olmoe, "gpt_oss": gpt_oss, "deepseek_v3": deepseek_v3}

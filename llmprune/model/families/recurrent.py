@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from llmprune.model.families.mixtures import expert_channels
-from llmprune.model.families.table import Cut, Family, Part, Table, attention, feed_forward, routed
+from llmprune.model.families.mixtures import EXPERT_READS, EXPERT_WRITES, NORMS, expert_channels
+from llmprune.model.families.table import Cut, Family, Part, Residual, Table, attention, feed_forward, residual, routed
 
 NO_ATTENTION = "it has no attention; kernel works"
 
@@ -21,13 +21,15 @@ def mamba(config: PreTrainedConfig) -> Family:
         config=(("intermediate_size", 1),),
     )
     channels = "it has no FFN; kernel cuts the mixer's inner channels"
-    return Family((inner,), {"heads": NO_ATTENTION, "kv-groups": NO_ATTENTION, "channels": channels})
+    fixed = (("intermediate_size", config.intermediate_size), ("time_step_rank", int(config.time_step_rank)))
+    stream = Residual(("mixer.in_proj",), ("mixer.out_proj",), ("norm",), last_norm="backbone.norm_f.weight", fixed=fixed)
+    return Family((inner,), {"heads": NO_ATTENTION, "kv-groups": NO_ATTENTION, "channels": channels}, stream)
 
 
 def lfm2(config: PreTrainedConfig) -> Family:
     mlp = feed_forward("feed_forward.w2", "feed_forward.w1", "feed_forward.w3", name="feed_forward", fixed=(("block_auto_adjust_ff_dim", False),))
-    kernel = "its convolutions always have as many channels as the hidden size; channels, heads or layers work"
-    return Family((mlp, *attention(config, reader="self_attn.out_proj")), {"kernel": kernel})
+    as_wide = "its convolutions always have as many channels as the hidden size; channels, heads or layers work"
+    return Family((mlp, *attention(config, reader="self_attn.out_proj")), {"kernel": as_wide, "hidden": as_wide})
 
 
 def qwen3_next(config: PreTrainedConfig) -> Family:
@@ -59,7 +61,15 @@ def qwen3_next(config: PreTrainedConfig) -> Family:
     )
     dense = feed_forward("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
     experts = routed("mlp.gate", "mlp.experts", "num_experts", config.num_experts, config.num_experts_per_tok)
-    return Family((dense, expert_channels("moe_intermediate_size"), shared, *attention(config), delta, experts))
+    own = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+    stream = residual(
+        config,
+        (*EXPERT_READS, *own),
+        (*EXPERT_WRITES, "linear_attn.out_proj", "mlp.shared_expert.down_proj"),
+        NORMS,
+        plus_one=True,
+    )
+    return Family((dense, expert_channels("moe_intermediate_size"), shared, *attention(config), delta, experts), residual=stream)
 
 
 TABLES: dict[str, Table] = {"mamba": mamba, "lfm2": lfm2, "qwen3_next": qwen3_next}

@@ -29,6 +29,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A parameter, or everything inside a module, that is multiplied by ``share ** power`` when a share of the units stays.
+
+    An RMS norm divides by the root of a mean over all its places. Zeros in the dropped ones keep that mean small; without them it grows, unless
+    the input is scaled by the root of the share that stays. So share here is that root, and all of it cancels out, epsilon included.
+    """
+
+    path: str
+    power: int
+    offset: float = 0.0  # the parameter counts from here: 1 for norms that multiply by 1 + weight
+
+
+@dataclass(frozen=True)
 class Cut:
     """One way of making a block smaller. It applies to the blocks that have its ``reader`` (or the first of ``writes``)."""
 
@@ -40,20 +53,24 @@ class Cut:
     units: int = 0  # 0: as many as the reader has columns
     config: tuple[tuple[str, int], ...] = ()  # (field, its value per unit that stays)
     fixed: tuple[tuple[str, Any], ...] = ()  # fields whose default would follow the cut, and must not
-    norms: tuple[tuple[str, str], ...] = ()  # (weight of an RMS norm over all units, module that writes its input)
+    scales: tuple[Scale, ...] = ()
     groups: int = 1
     least: int = 1
 
 
 @dataclass(frozen=True)
 class Residual:
-    """What touches the residual stream inside a block: columns of ``reads``, rows of ``writes``, RMS norms before and after a sublayer."""
+    """What touches the residual stream: modules inside a block (those that it has), and the last norm, by its path in the model."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    norms: tuple[str, ...]
+    norms: tuple[str, ...]  # RMS norms of the stream itself
+    inner_norms: tuple[str, ...] = ()  # RMS norms of what is added to it
+    last_norm: str = "model.norm.weight"
+    bare: bool = False  # ``reads`` take the stream without a norm before them
     plus_one: bool = False  # norms multiply by 1 + weight
     scaled_embeddings: bool = False  # embeddings are multiplied by the root of the width
+    fixed: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,10 @@ class Family:
 
     cuts: tuple[Cut, ...]
     refused: dict[str, str] = field(default_factory=dict)
+    residual: Residual | None = None  # None: ``refused`` says why the width stays
     divides: bool = False  # the config insists that the head count divides the hidden size
     substitute: str | None = None  # a model_type with the same tensors and forward whose config insists on less
+    named_by_class: bool = False  # transformers renames its tensors by the name of the model's class, not by its model_type
 
 
 Table = Callable[[PreTrainedConfig], Family]
@@ -79,8 +98,8 @@ def attention(
     queries: tuple[str | Part, ...] = ("self_attn.q_proj",),
     keys: tuple[str | Part, ...] = ("self_attn.k_proj", "self_attn.v_proj"),
     reader: str = "self_attn.o_proj",
-    query_norms: tuple[tuple[str, str], ...] = (),
-    key_norms: tuple[tuple[str, str], ...] = (),
+    query_scales: tuple[Scale, ...] = (),
+    key_scales: tuple[Scale, ...] = (),
     whole: tuple[Part, ...] | None = None,
 ) -> tuple[Cut, ...]:
     """Heads and KV groups of grouped-query attention whose config can carry a head size. ``queries`` and ``keys``: what has rows or places
@@ -98,7 +117,7 @@ def attention(
         units=groups,
         config=((KV_HEADS, 1), (HEADS, per_group)),
         fixed=(("head_dim", size),),
-        norms=query_norms + key_norms,
+        scales=query_scales + key_scales,
     )
     if per_group == 1:
         return replace(group, pattern="heads", name="self_attn.heads"), group
@@ -110,7 +129,7 @@ def attention(
         units=heads,
         config=((HEADS, 1),),
         fixed=(("head_dim", size),),
-        norms=query_norms,
+        scales=query_scales,
         groups=groups,
         least=groups,
     )
@@ -122,6 +141,11 @@ def routed(router: str, stacks: str, size: str, count: int, per_token: int, **mo
     return Cut("experts", stacks, (Part(stacks), Part(router)), units=count, config=((size, 1),), **({"least": per_token} | more))
 
 
+def residual(config: PreTrainedConfig, reads: tuple[str, ...], writes: tuple[str, ...], norms: tuple[str, ...], **more: Any) -> Residual:
+    """The residual stream of a family whose config can carry a head size."""
+    return Residual(reads, writes, norms, fixed=(("head_dim", head_size(config)),), **more)
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """Width of a head: the config's own, else an equal share of the hidden size."""
     return getattr(config, "head_dim", None) or config.hidden_size // getattr(config, HEADS)
@@ -129,3 +153,6 @@ def head_size(config: PreTrainedConfig) -> int:
 
 def _parts(items: tuple[str | Part, ...]) -> tuple[Part, ...]:
     return tuple(Part(item) if isinstance(item, str) else item for item in items)
+
+
+CENTRED = "its layer norms subtract the mean over the whole width, which no smaller width has; channels or layers work"
