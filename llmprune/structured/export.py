@@ -16,13 +16,13 @@ from llmprune.model.families import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.structured.layers import fewer_layers
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
-from llmprune.structured.spaces import Space
+from llmprune.structured.spaces import Space, required
 
 # transformers renames the tensors of some models by the name of their class, which is another here
-RENAMING = '''from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+RENAMING = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
-'''
+"""
 MODULE = "modeling_pruned"
 NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
 CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
@@ -58,7 +58,12 @@ class Export:
 
 
 def export(
-    source: dict[str, Any], model: PreTrainedModel, path: str, spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps], kept: Sequence[int] | None = None
+    source: dict[str, Any],
+    model: PreTrainedModel,
+    path: str,
+    spaces: Sequence[Sequence[Space]],
+    keeps: Sequence[Keeps],
+    kept: Sequence[int] | None = None,
 ) -> Export:
     """What to save for a model whose blocks lose units, or go.
 
@@ -66,6 +71,8 @@ def export(
     the blocks that stay. Raises RequestError for sizes or layers that no config can say.
     """
     config = model.config
+    if kept is not None and len(kept) < len(spaces):
+        required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
     saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config")}
@@ -100,10 +107,10 @@ def padded(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> list[di
     for layer, cut in zip(spaces, keeps, strict=True):
         for space in layer:
             if space.pattern == "experts" and space.name in cut and len(cut[space.name]) < widest[_same(space)]:
-                raise RequestError(f"{space.name}: experts cannot be padded with zeros, a router would choose them", "keep equally many in every layer")
-    return [
-        {s.name: widened(s, cut[s.name], widest[_same(s)]) for s in layer if s.name in cut} for layer, cut in zip(spaces, keeps, strict=True)
-    ]
+                raise RequestError(
+                    f"{space.name}: experts cannot be padded with zeros, a router would choose them", "keep equally many in every layer"
+                )
+    return [{s.name: widened(s, cut[s.name], widest[_same(s)]) for s in layer if s.name in cut} for layer, cut in zip(spaces, keeps, strict=True)]
 
 
 def _same(space: Space) -> tuple[str, str]:
@@ -147,7 +154,12 @@ def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why
     """The other kind has defaults of its own, so every field is written out."""
     full = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     named = {name: value for name, value in (full | saved).items() if name not in NOT_SHARED}
-    named |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "sliding_window": None, "rope_parameters": full["rope_parameters"]}
+    named |= {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "sliding_window": None,
+        "rope_parameters": full["rope_parameters"],
+    }
     return Export(named, notes=(f"saved as {kind}, which has the same tensors and the same forward: {why}",))
 
 

@@ -11,6 +11,7 @@ from llmprune.errors import RequestError
 
 EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry a layer
 SOME = ("mlp_only_layers", "full_attn_idxs")  # numbers of layers
+WITHOUT_ATTENTION = {"conv", "linear_attention"}
 FIRST = ("first_k_dense_replace",)  # so many layers at the start
 
 
@@ -26,7 +27,10 @@ def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequenc
     if not kept or sorted({*kept} & {*range(total)}) != list(kept):
         raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
     full = config.to_dict()
-    changed = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
+    types = full.get("layer_types") or []
+    if not {types[i] for i in kept if types} - WITHOUT_ATTENTION and set(types) - WITHOUT_ATTENTION:
+        raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
+    changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
     changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
     changed |= {name: sum(i < full[name] for i in kept) for name in FIRST if full.get(name) is not None}
     if full.get("decoder_sparse_step", 1) != 1:  # a mixture in every so-many-th layer

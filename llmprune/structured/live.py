@@ -55,7 +55,7 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     _take_over(model, smaller, path, kept)
     if exported.per_layer:
         smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
-        smaller.config.per_layer_config = exported.per_layer
+        smaller.config.per_layer_config = exported.config["per_layer_config"]
         smaller.config.allow_global_per_layer_attribute_access = True
     return smaller, exported
 
@@ -98,4 +98,4 @@ def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept
             number, _, rest = name.removeprefix(f"{path}.").partition(".")
             old = f"{path}.{kept[int(number)]}.{rest}"
         parameter.requires_grad_(trained[old])
-    smaller.to(model.device).train(model.training)
+    smaller.to(model.device).train(model.training)  # type: ignore[arg-type]

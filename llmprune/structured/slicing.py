@@ -63,15 +63,19 @@ def sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
     Raises RequestError when two spaces disagree on one field, such as experts of different widths, or heads and KV groups at once.
     """
     gone, patterns = _gone_experts(spaces, keeps), {space.pattern for space in _cut(spaces, keeps)}
-    found: dict[str, tuple[int, str]] = {}
+    found: dict[str, tuple[int, Space]] = {}
     for space in spaces:
         if space.pattern not in patterns or _expert(space) in gone:
             continue
         count = len(keeps[space.name]) if space.name in keeps else space.units
         for field, per_unit in space.config:
-            value, other = found.setdefault(field, (count * per_unit, space.name))
+            value, other = found.setdefault(field, (count * per_unit, space))
+            if other.pattern != space.pattern:
+                raise RequestError(
+                    f"{space.name}: {field} is changed by {other.name} too", f"cut {space.pattern} or {other.pattern}, not both at once"
+                )
             if value != count * per_unit:
-                raise RequestError(f"{space.name}: {field} would be {count * per_unit}, but {value} for {other}", "keep equally many units in both")
+                raise RequestError(f"{space.name}: {field} would be {count * per_unit}, but {value} for {other.name}", "keep equally many in both")
     return {field: value for field, (value, _) in found.items()}
 
 
@@ -85,7 +89,7 @@ def rebuild(block: nn.Module, config: PreTrainedConfig, index: int, spaces: Sequ
     """A smaller block of the same class that computes what the masked block computes; ``index`` is its place in the model that it goes into."""
     own = sized(config, spaces, keeps)
     with init_empty_weights(include_buffers=False):
-        smaller = type(block)(own, index)  # type: ignore[call-arg]
+        smaller = type(block)(own, index)
     smaller.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
     trained = {name: p.requires_grad for name, p in block.named_parameters()}
     for name, parameter in smaller.named_parameters():
@@ -151,7 +155,8 @@ class _Kept:
 
     @staticmethod
     def of(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> _Kept:
-        tensors, masks = tensors_of(block), {}
+        tensors = tensors_of(block)
+        masks: dict[tuple[str, int | None, int], Tensor] = {}
         gone = _gone_experts(spaces, keeps)
         for space in _cut(spaces, keeps):
             if _expert(space) in gone:
@@ -166,12 +171,12 @@ class _Kept:
     def select(self, name: str, tensor: Tensor) -> Tensor:
         """What stays of one tensor, in memory of its own."""
         if any(parameter == name and expert is not None for parameter, expert, _ in self.places):
-            experts = self.places.get((name, None, 0), torch.ones(len(tensor), dtype=torch.bool)).nonzero().flatten().tolist()
-            return torch.stack([self._along(name, e, tensor[e]) for e in experts])
+            stay = self.places.get((name, None, 0), torch.ones(len(tensor), dtype=torch.bool)).nonzero().flatten().tolist()
+            return self._along(name, None, torch.stack([self._along(name, e, tensor[e]) for e in stay]), first=1).contiguous()
         return self._along(name, None, tensor).clone(memory_format=torch.contiguous_format)
 
-    def _along(self, name: str, expert: int | None, tensor: Tensor) -> Tensor:
-        for dim in range(tensor.dim()):
+    def _along(self, name: str, expert: int | None, tensor: Tensor, first: int = 0) -> Tensor:
+        for dim in range(first, tensor.dim()):
             mask = self.places.get((name, expert, dim))
             if mask is not None:
                 tensor = tensor.index_select(dim, mask.nonzero().flatten().to(tensor.device))

@@ -25,8 +25,8 @@ WITHOUT = {
     "channels": "it has no FFN channels that its config can count",
     "heads": "it has no attention heads",
     "kv-groups": "it has no KV groups",
-    "experts": "it has no experts; channels works",
-    "kernel": "it has no short convolutions; channels or heads work",
+    "experts": "it has no experts",
+    "kernel": "it has no short convolutions",
 }
 
 
@@ -65,17 +65,32 @@ class Space:
 
 
 def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
-    """Why the architecture cannot be cut by this pattern, and what would work, in one line; None when it can."""
+    """Why the architecture cannot be cut by this pattern, and which it can, in one line; None when it can."""
     family = family_of(config)
     if pattern not in PATTERNS:
-        return f"{pattern!r} is no structured pattern; there are {', '.join(PATTERNS)}"
+        return f"{pattern!r} is no structured pattern; there is {', '.join(PATTERNS)}"
     if family is None:
-        return f"{config.model_type}: no table of its structure; there are tables for {', '.join(sorted(TABLES))}"
-    reason = family.refused.get(pattern)
-    if reason is None and pattern in WITHOUT and all(cut.pattern != pattern for cut in family.cuts):
-        reason = WITHOUT[pattern]
-    assert reason or pattern != "hidden" or family.residual
-    return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}"
+        return f"{config.model_type}: no table of its structure; there is one for {', '.join(sorted(TABLES))}"
+    reason = _reason(family, pattern)
+    works = " and ".join(p for p in PATTERNS if _reason(family, p) is None)
+    return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}; it can by {works}"
+
+
+def _reason(family: Family, pattern: str) -> str | None:
+    if pattern in family.refused or pattern in ("layers", "hidden"):
+        return family.refused.get(pattern)
+    return None if any(cut.pattern == pattern for cut in family.cuts) else WITHOUT[pattern]
+
+
+def required(config: PreTrainedConfig, *patterns: str) -> Family:
+    """The family's table. Raises RequestError when there is none, or it refuses one of the patterns."""
+    for pattern in patterns or ("layers",):
+        reason = refusal(config, pattern)
+        if reason is not None and (patterns or family_of(config) is None):
+            raise RequestError(*reason.split("; ", 1))
+    family = family_of(config)
+    assert family is not None  # or it was refused
+    return family
 
 
 def spaces_of(config: PreTrainedConfig, index: int, block: nn.Module, pattern: str) -> list[Space]:
@@ -83,15 +98,12 @@ def spaces_of(config: PreTrainedConfig, index: int, block: nn.Module, pattern: s
 
     Works on the meta device too. Raises RequestError where the architecture cannot be cut so.
     """
-    reason = refusal(config, pattern)
-    if reason is not None:
-        raise RequestError(reason, f"another of {', '.join(p for p in PATTERNS if refusal(config, p) is None) or 'the unstructured patterns'}")
-    return _resolved(_family(config), block, (pattern,))
+    return _resolved(required(config, pattern), block, (pattern,))
 
 
 def all_spaces(config: PreTrainedConfig, index: int, block: nn.Module) -> list[Space]:
     """The spaces of one block under every pattern that its family knows."""
-    return _resolved(_family(config), block, PATTERNS)
+    return _resolved(required(config), block, PATTERNS)
 
 
 def outer_space(model: PreTrainedModel) -> Space:
@@ -99,15 +111,14 @@ def outer_space(model: PreTrainedModel) -> Space:
 
     Raises RequestError where the width cannot be cut.
     """
-    reason = refusal(model.config, "hidden")
-    stream = _family(model.config).residual
-    if reason is not None or stream is None:
-        raise RequestError(reason or "", "cut another pattern")
+    stream = required(model.config, "hidden").residual
+    assert stream is not None  # as a family that does not refuse says
     names = {id(module): name for name, module in model.named_modules()}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embeddings.weight or f"{names[id(head)]}.weight" in model.all_tied_weights_keys
-    each_UK = places(embeddings.weight.shape[1], (1,))
-    paths = [f"{names[id(embeddings)]}.weight"] + ([] if tied else [f"{names[id(head)]}.weight"])
+    embeddings, head = (f"{names[id(module)]}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    table_VD = model.get_parameter(embeddings)
+    tied = head in model.all_tied_weights_keys or model.get_parameter(head) is table_VD
+    each_UK = places(table_VD.shape[1], (1,))
+    paths = [embeddings] + ([] if tied else [head])
     scaled = 0 if stream.scaled_embeddings else 1
     return Space(
         "hidden",
@@ -135,12 +146,6 @@ def tensors_of(block: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by path: all that a checkpoint holds of a block."""
     held = block.state_dict(keep_vars=True)
     return {name: held[name] for name in held}
-
-
-def _family(config: PreTrainedConfig) -> Family:
-    family = family_of(config)
-    assert family is not None
-    return family
 
 
 def _resolved(family: Family, block: nn.Module, patterns: tuple[str, ...]) -> list[Space]:
@@ -257,7 +262,7 @@ def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, nati
     """
     step = math.lcm(space.groups, round_to if space.pattern in ROUNDED else 1)
     counts = {n for n in range(step, space.units, step) if n >= space.least} | {space.units}
-    sizes, family = dict(space.config), _family(config)
+    sizes, family = dict(space.config), required(config)
     if native and family.divides and family.substitute is None:
         if HEADS in sizes:
             counts = {n for n in counts if config.hidden_size % (n * sizes[HEADS]) == 0}

@@ -6,8 +6,8 @@ from transformers import PreTrainedConfig
 
 from llmprune.model.families.table import CENTRED, Family, Table, feed_forward
 
-NO_HEAD_SIZE = "its head size is always hidden size / heads, so a config cannot say fewer heads; channels or layers work"
-DEPTH = "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx); channels works"
+NO_HEAD_SIZE = "its head size is always hidden size / heads, so a config cannot say fewer heads"
+DEPTH = "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx)"
 TIED_HEADS = {"heads": NO_HEAD_SIZE, "kv-groups": NO_HEAD_SIZE, "hidden": CENTRED}
 
 
@@ -29,7 +29,7 @@ def falcon(config: PreTrainedConfig) -> Family:
 
 
 def bloom(config: PreTrainedConfig) -> Family:
-    return Family((), TIED_HEADS | {"channels": "its FFN is always 4 times the hidden size; layers work"})
+    return Family((), TIED_HEADS | {"channels": "its FFN is always 4 times the hidden size"})
 
 
 TABLES: dict[str, Table] = {"opt": opt, "gpt2": gpt2, "gpt_neox": gpt_neox, "falcon": falcon, "bloom": bloom}

@@ -11,6 +11,7 @@ from llmprune.model.families.table import CENTRED, Family, Part, Scale, Table, a
 MLP = feed_forward("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
 READS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITES = ("self_attn.o_proj", "mlp.down_proj")
+LONG = "its config checks the long rotary factors against hidden size / heads"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -62,7 +63,8 @@ def phi3(config: PreTrainedConfig) -> Family:
     queries = (Part("self_attn.qkv_proj", widths=(size,)),)
     whole = (Part("self_attn.qkv_proj", widths=(heads // groups * size, size, size)),)
     stream = residual(config, ("self_attn.qkv_proj", "mlp.gate_up_proj"), WRITES, NORMS)
-    return Family((mlp, *attention(config, queries, whole=whole)), residual=stream)
+    long = dict.fromkeys(("heads", "kv-groups", "hidden"), LONG) if config.rope_parameters["rope_type"] == "longrope" else {}
+    return Family((mlp, *attention(config, queries, whole=whole)), long, residual=stream)
 
 
 def starcoder2(config: PreTrainedConfig) -> Family:

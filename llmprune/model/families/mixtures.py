@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 from llmprune.model.families.gated import MLP, NORMS, READS, WRITES
 from llmprune.model.families.table import HEADS, KV_HEADS, Cut, Family, Part, Residual, Table, attention, feed_forward, residual, routed
 
-WIDE_NORMS = "its query norm runs over all heads and is always as wide as the hidden size; channels, experts or layers work"
-ONE_KEY_A_HEAD = "every head has a key and a value of its own (MLA); heads works"
+WIDE_NORMS = "its query norm runs over all heads and is always as wide as the hidden size"
+ONE_KEY_A_HEAD = "every head has a key and a value of its own (MLA): heads takes them together"
 
 # beside what dense blocks have
 EXPERT_READS = (*READS, "mlp.gate", "mlp.experts.gate_up_proj")
@@ -55,15 +55,15 @@ def deepseek_v3(config: PreTrainedConfig) -> Family:
         units=getattr(config, HEADS),
         config=((HEADS, 1), (KV_HEADS, 1)),
     )
-    in_a_group = max(2, -(-config.num_experts_per_tok // config.topk_group))
+    in_a_group = max(2, -(-config.num_experts_per_tok // (config.topk_group or 1)))
     experts = routed(
         "mlp.gate",
         "mlp.experts",
         "n_routed_experts",
         config.n_routed_experts,
         config.num_experts_per_tok,
-        groups=config.n_group,
-        least=config.n_group * in_a_group,
+        groups=config.n_group or 1,
+        least=(config.n_group or 1) * in_a_group,
     )
     # several shared experts are stored as one wide one, and share the routed experts' width
     shared = Cut(

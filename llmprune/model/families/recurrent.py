@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from llmprune.model.families.mixtures import EXPERT_READS, EXPERT_WRITES, NORMS, expert_channels
 from llmprune.model.families.table import Cut, Family, Part, Residual, Table, attention, feed_forward, residual, routed
 
-NO_ATTENTION = "it has no attention; kernel works"
+NO_ATTENTION = "it has no attention"
 
 
 def mamba(config: PreTrainedConfig) -> Family:
@@ -20,7 +20,7 @@ def mamba(config: PreTrainedConfig) -> Family:
         reads=(Part("mixer.x_proj"),),
         config=(("intermediate_size", 1),),
     )
-    channels = "it has no FFN; kernel cuts the mixer's inner channels"
+    channels = "it has no FFN; kernel takes its inner channels"
     fixed = (("intermediate_size", config.intermediate_size), ("time_step_rank", int(config.time_step_rank)))
     stream = Residual(("mixer.in_proj",), ("mixer.out_proj",), ("norm",), last_norm="backbone.norm_f.weight", fixed=fixed)
     return Family((inner,), {"heads": NO_ATTENTION, "kv-groups": NO_ATTENTION, "channels": channels}, stream)
@@ -28,7 +28,7 @@ def mamba(config: PreTrainedConfig) -> Family:
 
 def lfm2(config: PreTrainedConfig) -> Family:
     mlp = feed_forward("feed_forward.w2", "feed_forward.w1", "feed_forward.w3", name="feed_forward", fixed=(("block_auto_adjust_ff_dim", False),))
-    as_wide = "its convolutions always have as many channels as the hidden size; channels, heads or layers work"
+    as_wide = "its convolutions always have as many channels as the hidden size"
     return Family((mlp, *attention(config, reader="self_attn.out_proj")), {"kernel": as_wide, "hidden": as_wide})
 
 

@@ -75,7 +75,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Family:
-    """A family's table. ``refused`` says why a pattern cannot be had, and what can."""
+    """A family's table. ``refused`` says why a pattern cannot be had."""
 
     cuts: tuple[Cut, ...]
     refused: dict[str, str] = field(default_factory=dict)
@@ -155,4 +155,4 @@ def _parts(items: tuple[str | Part, ...]) -> tuple[Part, ...]:
     return tuple(Part(item) if isinstance(item, str) else item for item in items)
 
 
-CENTRED = "its layer norms subtract the mean over the whole width, which no smaller width has; channels or layers work"
+CENTRED = "its layer norms subtract the mean over the whole width, which no smaller width has"
