@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
 from llmprune.structured.export import Export, export
-from llmprune.structured.slicing import Keeps, rebuild, slice_parameters
-from llmprune.structured.spaces import all_spaces, outer_space
+from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
+from llmprune.structured.spaces import Space, all_spaces, outer_space
 
 
 def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
@@ -44,20 +44,38 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
     spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks)]
     exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
-    smaller = _like(model, exported)
+    smaller = empty_model(model, exported, path, spaces, keeps, kept)
+    _compute_alike(model, smaller)
     state = _outside(model, path, keeps)
-    own: nn.ModuleList = smaller.get_submodule(path)  # type: ignore[assignment]
     for new, old in enumerate(kept):
-        if exported.per_layer and keeps[old]:
-            own[new] = rebuild(blocks[old], smaller.config, new, spaces[old], keeps[old])
         state |= {f"{path}.{new}.{name}": tensor for name, tensor in slice_parameters(blocks[old], spaces[old], keeps[old]).items()}
     _fill(smaller, state)
     _take_over(model, smaller, path, kept)
-    if exported.per_layer:
-        smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
-        smaller.config.per_layer_config = exported.config["per_layer_config"]
-        smaller.config.allow_global_per_layer_attribute_access = True
     return smaller, exported
+
+
+def empty_model(
+    model: PreTrainedModel,
+    exported: Export,
+    path: str,
+    spaces: Sequence[Sequence[Space]],
+    keeps: Sequence[Keeps],
+    kept: Sequence[int],
+) -> PreTrainedModel:
+    """A model of the exported sizes without weights (parameters on the meta device); ``model`` may be without weights too."""
+    uniform = {name: value for name, value in exported.config.items() if name not in ("auto_map", "per_layer_config")}
+    smaller = build_skeleton(uniform, model.dtype)
+    if not exported.per_layer:
+        return smaller
+    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    own: nn.ModuleList = smaller.get_submodule(path)  # type: ignore[assignment]
+    for new, old in enumerate(kept):
+        if keeps[old]:
+            own[new] = empty_block(blocks[old], smaller.config, new, spaces[old], keeps[old])
+    smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
+    smaller.config.per_layer_config = exported.config["per_layer_config"]
+    smaller.config.allow_global_per_layer_attribute_access = True
+    return smaller
 
 
 def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[str, Tensor]:
@@ -74,14 +92,16 @@ def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[
     return state | cut | tied
 
 
-def _like(model: PreTrainedModel, exported: Export) -> PreTrainedModel:
-    """A model of the exported config, without weights, that computes in the same way."""
-    uniform = {name: value for name, value in exported.config.items() if name not in ("auto_map", "per_layer_config")}
-    smaller = build_skeleton(uniform, model.dtype)
+def _compute_alike(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Kernels and generation settings of the old model. Layers of their own sizes hold configs of their own."""
+    smaller.generation_config = copy.deepcopy(model.generation_config)
     smaller.set_attn_implementation(model.config._attn_implementation)
     smaller.set_experts_implementation(model.config._experts_implementation)
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    return smaller
+    for module in smaller.modules():
+        own = vars(module).get("config")
+        if isinstance(own, PreTrainedConfig) and own is not smaller.config:
+            own._attn_implementation = smaller.config._attn_implementation
+            own._experts_implementation = smaller.config._experts_implementation
 
 
 def _fill(smaller: PreTrainedModel, state: dict[str, Tensor]) -> None:

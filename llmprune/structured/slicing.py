@@ -53,8 +53,17 @@ def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps, on
         root = (len(keeps[space.name]) / space.units) ** 0.5
         for scale in space.scales:
             if root != 1 and scale.path in sliced:
-                sliced[scale.path].add_(scale.offset).mul_(root**scale.power).sub_(scale.offset)
+                _rescale(sliced[scale.path], root**scale.power, scale.offset)
     return sliced
+
+
+def parameters_per_unit(block: nn.Module, space: Space) -> int:
+    """How many numbers one unit takes away."""
+    tensors, total = tensors_of(block), 0
+    for axis in _axes(block, space):
+        shape = tensors[axis.parameter].shape[axis.expert is not None :]
+        total += shape.numel() // shape[axis.dim] * axis.index_UK.shape[1]
+    return total
 
 
 def sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
@@ -87,14 +96,18 @@ def all_sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
 
 def rebuild(block: nn.Module, config: PreTrainedConfig, index: int, spaces: Sequence[Space], keeps: Keeps) -> nn.Module:
     """A smaller block of the same class that computes what the masked block computes; ``index`` is its place in the model that it goes into."""
-    own = sized(config, spaces, keeps)
-    with init_empty_weights(include_buffers=False):
-        smaller = type(block)(own, index)
+    smaller = empty_block(block, config, index, spaces, keeps)
     smaller.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
     trained = {name: p.requires_grad for name, p in block.named_parameters()}
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(trained[name])
     return smaller.train(block.training)
+
+
+def empty_block(block: nn.Module, config: PreTrainedConfig, index: int, spaces: Sequence[Space], keeps: Keeps) -> nn.Module:
+    """``rebuild`` without weights: its parameters are on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        return type(block)(sized(config, spaces, keeps), index)
 
 
 def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> PreTrainedConfig:
@@ -111,7 +124,7 @@ def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> Pr
 def widened(space: Space, keep_K: Tensor, count: int) -> Tensor:
     """``count`` units to write out: those that stay, and the first of the dropped ones to fill up with zeros; as many in each group."""
     kept = torch.zeros(space.units, dtype=torch.bool)
-    kept[keep_K] = True
+    kept[keep_K.cpu()] = True
     each = count // space.groups
     order = torch.sort(~kept.view(space.groups, -1), dim=1, stable=True).indices[:, :each]
     return (order + torch.arange(space.groups)[:, None] * (space.units // space.groups)).flatten().sort().values
@@ -124,9 +137,15 @@ def _cut(spaces: Sequence[Space], keeps: Keeps) -> list[Space]:
     return cut
 
 
+def _rescale(tensor: Tensor, factor: float, offset: float) -> None:
+    """In at least float32: a weight that counts from 1 would lose its digits in bfloat16."""
+    exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    tensor.copy_((exact + offset) * factor - offset)
+
+
 def _dropped(space: Space, keep_K: Tensor) -> Tensor:
     dropped = torch.ones(space.units, dtype=torch.bool)
-    dropped[keep_K] = False
+    dropped[keep_K.cpu()] = False
     return dropped.nonzero().flatten()
 
 

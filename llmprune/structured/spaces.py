@@ -82,14 +82,12 @@ def _reason(family: Family, pattern: str) -> str | None:
     return None if any(cut.pattern == pattern for cut in family.cuts) else WITHOUT[pattern]
 
 
-def required(config: PreTrainedConfig, *patterns: str) -> Family:
-    """The family's table. Raises RequestError when there is none, or it refuses one of the patterns."""
-    for pattern in patterns or ("layers",):
-        reason = refusal(config, pattern)
-        if reason is not None and (patterns or family_of(config) is None):
-            raise RequestError(*reason.split("; ", 1))
+def required(config: PreTrainedConfig, pattern: str | None = None) -> Family:
+    """The family's table. Raises RequestError when there is none, or when it refuses the pattern."""
     family = family_of(config)
-    assert family is not None  # or it was refused
+    reason = refusal(config, pattern or "layers") if pattern or family is None else None
+    if family is None or reason is not None:
+        raise RequestError(*(reason or "").split("; ", 1))
     return family
 
 

@@ -15,7 +15,7 @@ from llmprune.errors import RequestError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
 from llmprune.structured.export import export, padded
-from llmprune.structured.live import save_sliced, slice_model
+from llmprune.structured.live import empty_model, save_sliced, slice_model
 from llmprune.structured.slicing import widened
 from llmprune.structured.spaces import all_spaces, check_count, closest_count, legal_counts, spaces_of
 
@@ -135,6 +135,12 @@ def test_a_skeleton_and_a_stored_config_say_the_same(name: str, tmp_path: Path) 
     sliced = slice_model(model, keeps)
     assert build_skeleton(exported.config, torch.float32).config.to_dict() == sliced.config.to_dict()
     assert set(exported.config) - set(source) <= {"n_inner"}
+    layers = range(len(spaces))
+    for export_layers in (keeps, [{}, *keeps[1:]]):
+        exported = export(source, skeleton, find_blocks(skeleton), spaces, export_layers)
+        empty = empty_model(skeleton, exported, find_blocks(skeleton), spaces, export_layers, layers)
+        shapes = {n: p.shape for n, p in slice_model(model, export_layers).named_parameters(remove_duplicate=False)}
+        assert {n: p.shape for n, p in empty.named_parameters(remove_duplicate=False) if p.is_meta} == shapes
 
 
 def test_a_substitute_needs_no_defaults_of_its_own() -> None:

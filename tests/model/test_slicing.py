@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cuts import NAMES, ROUNDING, blocks_of, cases, generates_alike, logits, masked, passed_by, random_keeps, reloaded, table, tiny, without_experts
 from families import FAMILIES
+from torch import Tensor, nn
 
 from llmprune.errors import RequestError
 from llmprune.structured.live import slice_model
-from llmprune.structured.slicing import mask_block, rebuild, slice_parameters
+from llmprune.structured.slicing import mask_block, parameters_per_unit, rebuild, slice_parameters
 from llmprune.structured.spaces import Space, all_spaces, outer_space, refusal, spaces_of
 
 
@@ -38,13 +40,25 @@ def test_what_is_cut_computes_what_zeros_compute_and_loads_everywhere(name: str,
     got = logits(sliced)
     assert (got - expected).abs().max() < ROUNDING
     assert (got - logits(model)).abs().max() > 1000 * ROUNDING, "nothing was cut"
-    assert sum(p.numel() for p in sliced.parameters()) < sum(p.numel() for p in model.parameters())
+    assert count(sliced) < count(model)
+    if pattern not in ("layers", "hidden"):
+        assert count(model) - count(sliced) == sum(taken(model, i, keep) for i, keep in enumerate(keeps))
     generates_alike(sliced)
     sliced.save_pretrained(tmp_path)
     again = reloaded(tmp_path)
     assert type(again) is type(model)
     assert torch.equal(logits(again), got)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "the model itself has changed"
+
+
+def count(model: nn.Module) -> int:
+    return sum(t.numel() for t in model.state_dict().values())
+
+
+def taken(model: Any, index: int, keep: dict[str, Tensor]) -> int:
+    block = blocks_of(model)[index]
+    spaces = {space.name: space for space in all_spaces(model.config, index, block)}
+    return sum(parameters_per_unit(block, spaces[name]) * (spaces[name].units - len(units)) for name, units in keep.items())
 
 
 @pytest.mark.parametrize(("name", "pattern"), cases(works=False))
@@ -190,3 +204,12 @@ def test_what_only_some_configs_of_a_family_refuse() -> None:
     assert "rotary factors" in str(refusal(long.config, "heads"))
     with pytest.raises(RequestError, match="rotary factors"):
         spaces_of(long.config, 0, blocks_of(long)[0], "kv-groups")
+
+
+def test_weights_that_count_from_one_keep_their_digits_in_bfloat16() -> None:
+    model = tiny("gemma2").to(torch.bfloat16)
+    keeps = random_keeps(model, "hidden")
+    kept = keeps[0]["hidden"]
+    before_K = model.model.norm.weight.data[kept].double()
+    expected_K = (1 + before_K) / (len(kept) / 32) ** 0.5 - 1
+    assert torch.equal(slice_model(model, keeps).model.norm.weight, expected_K.to(torch.bfloat16))
