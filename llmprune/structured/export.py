@@ -23,6 +23,9 @@ RENAMING = """from transformers.conversion_mapping import get_checkpoint_convers
 
 register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
 """
+# Without it plain loading stops at the first reading of a size that differs. But configs check their head count against the hidden size
+# when they are read, whoever reads them; heads of another number stop plain loading by their shapes.
+READABLE = "allow_global_per_layer_attribute_access"
 MODULE = "modeling_pruned"
 NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
 CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
@@ -175,6 +178,8 @@ def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, differ
         "auto_map": {"AutoModelForCausalLM": f"{MODULE}.Pruned{name}"},
         "per_layer_config": {str(i): sizes for i, sizes in different.items()},
     }
+    if any(HEADS in sizes for sizes in different.values()):
+        saved[READABLE] = True
     note = f"layers of different sizes: load with trust_remote_code=True, which runs {MODULE}.py beside the weights"
     return Export(saved, {f"{MODULE}.py": code}, (note,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmprune.errors import RequestError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
-from llmprune.structured.export import Export, export
+from llmprune.structured.export import READABLE, Export, export
 from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
 from llmprune.structured.spaces import Space, all_spaces, outer_space
 
@@ -35,10 +36,13 @@ def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], ke
     smaller.save_pretrained(folder)
     for name, text in exported.files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if exported.per_layer:
+        _as_exported(folder / "config.json", exported)
     return exported
 
 
 def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, Export]:
+    """``slice_model``, and what its config and the files beside it would say."""
     path = find_blocks(model)
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
@@ -76,6 +80,13 @@ def empty_model(
     smaller.config.per_layer_config = exported.config["per_layer_config"]
     smaller.config.allow_global_per_layer_attribute_access = True
     return smaller
+
+
+def _as_exported(file: Path, exported: Export) -> None:
+    """A live model's config has another class, and lets the one size of the whole model be read."""
+    stored = {name: value for name, value in json.loads(file.read_text(encoding="utf-8")).items() if name != READABLE}
+    stored |= {name: exported.config[name] for name in ("architectures", READABLE) if name in exported.config}
+    file.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[str, Tensor]:

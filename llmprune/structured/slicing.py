@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from llmprune.errors import RequestError
-from llmprune.model.matrices import block_matrices
+from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.structured.spaces import Axis, Space, check_keep, tensors_of
 
 Keeps = Mapping[str, Tensor]
@@ -28,12 +28,12 @@ def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
 
     Raises RequestError for experts: a router never passes an expert by because of zeros.
     """
-    tensors = tensors_of(block)
+    tensors, matrices = tensors_of(block), _matrices(block)
     for space in _cut(spaces, keeps):
         if space.pattern == "experts":
             raise RequestError(f"{space.name}: zeros do not take experts away from a router", "cut them out, or keep them")
         dropped_N = _dropped(space, keeps[space.name])
-        for axis in _axes(block, space):
+        for axis in _axes(space, matrices):
             tensor = tensors[axis.parameter].data
             tensor = tensor if axis.expert is None else tensor[axis.expert]
             tensor.index_fill_(axis.dim, axis.index_UK[dropped_N].flatten().to(tensor.device), 0)
@@ -60,7 +60,7 @@ def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps, on
 def parameters_per_unit(block: nn.Module, space: Space) -> int:
     """How many numbers one unit takes away."""
     tensors, total = tensors_of(block), 0
-    for axis in _axes(block, space):
+    for axis in _axes(space, _matrices(block)):
         shape = tensors[axis.parameter].shape[axis.expert is not None :]
         total += shape.numel() // shape[axis.dim] * axis.index_UK.shape[1]
     return total
@@ -149,10 +149,13 @@ def _dropped(space: Space, keep_K: Tensor) -> Tensor:
     return dropped.nonzero().flatten()
 
 
-def _axes(block: nn.Module, space: Space) -> Iterator[Axis]:
+def _matrices(block: nn.Module) -> dict[str, Matrix]:
+    return {matrix.name: matrix for matrix in block_matrices(block)}
+
+
+def _axes(space: Space, matrices: dict[str, Matrix]) -> Iterator[Axis]:
     """All axes of a space, the readers' columns as axes too."""
     yield from space.axes
-    matrices = {m.name: m for m in block_matrices(block)} if space.readers else {}
     for reader in space.readers:
         matrix = matrices[reader.matrix]
         yield Axis(matrix.parameter, 0 if matrix.transposed else 1, reader.columns_UK, matrix.expert)
@@ -174,14 +177,14 @@ class _Kept:
 
     @staticmethod
     def of(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> _Kept:
-        tensors = tensors_of(block)
+        tensors, matrices = tensors_of(block), _matrices(block)
         masks: dict[tuple[str, int | None, int], Tensor] = {}
         gone = _gone_experts(spaces, keeps)
         for space in _cut(spaces, keeps):
             if _expert(space) in gone:
                 continue
             dropped_N = _dropped(space, keeps[space.name])
-            for axis in _axes(block, space):
+            for axis in _axes(space, matrices):
                 size = tensors[axis.parameter].shape[axis.dim + (axis.expert is not None)]
                 mask = masks.setdefault((axis.parameter, axis.expert, axis.dim), torch.ones(size, dtype=torch.bool))
                 mask[axis.index_UK[dropped_N].flatten()] = False

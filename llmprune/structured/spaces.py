@@ -190,6 +190,7 @@ class _Layout:
         width = len(self.tensors[norms[0]])
         each_UK = places(width, (1,))
         stacked = {name: int(ms[0].expert is not None) for name, ms in self.matrices.items()}
+        # a stack of experts has its rows and columns one dimension further on; of a bias, or a stack of them, the last one counts
         axes = [Axis(name, 0, each_UK) for name in norms]
         axes += [Axis(name, stacked.get(name, self.tensors[name].dim() - 1) + self.rows_dim(name), each_UK) for name in rows]
         axes += [Axis(name, stacked[name] + 1 - self.rows_dim(name), each_UK) for name in columns]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuts import ROUNDING, blocks_of, generates_alike, logits, masked, random_keeps, reloaded, tiny, without_experts
 from transformers import AutoModelForCausalLM
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from llmprune.errors import RequestError
 from llmprune.model.blocks import find_blocks
@@ -91,7 +92,8 @@ def test_layers_of_different_sizes_need_their_own_code(name: str, tmp_path: Path
     exported = save_sliced(model, tmp_path, keeps)
     assert exported.per_layer
     assert len(exported.files["modeling_pruned.py"].splitlines()) < 25
-    with pytest.raises(Exception, match=r"mismatch|AmbiguousGlobal|per-layer"):
+    (tmp_path / "config.json").write_text(json.dumps(exported.config | {"dtype": "float32"}))
+    with pytest.raises((AmbiguousGlobalPerLayerAttributeError, RuntimeError), match=r"per-layer attribute|mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     again = reloaded(tmp_path, trust_remote_code=True)
     assert torch.equal(logits(again), logits(sliced))

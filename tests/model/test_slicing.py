@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from llmprune.errors import RequestError
+from llmprune.model.blocks import find_blocks
+from llmprune.structured.export import export
 from llmprune.structured.live import slice_model
 from llmprune.structured.slicing import mask_block, parameters_per_unit, rebuild, slice_parameters
 from llmprune.structured.spaces import Space, all_spaces, outer_space, refusal, spaces_of
@@ -22,6 +25,7 @@ from llmprune.structured.spaces import Space, all_spaces, outer_space, refusal, 
 def test_what_is_cut_computes_what_zeros_compute_and_loads_everywhere(name: str, pattern: str, tmp_path: Path) -> None:
     model = tiny(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    kept = None
     if pattern == "layers":
         kept, keeps = [1], [{} for _ in blocks_of(model)]
         sliced = slice_model(model, keeps, kept)
@@ -48,7 +52,17 @@ def test_what_is_cut_computes_what_zeros_compute_and_loads_everywhere(name: str,
     again = reloaded(tmp_path)
     assert type(again) is type(model)
     assert torch.equal(logits(again), got)
+    (tmp_path / "config.json").write_text(json.dumps(stored_config(model, keeps, kept)))
+    again = reloaded(tmp_path)
+    assert torch.equal(logits(again), got)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), "the model itself has changed"
+
+
+def stored_config(model: Any, keeps: list[dict[str, Tensor]], kept: list[int] | None) -> dict[str, Any]:
+    """The config that is made from config.json as the uncut model has it."""
+    source = json.loads(model.config.to_json_string())
+    spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks_of(model))]
+    return export(source, model, find_blocks(model), spaces, keeps, kept).config
 
 
 def count(model: nn.Module) -> int:
