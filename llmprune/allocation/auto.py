@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Auto:
-    starts: tuple[str, ...] = ("uniform", "fisher", "sensitivity")
+    starts: tuple[str, ...] = ("uniform", "fisher", "owl")
     evolves: bool = False
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> None:
