@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
+
 from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
@@ -38,9 +40,9 @@ class Sweep:
         return f"{self.job.source.name}: {len(self.rows)} prunings; {self.job.describe_data()}\noutput: {self.job.output}"
 
 
-def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False) -> Sweep:
-    """Check every row against the model. Nothing is written and no forward is run. Raises RequestError."""
-    job = prepare(asked[0].model_copy(update={"output": str(output)}), None, overwrite, restart, result="sweep.json")
+def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None) -> Sweep:
+    """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
+    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result="sweep.json")
     rows = []
     for recipe in asked:
         plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
