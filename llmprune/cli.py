@@ -101,6 +101,7 @@ def sweep(
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
     recipe: Annotated[Text, typer.Option(help="TOML file with what all rows have in common")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="all rows in one pass by the dense model's statistics: faster, a little worse")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output, at the end")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted sweep has left")] = False,
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda ...")] = None,
@@ -120,7 +121,7 @@ def sweep(
     from llmprune.report.tables import print_sweep
     from llmprune.sweep import prepare_sweep, run_sweep
 
-    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart)
+    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
     if not as_json:
         out.print(str(prepared), soft_wrap=True, markup=False)
     with _progress() as progress:

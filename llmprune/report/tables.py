@@ -9,7 +9,7 @@ from rich.table import Table
 
 from llmprune.evaluation.sparse24 import Kernel
 from llmprune.evaluation.speed import Spread
-from llmprune.report.frontier import SweepReport
+from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
 from llmprune.report.speed import Bench
@@ -62,6 +62,8 @@ def print_sweep(report: SweepReport, console: Console) -> None:
     for row in report.rows:
         table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *(f"{p.value:.4g}" for p in row.perplexity), f"{row.seconds:.1f}")
     console.print(table)
+    if report.quick:
+        console.print(QUICK, soft_wrap=True)
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
     console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
