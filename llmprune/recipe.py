@@ -239,6 +239,8 @@ class Recipe(BaseModel):
             check_name("allocation", self.allocation, names("allocation"))
         if self.in_groups and self.allocation == "explicit":
             raise RequestError(f"allocation 'explicit' with pattern {self.pattern}", "name what stays dense with --skip")
+        if self.in_groups and self.allocation == "search":
+            raise RequestError(f"allocation 'search' with pattern {self.pattern}", "it moves single weights; take auto or sensitivity")
         if bool(self.ratios) != (self.parts.allocation == "explicit"):
             raise RequestError(
                 "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'

@@ -171,8 +171,10 @@ def decide(
     """
     ids_NL = calibration.ids_NL
     measured = measure(stream, ids_NL, plan, matrices, gradients, partial(progress, "allocation"))
-    if held is None or most_increase is None:
+    if most_increase is None:
         return Decision(plan.sparsity, choose(stream, calibration, held, plan, matrices, gradients, measured, partial(progress, "trials")))
+    if held is None:
+        raise RequestError("a budget of perplexity with a single calibration window", "calibrate on more")
     steps = list(frontier)
     dense = perplexity(stream, held).value
 
