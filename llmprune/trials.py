@@ -69,7 +69,7 @@ def choose(
         return share(stream, plan, matrices, measured)
     if held is None:
         raise RequestError("trials of ratios with a single calibration window", "calibrate on more")
-    cheap = replace(plan, polish_steps=0, reconstruct=None)
+    cheap = replace(plan, polish_steps=0, reconstruct=None, accept_damage=True)
     trials = Trials(stream, calibration.ids_NL[:TRIAL_WINDOWS], held.ids_NL, cheap, matrices, gradients)
     return best_of(trials, plan.allocation, measured, progress)
 
@@ -181,7 +181,7 @@ def decide(
     def increase_at(sparsity: float) -> float:
         known = [step for step in steps if step.sparsity == sparsity]
         if not known:
-            at = replace(plan, sparsity=sparsity)
+            at = replace(plan, sparsity=sparsity, accept_damage=True)  # a destroyed block shows in the perplexity
             with stream.trial():
                 prune(stream, ids_NL, at, matrices, gradients, share(stream, at, matrices, measured).asked)
                 value = perplexity(stream, held).value
