@@ -125,8 +125,9 @@ class _Changes:
         width, end = self._left.width, self._done + self._left.width
         own = slice(unit * width, (unit + 1) * width)
         f_NP, y_NP = self._f_NP[:, : self._done], self._y_NP[:, : self._done]
-        inverse_NK = self._left.inverse_NN[:, own] - f_NP @ f_NP[own].T
-        outer_NK = self._left.outer_NN[:, own] - y_NP @ f_NP[own].T - f_NP @ y_NP[own].T
+        # both are symmetric, and their rows lie together
+        inverse_NK = self._left.inverse_NN[own].T - f_NP @ f_NP[own].T
+        outer_NK = self._left.outer_NN[own].T - y_NP @ f_NP[own].T - f_NP @ y_NP[own].T
         lower_KK = torch.linalg.cholesky(inverse_NK[own])
         f_NK, s_NK = (torch.linalg.solve_triangular(lower_KK.T, value_NK, upper=True, left=False) for value_NK in (inverse_NK, outer_NK))
         y_NK = s_NK - f_NK @ torch.linalg.solve_triangular(lower_KK, s_NK[own], upper=False) / 2
@@ -144,7 +145,8 @@ class _Changes:
         here_N = here_U.repeat_interleave(width)
         f_NP, y_NP = self._f_NP[here_N], self._y_NP[here_N]
         inverse_NN = self._left.inverse_NN[here_N][:, here_N].addmm_(f_NP, f_NP.T, alpha=-1)
-        outer_NN = self._left.outer_NN[here_N][:, here_N].addmm_(y_NP, f_NP.T, alpha=-1).addmm_(f_NP, y_NP.T, alpha=-1)
+        cross_NN = y_NP @ f_NP.T
+        outer_NN = self._left.outer_NN[here_N][:, here_N].sub_(cross_NN).sub_(cross_NN.T)
         return _Left(inverse_NN, outer_NN, self._left.units_U[here_U], width)
 
 
