@@ -27,11 +27,17 @@ SLAB = 96  # columns that go between two products with the whole of A and S
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which units stay."""
+    """Which units stay; and what went before, unit by unit, which is also the choice for any smaller number."""
 
     keep_U: Tensor  # bool
-    lost: float  # squared error of the refit, weighed by rows and damped, summed over rows and calibration tokens
+    gone: tuple[int, ...]  # units in the order in which they went
+    prices: tuple[float, ...]  # what each has added to ``lost``
     notes: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """Squared error of the refit, weighed by rows and damped, summed over rows and calibration tokens."""
+        return sum(self.prices)
 
 
 def greedy_obs(
@@ -63,13 +69,11 @@ def greedy_obs(
     left = _Left(inverse_CC[held_N][:, held_N], (rows_RC.T @ rows_RC)[held_N][:, held_N], torch.arange(units, device=gram_CC.device), width)
     keep_U = torch.ones(units, dtype=torch.bool, device=gram_CC.device)
     quota_G = torch.full((groups,), remove // groups, device=gram_CC.device)
-    lost = 0.0
-    while remove:
-        steps = min(remove, max(1, slab // width))
-        left, cost = _slab(left, keep_U, quota_G, steps)
-        remove -= steps
-        lost += cost
-    return Chosen(keep_U, max(lost, 0.0), found.notes)
+    gone: list[tuple[int, float]] = []
+    while len(gone) < remove:
+        left, more = _slab(left, keep_U, quota_G, min(remove - len(gone), max(1, slab // width)))
+        gone += more
+    return Chosen(keep_U, tuple(unit for unit, _ in gone), tuple(price for _, price in gone), found.notes)
 
 
 @dataclass(frozen=True)
@@ -82,23 +86,23 @@ class _Left:
     width: int  # K
 
 
-def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Left, float]:
-    """Take ``steps`` units out, marking them in ``keep_U`` and ``quota_G``; (what is left, what they cost)."""
+def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Left, list[tuple[int, float]]]:
+    """Take ``steps`` units out, marking them in ``keep_U`` and ``quota_G``; (what is left, (unit, price) of what has gone)."""
     width, units = left.width, len(left.units_U)
     changes = _Changes(left, steps * width)
     group_U = left.units_U // (len(keep_U) // len(quota_G))
     closed = torch.tensor(torch.inf, dtype=torch.float64, device=left.units_U.device)
     here_U = torch.ones(units, dtype=torch.bool, device=left.units_U.device)
-    lost = 0.0
+    gone = []
     for _ in range(steps):
         price_U = torch.where(here_U & (quota_G[group_U] > 0), changes.prices(), closed)
         unit = int((~drop_smallest(price_U, 1)).nonzero())
-        lost += float(price_U[unit])
+        gone.append((int(left.units_U[unit]), max(0.0, float(price_U[unit]))))
         changes.take(unit)
         here_U[unit] = False
         keep_U[left.units_U[unit]] = False
         quota_G[group_U[unit]] -= 1
-    return changes.settle(here_U), lost
+    return changes.settle(here_U), gone
 
 
 class _Changes:

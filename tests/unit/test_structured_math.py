@@ -57,6 +57,16 @@ def test_greedy_obs_is_the_greedy_removal_by_solving_anew(units: int, width: int
         assert chosen.lost == pytest.approx(lost, rel=1e-8)
 
 
+def test_the_choice_for_fewer_is_how_it_began() -> None:
+    weight_RC, value_TC = make_weight(6, 20), make_inputs(20)
+    most = greedy_obs(weight_RC, value_TC.T @ value_TC, runs(20, 1), 15, slab=4)
+    assert sorted(most.gone) == (~most.keep_U).nonzero().flatten().tolist()
+    for fewer in range(15):
+        chosen = greedy_obs(weight_RC, value_TC.T @ value_TC, runs(20, 1), fewer)
+        assert chosen.gone == most.gone[:fewer]
+        assert chosen.prices == pytest.approx(most.prices[:fewer], rel=1e-8)
+
+
 def test_columns_of_no_unit_stay_and_make_up_for_others() -> None:
     weight_RC, value_TC = make_weight(4, 10).double(), make_inputs(10)
     gram_CC, columns_UK = value_TC.T @ value_TC, torch.tensor([[1, 2], [4, 5], [8, 7]])
