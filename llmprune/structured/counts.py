@@ -20,7 +20,7 @@ def under_one_threshold(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
 
     scores: [U] of every space (channels of a layer, heads of a layer). sizes: parameters that one unit takes with it. least: units that a space keeps
     in any case. budget: parameters that have to go in all; what goes differs from it by less than one unit.
-    The allocation of An et al., FLAP, section 4.2, https://arxiv.org/abs/2312.11983. Raises RequestError where the least counts leave too little.
+    The allocation of An et al., FLAP, https://arxiv.org/abs/2312.11983. Raises RequestError where the least counts leave too little.
     """
     names = list(scores)
     pool = torch.cat([_with_least(standardised(scores[name]).cpu(), least.get(name, 0)) for name in names])

@@ -48,7 +48,7 @@ def refit_kept(weight_RC: Tensor, gram_CC: Tensor, keep_C: Tensor, damping: floa
 def mean_bias(weight_RC: Tensor, pruned_RC: Tensor, stats: Stats) -> Tensor:
     """[R] = (W - V) mean(x), to be added to the outputs: their means are then what they were.
 
-    Without a refit V is W but for its removed columns, and this is An et al.'s baseline bias compensation, FLAP, eq. 7,
+    Without a refit V is W but for its removed columns, and this is An et al.'s baseline bias compensation, FLAP,
     https://arxiv.org/abs/2312.11983. Needs "input_sum".
     """
     assert stats.input_sum_C is not None

@@ -37,14 +37,14 @@ def variance(stats: Stats) -> Tensor:
 def flap(weight_RC: Tensor, stats: Stats, columns_UK: Tensor) -> Tensor:
     """[U] = sum over the reader's columns c of a unit of ||W_:c||^2 var(x_c): what stays wrong when a bias makes up for the means.
 
-    An et al., Fluctuation-based Adaptive Structured Pruning (WIFV), eq. 5, https://arxiv.org/abs/2312.11983; of heads it takes the mean over columns,
+    An et al., Fluctuation-based Adaptive Structured Pruning (WIFV), https://arxiv.org/abs/2312.11983; of heads it takes the mean over columns,
     which ranks alike.
     """
     return (weight_RC.double().square().sum(0) * variance(stats))[columns_UK].sum(1)
 
 
 def standardised(score_U: Tensor) -> Tensor:
-    """Scores of the units of one space, brought to mean 0 and deviation 1 so that they compare with other layers' and modules' (FLAP, eq. 6)."""
+    """Scores of the units of one space, brought to mean 0 and deviation 1 so that they compare with other layers' and modules' (FLAP)."""
     if len(score_U) < 2:
         return torch.zeros_like(score_U, dtype=torch.float64)
     score_U = score_U.double()
@@ -79,7 +79,7 @@ class Mean:
 def block_influence(entered_NLD: Tensor, left_NLD: Tensor) -> Mean:
     """1 - cos(h_in, h_out) of every token of a micro-batch: how far a block turns the hidden states.
 
-    Men et al., ShortGPT, eq. 1, https://arxiv.org/abs/2403.03853
+    Men et al., ShortGPT, https://arxiv.org/abs/2403.03853
     """
     before_TD, after_TD = (value.reshape(-1, value.shape[-1]).float() for value in (entered_NLD, left_NLD))
     turned_T = 1 - F.cosine_similarity(before_TD, after_TD, dim=1)
@@ -89,7 +89,7 @@ def block_influence(entered_NLD: Tensor, left_NLD: Tensor) -> Mean:
 def routed_norm(gate_T: Tensor, output_TD: Tensor) -> Mean:
     """Gate weight times ||expert(x)||_2 of the tokens that were routed to one expert: what it adds to them on average. Pass routed tokens alone.
 
-    Lasby et al., REAP the Experts, eq. 9, https://arxiv.org/abs/2510.13999
+    Lasby et al., REAP the Experts, https://arxiv.org/abs/2510.13999
     """
     added_T = gate_T.reshape(-1).double() * output_TD.reshape(-1, output_TD.shape[-1]).float().norm(dim=1)
     return Mean(float(added_T.sum()), len(added_T))

@@ -5,8 +5,11 @@ With A = (H + d I)^-1 and W the refit so far, taking unit g (columns of one head
     sum_r lam_r w_r,g (A_gg)^-1 w_r,g^T = tr (A_gg)^-1 S_gg,    S = W^T diag(lam) W,
 
 and leaves W - W_g (A_gg)^-1 A_g: and A - A_:g (A_gg)^-1 A_g:, the inverse on what is left. The cheapest goes, and all others are priced anew.
-Hassibi and Stork, Optimal Brain Surgeon, https://papers.nips.cc/paper/647; its block form as in Kurtic et al., ZipLM,
-https://arxiv.org/abs/2302.04089. Only A and S are carried, never W: lam and any other weighing of the rows go into S once, and the changes of
+Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
+https://papers.nips.cc/paper/647-second-order-derivatives-for-network-pruning-optimal-brain-surgeon; in blocks as in Kurtic et al., ZipLM,
+https://arxiv.org/abs/2302.04089.
+
+Only A and S are carried, never W: lam and any other weighing of the rows go into S once, and the changes of
 both have low rank, so they are summed up over a slab of steps and brought in by one matrix product, as a blocked Cholesky factorisation does.
 Nothing is approximated by this.
 
@@ -53,27 +56,25 @@ def greedy_obs(
     """Let ``remove`` units go one by one, ``remove / groups`` from each of ``groups`` equal runs of units. Ties by position.
 
     weight_RC: the reader (or its asymmetric target). gram_CC: of its inputs, undamped. columns_UK: what each unit holds; columns that no unit holds
-    stay, and take part in the refit. row_weight_R: sqrt(lam), as in types.Stats. Works in float64, with 5 C^2 numbers at most.
+    stay, and take part in the refit. row_weight_R: sqrt(lam), as in types.Stats; only how rows compare matters. Works in float64, on about 5 C^2
+    numbers at a time, with some 4 C^2 operations for every column that goes.
     Raises StoppedError as linalg.definite does.
     """
     units, width = columns_UK.shape
+    assert remove <= units
     assert remove % groups == 0, "equal numbers go from every run of units"
     assert units % groups == 0, "runs of units are equal"
-    found = definite(gram_CC, damping)
-    inverse_CC = torch.cholesky_inverse(found.lower_CC).flip((0, 1))
     rows_RC = weight_RC.double()
     if row_weight_R is not None:
         rows_RC = rows_RC * row_weight_R.to(rows_RC).unsqueeze(1)
-    held_N = columns_UK.reshape(-1)
-    # taking a column out touches the others by A and S alone, so those that no unit holds need not be carried
-    left = _Left(inverse_CC[held_N][:, held_N], (rows_RC.T @ rows_RC)[held_N][:, held_N], torch.arange(units, device=gram_CC.device), width)
+    left, notes = _start(rows_RC, gram_CC, columns_UK, damping)
     keep_U = torch.ones(units, dtype=torch.bool, device=gram_CC.device)
     quota_G = torch.full((groups,), remove // groups, device=gram_CC.device)
     gone: list[tuple[int, float]] = []
     while len(gone) < remove:
         left, more = _slab(left, keep_U, quota_G, min(remove - len(gone), max(1, slab // width)))
         gone += more
-    return Chosen(keep_U, tuple(unit for unit, _ in gone), tuple(price for _, price in gone), found.notes)
+    return Chosen(keep_U, tuple(unit for unit, _ in gone), tuple(price for _, price in gone), notes)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,15 @@ class _Left:
     outer_NN: Tensor
     units_U: Tensor  # their numbers
     width: int  # K
+
+
+def _start(rows_RC: Tensor, gram_CC: Tensor, columns_UK: Tensor, damping: float) -> tuple[_Left, tuple[str, ...]]:
+    """A and S before anything has gone. Columns that no unit holds need not be carried: taking others out never asks for them."""
+    found = definite(gram_CC, damping)
+    held_N = columns_UK.reshape(-1)
+    inverse_NN = torch.cholesky_inverse(found.lower_CC).flip((0, 1))[held_N][:, held_N]
+    held_RN = rows_RC[:, held_N]
+    return _Left(inverse_NN, held_RN.T @ held_RN, torch.arange(len(columns_UK), device=gram_CC.device), columns_UK.shape[1]), found.notes
 
 
 def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Left, list[tuple[int, float]]]:
