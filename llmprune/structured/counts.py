@@ -5,7 +5,7 @@ Shapes: U = units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +25,31 @@ def under_one_threshold(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
     names = list(scores)
     pool = torch.cat([_with_least(standardised(scores[name]).cpu(), least.get(name, 0)) for name in names])
     size = torch.cat([torch.full((len(scores[name]),), sizes[name], dtype=torch.int64) for name in names])
+    stay = _cheapest(pool, size, budget).split([len(scores[name]) for name in names])
+    return {name: int(part.sum()) for name, part in zip(names, stay, strict=True)}
+
+
+def under_one_price(prices: Mapping[str, Sequence[float]], units: Mapping[str, int], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Units that each space keeps, when units go as long as what they cost the loss is under one price per parameter.
+
+    prices: of every space, what each unit costs in the order in which they go, as far as they may (``select.Chosen.prices`` of the dense model, rows
+    weighed by the Fisher information of their outputs, so that errors of different matrices compare). A unit counts as no cheaper than those that go
+    before it. units: of every space; sizes, budget, what is raised: as in ``under_one_threshold``.
+    Own combination: the Lagrangian of a quadratic model of the loss, with its Hessian a Kronecker product of Gram matrix and diagonal Fisher.
+    """
+    names = list(prices)
+    rising = [torch.tensor(list(prices[name]), dtype=torch.float64).cummax(0).values / sizes[name] for name in names]
+    size = torch.cat([torch.full((len(part),), sizes[name], dtype=torch.int64) for name, part in zip(names, rising, strict=True)])
+    stay = _cheapest(torch.cat(rising), size, budget).split([len(part) for part in rising])
+    return {name: units[name] - int((~part).sum()) for name, part in zip(names, stay, strict=True)}
+
+
+def _cheapest(pool: Tensor, size: Tensor, budget: int) -> Tensor:
+    """Keep-mask over all units: the smallest go until the budget is spent, those at infinity never."""
     free = pool.isfinite()
     if int(size[free].sum()) < budget:
         raise RequestError(f"{budget:,} parameters were to go, but the units that may go hold {int(size[free].sum()):,}", "ask for less sparsity")
-    keep = drop_smallest(pool, _nearest(pool, size, int(free.sum()), budget))
-    return {name: int(part.sum()) for name, part in zip(names, keep.split([len(scores[name]) for name in names]), strict=True)}
+    return drop_smallest(pool, _nearest(pool, size, int(free.sum()), budget))
 
 
 def _with_least(score_U: Tensor, least: int) -> Tensor:

@@ -266,6 +266,17 @@ def test_what_has_to_stay_stays() -> None:
         counts.under_one_threshold({"a": torch.tensor([1.0, 2, 3, 50])}, {"a": 1}, {"a": 1}, 4)
 
 
+def test_one_price_takes_the_cheapest_parameters() -> None:
+    prices = {"a": [1.0, 2.0, 1.5, 9.0], "b": [30.0, 31.0]}  # a's third costs no less than its second
+    units, sizes = {"a": 5, "b": 3}, {"a": 1, "b": 20}
+    assert counts.under_one_price(prices, units, sizes, 1) == {"a": 4, "b": 3}
+    assert counts.under_one_price(prices, units, sizes, 21) == {"a": 4, "b": 2}
+    assert counts.under_one_price(prices, units, sizes, 43) == {"a": 2, "b": 1}
+    assert counts.under_one_price(prices, units, sizes, 44) == {"a": 1, "b": 1}
+    with pytest.raises(RequestError, match="45 parameters were to go, but the units that may go hold 44"):
+        counts.under_one_price(prices, units, sizes, 45)
+
+
 def test_layers_of_least_cost_go() -> None:
     cost = {0: 0.5, 1: 0.1, 2: 0.3, 3: 0.1, 4: 0.9}
     assert counts.least_needed(cost, 1) == [1]
