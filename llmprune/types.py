@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
-Stat: TypeAlias = Literal["input_sq", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
+Stat: TypeAlias = Literal["input_sq", "input_sum", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Stats:
 
     tokens: int = 0
     input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
+    input_sum_C: Tensor | None = None  # sum over tokens of x_c
     gram_CC: Tensor | None = None  # sum over tokens of x x^T
     cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
