@@ -70,8 +70,8 @@ class Pattern(Protocol):
         """Exact number of weights that go from a [rows, columns] matrix."""
         ...
 
-    def at(self, ratio: float) -> Pattern:
-        """The pattern of a matrix that gives up ``ratio``: itself, unless matrices of one run differ in it."""
+    def at(self, ratio: float, matrix: str) -> Pattern:
+        """The pattern of a matrix (by full name) that gives up ``ratio``: itself, unless matrices of one run differ in it."""
         ...
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
@@ -109,6 +109,7 @@ class Seen:
     stats: Stats
     score_RC: Tensor | None  # the criterion's scores; None unless the allocation is ``scored``, or no token reached the matrix
     pruned_at: Callable[[float], Tensor]  # the weights [R, C] that the plan's own method leaves at a ratio
+    levels: tuple[float, ...] = ()  # some of the only ratios that it can give up; empty: any
 
 
 class Allocation(Protocol):
@@ -183,10 +184,24 @@ class Row:
     tokens: int
     notes: tuple[str, ...] = ()
     saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
+    units: int | None = None  # of a structured pattern, that could go
+    kept: tuple[int, ...] | None = None  # numbers of the units that stay
+    parameters: int = 0  # that all units hold, in whatever writes and reads them
+
+    @property
+    def size(self) -> int:
+        """What its sparsity is a share of."""
+        return self.parameters if self.kept is not None else self.rows * self.columns
+
+    @property
+    def gone(self) -> int:
+        if self.kept is None or self.units is None:
+            return self.zeros
+        return self.parameters // self.units * (self.units - len(self.kept))
 
     @property
     def sparsity(self) -> float:
-        return self.zeros / (self.rows * self.columns)
+        return self.gone / self.size
 
 
 @dataclass(frozen=True)
