@@ -5,7 +5,7 @@ Shapes: N = windows, L = tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.reshaped import Reshaped
 from llmprune.stream import Flow
 from llmprune.structured.counts import least_needed
+from llmprune.structured.layers import attends
 from llmprune.structured.scores import Mean, block_influence
 from llmprune.structured.structure import Structure
 from llmprune.types import BlockReport, Row
@@ -44,16 +45,27 @@ def choose_layers(
     windows_NL = windows_NL[:WINDOWS]
     if order == "block_influence":
         influence = influences(stream, windows_NL)
-        return {index: influence[index] for index in least_needed(influence, count)}
+        chosen: dict[int, float] = {}
+        for _ in range(count):
+            least = least_of({index: cost for index, cost in influence.items() if index not in chosen}, stream, chosen)
+            chosen[least] = influence[least]
+        return chosen
     dense = after_blocks(stream, windows_NL) if count else None
     gone: dict[int, float] = {}
     for _ in range(count):
         assert dense is not None
         costs = without_each(stream, windows_NL, frozenset(gone), dense)
-        (least,) = least_needed(costs, 1)
+        least = least_of(costs, stream, gone)
         gone[least] = costs[least]
         progress(len(gone), count)
     return gone
+
+
+def least_of(costs: dict[int, float], stream: Reshaped, gone: Iterable[int]) -> int:
+    """The cheapest block whose going leaves one with attention."""
+    left = set(range(len(stream.names))) - set(gone)
+    fixed = [index for index in costs if not attends(stream.structure.config, left - {index})]
+    return least_needed(costs, 1, fixed)[0]
 
 
 def without_each(stream: Reshaped, windows_NL: Tensor, gone: frozenset[int], dense: Flow) -> dict[int, float]:

@@ -24,14 +24,14 @@ from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import SIZES, Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows, read_windows
-from llmprune.depth import choose_layers, layer_reports, layers_to_drop
+from llmprune.depth import layers_to_drop
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.experts import prune_experts
 from llmprune.gradients import LossGradients
 from llmprune.methods import COARSE
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
     check_length,
@@ -45,10 +45,10 @@ from llmprune.preflight import (
     share_for,
 )
 from llmprune.recipe import Recipe
-from llmprune.reshaped import Reshaped
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
+from llmprune.reshaped import Reshaped
 from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
-from llmprune.smaller import save_smaller
+from llmprune.smaller import coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
 from llmprune.structured.structure import Structure, structure_of
 from llmprune.trials import Decision, Step, choose, decide
@@ -61,7 +61,6 @@ BUNDLED_LENGTH = 256
 HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 Progress = Callable[[str, int, int], None]
-OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
 
 
 def quiet(step: str, done: int, total: int) -> None:
@@ -187,7 +186,7 @@ def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, 
     structure = plan.pattern if isinstance(plan.pattern, Structure) else None
     room = structure.weights if structure else sum(m.rows * m.columns for ms in matrices.values() for m in ms)
     if recipe.target_params:
-        plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, stream.walk.model.num_parameters(), room))
+        plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, count_parameters(stream.walk.model), room))
     if recipe.target_size:
         if source is None:
             raise RequestError("target_size of a model in memory", "give --target-params")
@@ -295,16 +294,18 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         structure = plan.pattern if isinstance(plan.pattern, Structure) else None
         shown = Reshaped(job.stream, structure) if structure else None
         if shown is not None and structure is not None and structure.name in COARSE:
-            blocks = coarse_blocks(job, shown, structure, plan, decision, journal, finished, on_block, progress)
+            criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
+            layers = journal.read("layers"), partial(journal.write, "layers")
+            blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
         elif len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
         now = shown or job.stream
         pruned = [perplexity(now, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
         smaller = None
-        if shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
-            rows = [row for block in blocks for row in block.rows]
-            smaller = save_smaller(job.stream, shown, structure, rows, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
+        gone = any(row.gone for block in blocks for row in block.rows)
+        if gone and shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
+            smaller = save_smaller(job.stream, shown, structure, blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
         else:
             job.stream.finish()
             sink.finish()
@@ -315,7 +316,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
             perplexity=measured(dense, pruned),
-            parameters=job.stream.skeleton.num_parameters(),
+            parameters=count_parameters(job.stream.skeleton),
             environment=environment(job.stream),
             output=job.output,
             polish=polish,
@@ -331,33 +332,6 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         return report
     finally:
         journal.close()
-
-
-def coarse_blocks(
-    job: Job,
-    shown: Reshaped,
-    structure: Structure,
-    plan: Plan,
-    decision: Decision,
-    journal: Journal,
-    finished: dict[int, BlockReport],
-    on_block: OnBlock,
-    progress: Progress,
-) -> list[BlockReport]:
-    """Let whole layers or experts go."""
-    ids_NL = job.data.calibration.ids_NL
-    if structure.name == "experts":
-        return prune_experts(shown, ids_NL, plan, structure, decision.ratios.asked, finished, on_block)
-    record = journal.read("layers")
-    if record is None:
-        count = layers_to_drop(structure, plan.sparsity, structure.exact)
-        order: Any = job.recipe.parts.criterion
-        found = choose_layers(shown, ids_NL, count, order, partial(progress, "layers"))
-        record = {"gone": [[index, cost] for index, cost in found.items()]}
-        journal.write("layers", record)
-    gone = {int(index): cost for index, cost in record["gone"]}
-    shown.gone = frozenset(gone)
-    return layer_reports(shown, structure, gone, plan.sparsity)
 
 
 def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:

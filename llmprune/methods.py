@@ -131,7 +131,7 @@ def parse_nm(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
     if not match:
         raise RequestError(
-            f"pattern {text!r} is unknown", 
+            f"pattern {text!r} is unknown",
             f"there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4, {', '.join(STRUCTURED)}",
         )
     n, m = int(match[1]), int(match[2])

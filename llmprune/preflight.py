@@ -14,6 +14,7 @@ from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.polish import BYTES_PER_WEIGHT
 from llmprune.shares import allocations, is_tried, share
 from llmprune.stream import Stream, memory_of
@@ -145,7 +146,7 @@ def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
         return
     if len(stream.names) in matrices:
         raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "leave the head out with --skip, or add --polish none")
-    need, free = stream.walk.model.num_parameters() * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
+    need, free = count_parameters(stream.walk.model) * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
     if need > free:
         raise RequestError(f"polish kd: training the whole model takes some {need:,} bytes, {free:,} are free", "add --polish none")
 

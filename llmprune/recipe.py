@@ -37,7 +37,7 @@ from llmprune.methods import (
 )
 
 if TYPE_CHECKING:
-    from llmprune.types import Pattern, Plan
+    from llmprune.types import Plan
 
 MAX_RECIPE = 1 << 20
 BUDGETS = ("sparsity", "target_params", "target_size", "max_ppl_increase")
@@ -338,7 +338,7 @@ class Recipe(BaseModel):
         if self.polish_steps is not None and self.polish is None and not self.parts.polish_steps:
             raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
 
-    def plan(self, structure: Pattern | None = None) -> Plan:
+    def plan(self, structure: Any = None) -> Plan:
         """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
         pattern is a structured one.
         """

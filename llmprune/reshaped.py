@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.model.blocks import Walk
 from llmprune.stream import Stream
 from llmprune.structured.slicing import Keeps, rebuild
 from llmprune.structured.structure import Structure
@@ -32,21 +30,12 @@ class Reshaped:
 
     def __init__(self, stream: Stream, structure: Structure) -> None:
         self.stream = stream
+        self.walk = stream.walk
+        self.names = stream.names
+        self.scratch = stream.scratch
         self.structure = structure
         self.keeps: dict[int, Keeps] = {}
         self.gone: frozenset[int] = frozenset()
-
-    @property
-    def walk(self) -> Walk:
-        return self.stream.walk
-
-    @property
-    def names(self) -> list[str]:
-        return self.stream.names
-
-    @property
-    def scratch(self) -> Path | None:
-        return self.stream.scratch
 
     def path_of(self, index: int) -> str:
         return self.stream.path_of(index)

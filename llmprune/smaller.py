@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune.depth import Order, choose_layers, layer_reports, layers_to_drop
 from llmprune.errors import PromiseError
 from llmprune.evaluation.divergence import after_blocks
+from llmprune.experts import prune_experts
 from llmprune.reshaped import Reshaped
 from llmprune.stream import CheckpointStream, memory_limit
 from llmprune.structured.compact import Cutter, parameters_of, write_smaller
 from llmprune.structured.export import export, padded
 from llmprune.structured.reload import difference, reloaded_logits
+from llmprune.structured.slicing import Keeps
 from llmprune.structured.structure import Structure
-from llmprune.types import Row
+from llmprune.types import BlockReport, Plan
 
+OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
 ALIKE = {torch.float32: 1e-4}  # relative difference of logits; other dtypes round at every step
 ROUNDED_ALIKE = 0.1
 MOST_TOKENS = 256  # of the window that is compared
@@ -43,15 +49,20 @@ class Smaller:
 
 
 def save_smaller(
-    stream: CheckpointStream, shown: Reshaped, structure: Structure, rows: Iterable[Row], ids_NL: Tensor, pad: bool, folder: Path, scratch: Path
+    stream: CheckpointStream,
+    shown: Reshaped,
+    structure: Structure,
+    blocks: Sequence[BlockReport],
+    ids_NL: Tensor,
+    pad: bool,
+    folder: Path,
+    scratch: Path,
 ) -> Smaller:
     """Write the smaller checkpoint into ``folder`` and load it again. shown: the stream as the model is now.
 
     Raises PromiseError when it does not load, or predicts otherwise.
     """
-    keeps = structure.keeps(rows) if structure.cut else [{} for _ in stream.names]
-    kept = [index for index in range(len(stream.names)) if index not in shown.gone]
-    written = padded(structure.spaces, keeps) if pad else keeps
+    written, kept = cuts(structure, blocks, pad), kept_layers(shown)
     exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
     cutter = Cutter(stream.loader, stream.walk.path, structure.spaces, written, kept)
     if folder.exists():
@@ -60,9 +71,43 @@ def save_smaller(
     size = write_smaller(folder, cutter, exported, stream.block)
     parameters = parameters_of(cutter)
     apart, notes = compare(stream, shown, ids_NL, parameters, folder, scratch)
-    return Smaller(
-        structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), (*exported.notes, *notes)
-    )
+    return Smaller(structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), (*exported.notes, *notes))
+
+
+def kept_layers(shown: Reshaped) -> list[int]:
+    return [index for index in range(len(shown.names)) if index not in shown.gone]
+
+
+def cuts(structure: Structure, blocks: Sequence[BlockReport], pad: bool) -> Sequence[Keeps]:
+    """The units that each block is saved with."""
+    keeps = structure.keeps(row for block in blocks for row in block.rows) if structure.cut else [{} for _ in structure.spaces]
+    return padded(structure.spaces, keeps) if pad else keeps
+
+
+def coarse_blocks(
+    shown: Reshaped,
+    structure: Structure,
+    plan: Plan,
+    ids_NL: Tensor,
+    criterion: str | None,
+    asked: dict[str, float],
+    finished: Mapping[int, BlockReport] = MappingProxyType({}),
+    on_block: OnBlock = lambda index, report, hashes: None,
+    layers: tuple[dict[str, Any] | None, Callable[[dict[str, Any]], None]] = (None, lambda record: None),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[BlockReport]:
+    """Let whole layers or experts go, and tell ``shown`` of them. layers: what an earlier process has chosen, and what is told of the choice."""
+    if structure.name == "experts":
+        return prune_experts(shown, ids_NL, plan, structure, asked, finished, on_block)
+    record, write = layers
+    if record is None:
+        count = layers_to_drop(structure, plan.sparsity, structure.exact)
+        order: Order = "block_influence" if criterion == "block_influence" else "measured"
+        record = {"gone": [[index, cost] for index, cost in choose_layers(shown, ids_NL, count, order, progress).items()]}
+        write(record)
+    gone = {int(index): cost for index, cost in record["gone"]}
+    shown.gone = frozenset(gone)
+    return layer_reports(shown, structure, gone, plan.sparsity)
 
 
 @torch.no_grad()

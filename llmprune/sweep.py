@@ -17,6 +17,7 @@ from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune
+from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.gradients import LossGradients
 from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
@@ -40,6 +41,9 @@ class Sweep:
 
 def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False) -> Sweep:
     """Check every row against the model. Nothing is written and no forward is run. Raises RequestError."""
+    smaller = [recipe.pattern for recipe in asked if recipe.structured]
+    if smaller:
+        raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
     job = prepare(asked[0].model_copy(update={"output": str(output)}), None, overwrite, restart, result="sweep.json")
     rows = []
     for recipe in asked:

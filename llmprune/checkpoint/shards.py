@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, uint8
 
@@ -64,12 +65,14 @@ class Shards:
                 os.close(handle)
 
     def _lay_out(self, file: str, keys: list[str]) -> None:
-        entries, at = {}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        starts, at = {}, 0
         for key in keys:
             shape = self.shapes[key]
-            entries[key] = {"dtype": shape.dtype, "shape": list(shape.shape), "data_offsets": [at, at + shape.bytes]}
+            header[key] = {"dtype": shape.dtype, "shape": list(shape.shape), "data_offsets": [at, at + shape.bytes]}
+            starts[key] = at
             at += shape.bytes
-        raw = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()
+        raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
         try:
@@ -80,7 +83,7 @@ class Shards:
         finally:
             os.close(handle)
         for key in keys:
-            self._places[key] = (file, 8 + len(raw) + entries[key]["data_offsets"][0])  # type: ignore[index]
+            self._places[key] = (file, 8 + len(raw) + starts[key])
 
 
 def _runs(shapes: Mapping[str, Shape]) -> Iterable[list[str]]:

@@ -99,7 +99,10 @@ def block_to_json(block: BlockReport) -> dict[str, Any]:
 
 
 def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
-    rows = tuple(Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"]), "kept": _tuple(row["kept"])}) for row in value["rows"])
+    rows = tuple(
+        Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"]), "kept": _tuple(row["kept"])})
+        for row in value["rows"]
+    )
     return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,9 +40,8 @@ def main(folder: str, asked: str, answer: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     code = (Path(folder) / "modeling_pruned.py").exists()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained  # which hands back a pair here
+    model, info = load(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
     wrong = {name: found for name, found in info.items() if found}
     if wrong:
         raise SystemExit(f"tensors that do not fit: {wrong}")

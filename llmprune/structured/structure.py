@@ -13,7 +13,7 @@ from llmprune.budget import on_levels
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
-from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, refusal, required
+from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, refusal, required, tensors_of
 from llmprune.structured.units import Units
 from llmprune.types import Row
 
@@ -124,7 +124,7 @@ class Structure:
             sizes[key] = sum(self.cut[n].size for n in names)
             wanted[key] = sum(asked[n] * self.cut[n].size for n in names) / sizes[key]
             levels[key] = self.cut[names[0]].levels
-        if self.uniform:
+        if self.uniform and self.name != "structured":
             ratios = {key: self._closest(self.cut[names[0]], wanted[key]) for key, names in together.items()}
         else:
             ratios = on_levels(wanted, sizes, levels, sparsity)
@@ -144,7 +144,7 @@ class Structure:
             raise RequestError(
                 f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would stay", _ratios(cut.counts, space)
             )
-        if ratio > 0 and count == space.units:
+        if self.exact and ratio > 0 and count == space.units:
             raise RequestError(
                 f"{space.pattern} at sparsity {ratio:.4g}: the nearest legal number to {cut.kept(ratio):.4g} is all {space.units}",
                 _ratios(cut.counts, space),
@@ -192,7 +192,7 @@ def structure_of(
     for index, path in enumerate(paths):
         block = model.get_submodule(path)
         spaces.append(tuple(all_spaces(config, index, block)))
-        numbers.append(sum(p.numel() for p in block.parameters()))
+        numbers.append(sum(t.numel() for t in tensors_of(block).values()))
         for space in spaces[-1]:
             name = f"{path}.{space.readers[0].matrix if space.readers else space.name}"
             if space.pattern in patterns and takes(name):
