@@ -38,6 +38,8 @@ class Report:
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
+    smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
+    model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -46,21 +48,23 @@ class Report:
 
     @property
     def zeros(self) -> int:
-        return sum(row.zeros for row in self.rows)
+        """Weights that have gone: exact zeros, or what a structured pattern has cut out."""
+        return sum(row.gone for row in self.rows)
 
     @property
     def weights(self) -> int:
-        """Weights in the pruned matrices."""
-        return sum(row.rows * row.columns for row in self.rows)
+        """Weights in the pruned matrices; of a structured pattern, all that its units hold."""
+        return sum(row.size for row in self.rows)
 
     @property
     def sparsity(self) -> float:
-        """Share of exact zeros in the pruned matrices."""
+        """Share of them that has gone."""
         return self.zeros / self.weights if self.weights else 0.0
 
     @property
     def notes(self) -> list[str]:
-        return [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+        said = [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+        return [*(self.smaller["notes"] if self.smaller else ()), *said]
 
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
@@ -77,6 +81,7 @@ class Report:
             },
             "perplexity": [asdict(m) for m in self.perplexity],
             "blocks": [block_to_json(b) for b in self.blocks],
+            "smaller": self.smaller,
             "polish": self.polish,
             "reasons": self.reasons,
             "tried": self.tried,
@@ -94,9 +99,16 @@ def block_to_json(block: BlockReport) -> dict[str, Any]:
 
 
 def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
-    rows = tuple(Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"])}) for row in value["rows"])
+    rows = tuple(
+        Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"]), "kept": _tuple(row["kept"])})
+        for row in value["rows"]
+    )
     return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
 
 
 def measured(dense: Sequence[Perplexity], pruned: Sequence[Perplexity]) -> tuple[Measured, ...]:
     return tuple(Measured(d, p) for d, p in zip(dense, pruned, strict=True))
+
+
+def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)

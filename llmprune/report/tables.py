@@ -24,8 +24,8 @@ def print_report(report: Report, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for block in report.blocks:
-        weights = sum(r.rows * r.columns for r in block.rows)
-        sparsity = sum(r.zeros for r in block.rows) / weights if weights else 0.0
+        weights = sum(r.size for r in block.rows)
+        sparsity = sum(r.gone for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
         cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
         table.add_row(block.block, str(len(block.rows)), ratios_of(block), *cells)
