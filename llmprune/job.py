@@ -193,7 +193,7 @@ def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, 
             raise RequestError("target_size of a model in memory", "give --target-params")
         each = max(SIZES[entry.dtype] for entry in source.tensors.values())
         plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
-    if structure and structure.name == "layers":
+    if structure and structure.name == "layers" and recipe.target_latency_ratio is None:
         layers_to_drop(structure, plan.sparsity, structure.exact)
     return plan
 

@@ -295,9 +295,7 @@ class Recipe(BaseModel):
                 f"target_size with pattern {self.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
             )
         if self.target_latency_ratio is not None:
-            raise RequestError(
-                f"target_latency_ratio with pattern {self.pattern}: zeros are multiplied as fast as others", "take a structured pattern"
-            )
+            raise RequestError(f"target_latency_ratio with pattern {self.pattern}: zeros take as long as others", "take a structured pattern")
         given = [name for name in ("round_to", "uniform", "pad") if getattr(self, name)]
         if given:
             raise RequestError(f"{given[0]} with pattern {self.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
