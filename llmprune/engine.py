@@ -23,6 +23,7 @@ from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_head, at_once, inner_channels, stage_by_stage
 from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream
+from llmprune.structured.refit import mean_bias
 from llmprune.structured.reorder import Channels, best_order, in_order
 from llmprune.structured.structure import Structure
 from llmprune.target import asymmetric_target
@@ -191,7 +192,10 @@ def prune_block(
                     changed += moved
                 if variants is not None:
                     store_variants(variants, flow.stream, index, block, m, stats, plan)
+                before_RC = m.view(block).clone() if plan.mean_bias else None
                 rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
+                if before_RC is not None and rows[m.name].gone:
+                    changed.append(make_up(flow.stream, index, block, m, before_RC, stats))
             clock.lap("solve")
     pruned = {m.parameter for m in matrices}
     return [rows[m.name] for m in matrices], [c for c in dict.fromkeys(changed) if c not in pruned]
@@ -227,6 +231,15 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     zeros = int((stored_RC == 0).sum())
     row = Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
     return plan.pattern.told(row, pruned.keep_RC) if isinstance(plan.pattern, Structure) else row
+
+
+def make_up(stream: Stream, index: int, block: nn.Module, matrix: Matrix, before_RC: Tensor, stats: Stats) -> str:
+    """Add to a matrix's bias what its outputs have lost on average; the bias's name."""
+    bias_R = block.get_parameter(matrix.bias)
+    own_R = bias_R.data if matrix.expert is None else bias_R.data[matrix.expert]
+    added_R = mean_bias(before_RC.float(), matrix.view(block).float(), stats)
+    own_R.copy_((own_R + added_R).to(stream.stored_dtype(index, matrix.bias)))
+    return matrix.bias
 
 
 def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float, name: str) -> Pruned:

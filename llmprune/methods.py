@@ -32,6 +32,7 @@ class Method:
     fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
     allocation: str = "uniform"  # of unstructured sparsity
     polish_steps: int = 0  # of whole-model distillation at the end
+    mean_bias: bool = False  # biases make up for the means of what goes
 
 
 POLISH_STEPS = 100
@@ -60,6 +61,7 @@ STRUCTURED_QUALITIES = {
 }
 STRUCTURED_METHODS = {
     "magnitude": Method("magnitude", "mask_only", "matrix"),
+    "flap": Method("fluctuation", "mask_only", "matrix", mean_bias=True),
     "taylor": Method("taylor", "mask_only", "matrix"),
     "wanda": Method("wanda", "mask_only", "matrix"),
 }

@@ -358,6 +358,7 @@ class Recipe(BaseModel):
             permute=self.permute,
             polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
+            mean_bias=parts.mean_bias,
         )
 
     @property

@@ -115,7 +115,7 @@ def logits_without(dense: Any, pattern: str, report: Report) -> Tensor:
 @pytest.mark.parametrize(("family", "pattern"), IMPOSSIBLE)
 def test_what_cannot_be_cut_is_refused_with_the_reason(family, pattern, tmp_path):
     stored(family, tmp_path / "model")
-    with pytest.raises(RequestError, match="cannot be cut by|no table"):
+    with pytest.raises(RequestError, match="cannot be cut by"):
         cut(tmp_path / "model", pattern)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
@@ -125,7 +125,7 @@ REPAIRED = [
     {"quality": "balanced"},
     {"quality": "max", "polish_steps": 2},
     {"method": "taylor"},
-    {"criterion": "wanda", "solver": "admm"},
+    {"solver": "admm"},
     {"criterion": "obd_fisher", "solver": "reconstruct"},
 ]
 
@@ -174,6 +174,7 @@ def test_budgets_of_parameters_and_bytes(tmp_path):
     size = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
     report = cut(tmp_path / "model", "channels", None, target_size=size - 12_000, overwrite=True)
     assert abs(report.smaller["bytes"] - (size - 12_000)) <= 4 * unit
+    assert report.smaller["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
 
 
 def test_nothing_asked_nothing_changed(tmp_path):
