@@ -65,8 +65,8 @@ COARSE = ("layers", "experts")
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
     "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="auto"),
-    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, allocation="auto"),
-    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, allocation="auto", polish_steps=POLISH_STEPS),
+    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, fisher_rows=True, allocation="auto"),
+    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="auto", polish_steps=POLISH_STEPS),
 }
 STRUCTURED_METHODS = {
     "magnitude": Method("magnitude", "mask_only", "matrix"),

@@ -57,6 +57,7 @@ class Structure:
     uniform: bool  # the same sizes in every layer
     exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
     padded: bool  # every layer is saved as wide as the widest
+    others: tuple[tuple[str, ...], ...]  # of each block, matrices that lose no units, by their names in it
     unit: int = 1
     tall: int = 1
     local: bool = False
@@ -94,6 +95,11 @@ class Structure:
     def readers(self, index: int, block: nn.Module) -> list[Matrix]:
         """The matrices of a block that read units that may go."""
         wanted = {r.matrix for c in self.cut.values() if c.block == index for r in c.space.readers}
+        return [m for m in block_matrices(block) if m.name in wanted]
+
+    def repaired(self, index: int, block: nn.Module) -> list[Matrix]:
+        """The readers of a block, and the matrices that can make up for what other blocks have lost."""
+        wanted = {m.name for m in self.readers(index, block)} | set(self.others[index])
         return [m for m in block_matrices(block) if m.name in wanted]
 
     def keeps(self, rows: Iterable[Row]) -> list[dict[str, Tensor]]:
@@ -196,7 +202,7 @@ def structure_of(
     Raises RequestError where the architecture cannot be cut so, or nothing is left to cut.
     """
     config, patterns = model.config, resolved(model.config, pattern)
-    spaces, cut, numbers = [], {}, []
+    spaces, cut, numbers, others = [], {}, [], []
     for index, path in enumerate(paths):
         block = model.get_submodule(path)
         spaces.append(tuple(all_spaces(config, index, block)))
@@ -207,6 +213,7 @@ def structure_of(
                 step = round_to if round_to is not None else 8 if space.pattern in ("channels", "kernel") else 1
                 counts, native = (tuple(legal_counts(config, space, step, in_config)) for in_config in (False, True))
                 cut[name] = Cuttable(index, space, space.units * parameters_per_unit(block, space), counts, native)
+        others.append(tuple(m.name for m in block_matrices(block) if f"{path}.{m.name}" not in cut and takes(f"{path}.{m.name}")))
     if not cut and pattern != "layers":
         raise RequestError(f"pattern {pattern}: nothing is selected", "check --skip and --only")
-    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded)
+    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded, tuple(others))
