@@ -83,7 +83,7 @@ def export(
     for name, value in fixed.items():
         put(saved, config, name, value)
     layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]
-    varied = any(sizes != layers[0] for sizes in layers)
+    varied = any(len({sizes[name] for sizes in layers if name in sizes}) > 1 for name in wanted)
     for name in wanted:
         put(saved, config, name, _shared(config, name, layers, varied))
     different = {i: own for i, sizes in enumerate(layers) if (own := _own(config, saved, sizes))}

@@ -20,7 +20,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 import llmprune.smaller
+from llmprune.checkpoint.source import open_folder
 from llmprune.errors import PromiseError, RequestError
+from llmprune.evaluation.divergence import after_blocks
+from llmprune.job import open_stream
 from llmprune.report.result import Report
 from llmprune.structured.live import save_sliced
 from llmprune.structured.spaces import refusal, spaces_of
@@ -162,6 +165,10 @@ def test_layers_of_different_sizes(pad, tmp_path):
     assert report.smaller["remote_code"] == (not pad)
     smaller = reloaded(tmp_path / "out", trust_remote_code=not pad)
     generates_alike(smaller)
+    stream = open_stream(open_folder(tmp_path / "out", "out"), torch.float32, torch.device("cpu"))  # eval and inspect run none of its code
+    with torch.no_grad():
+        ours = torch.cat([logits for _, logits in after_blocks(stream, IDS).logits()])
+        assert float((ours - smaller(IDS).logits).abs().max()) < ROUNDING
     if not pad:
         with pytest.raises((ValueError, RuntimeError, AttributeError)):
             reloaded(tmp_path / "out", trust_remote_code=False)
