@@ -233,11 +233,15 @@ def bench(
 def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
     """List what can be asked for, or show one method's equation and paper."""
     from llmprune.checkpoint.aliases import ALIASES
-    from llmprune.methods import DEFAULT_QUALITY, KINDS, METHODS, QUALITIES, check_name, document, names
+    from llmprune.methods import DEFAULT_QUALITY, KINDS, METHODS, QUALITIES, STRUCTURED_PATTERNS, check_name, document, names
 
     everything = {kind: names(kind) for kind in KINDS}
     if name is not None:
-        check_name("method", name, sorted({n for ns in everything.values() for n in ns} | METHODS.keys() | QUALITIES.keys()))
+        check_name(
+            "method",
+            name,
+            sorted({n for ns in everything.values() for n in ns} | METHODS.keys() | QUALITIES.keys() | STRUCTURED_PATTERNS.keys() | {"flap"}),
+        )
     for flag, named in (("quality", QUALITIES), ("method", METHODS)):
         for method, parts in named.items():
             if name in (None, method):
@@ -248,6 +252,9 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; all are liste
                 said += [f"then distilled for {parts.polish_steps} steps"] if parts.polish_steps else []
                 said += ["the default"] if method == DEFAULT_QUALITY else []
                 out.print(f"--{flag} {method}: {', '.join(said)}", markup=False, soft_wrap=True)
+    for pattern, text in STRUCTURED_PATTERNS.items():
+        if name in (None, pattern):
+            out.print(f"--pattern {pattern}: {text}", markup=False, soft_wrap=True)
     for kind, ns in everything.items():
         for one in ns:
             text = document(kind, one)

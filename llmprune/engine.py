@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
+from llmprune.cutting import correct, make_up, mask_units, touched_matrices, trained_matrices
 from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients
 from llmprune.linalg import all_finite, notes_of
@@ -83,7 +84,8 @@ def prune(
                 teacher.through(index, block)
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
-            rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock, variants)
+            touched = touched_matrices(index, block, matrices[index], plan, asked)
+            rows, changed = prune_block(flow, dense, index, block, touched, plan, asked, gradients, clock, variants)
             if isinstance(plan.pattern, Structure):
                 changed += mask_units(flow, dense, index, block, rows, plan.pattern)
             if plan.reconstruct is not None and not head:
@@ -105,23 +107,6 @@ def prune(
         del flow, dense  # their hidden states have done their work
         on_polish(*polish(stream, teacher, matrices, plan, progress))
     return reports
-
-
-def mask_units(flow: Flow, dense: Flow | None, index: int, block: nn.Module, rows: list[Row], structure: Structure) -> list[str]:
-    """Zero all that goes with the dropped units of a block; names of what has changed."""
-    keeps = structure.keeps(rows)[index]
-    changed = structure.mask(index, block, keeps)
-    if dense is not None and structure.rescales(index, keeps):  # what has left the block was computed before
-        for batch in range(len(flow)):
-            flow.outputs[batch] = flow.run(index, block, batch)
-    return changed
-
-
-def trained_matrices(block: nn.Module, matrices: list[Matrix], plan: Plan) -> list[Matrix]:
-    """What a training goes over: the pruned matrices; of a block that has lost units all but routers and the like."""
-    if not matrices or not isinstance(plan.pattern, Structure):
-        return matrices
-    return [m for m in block_matrices(block) if not LEFT_ALONE.search(m.name)]
 
 
 def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> tuple[Polished, dict[str, str]]:
@@ -182,19 +167,26 @@ def prune_block(
     with closing(found):  # forwards that wait end with the block, whatever happens
         for stage, statistics in found:
             clock.lap("forward")
+            others = [m for m in stage if f"{name}.{m.name}" not in asked]
+            changed += [correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in others]
             if gradients is not None:
                 gradients.add_to(index, statistics)
             for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write its channels
+                if m in others:
+                    continue
                 stats, saliency = replace(statistics.pop(m.name), norm_scale_C=scales.get(m.name)), None
                 if m.name in channels:
                     stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, plan)
                     changed += moved
                 if variants is not None:
                     store_variants(variants, flow.stream, index, block, m, stats, plan)
+                before_RC = m.view(block).clone() if plan.mean_bias else None
                 rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
+                if before_RC is not None and rows[m.name].gone:
+                    changed.append(make_up(flow.stream, index, block, m, before_RC, stats))
             clock.lap("solve")
-    pruned = {m.parameter for m in matrices}
-    return [rows[m.name] for m in matrices], [c for c in dict.fromkeys(changed) if c not in pruned]
+    pruned = {m.parameter for m in matrices if m.name in rows}
+    return [rows[m.name] for m in matrices if m.name in rows], [c for c in dict.fromkeys(changed) if c not in pruned]
 
 
 def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> tuple[Stats, tuple[float, float], Tensor, list[str]]:

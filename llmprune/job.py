@@ -175,8 +175,8 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         selection.takes,
         recipe.round_to,
         recipe.one_size,
-        native=recipe.one_size or recipe.pad,
         exact=recipe.sparsity is not None and recipe.pattern != "structured",
+        padded=recipe.pad,
     )
     readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)} if structure.cut else {}
     return recipe.plan(structure), readers

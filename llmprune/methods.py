@@ -32,6 +32,7 @@ class Method:
     fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
     allocation: str = "uniform"  # of unstructured sparsity
     polish_steps: int = 0  # of whole-model distillation at the end
+    mean_bias: bool = False  # biases make up for the means of what goes
 
 
 POLISH_STEPS = 100
@@ -50,16 +51,26 @@ QUALITIES = {
     "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }
 # Patterns that make the model smaller. Layers and experts go by measures of their own.
-STRUCTURED = ("channels", "heads", "kv-groups", "kernel", "layers", "experts", "structured")
+STRUCTURED_PATTERNS = {
+    "channels": "FFN channels; sparsity is the share of the FFN",
+    "heads": "query heads, equally many of every KV group; of the query and output projections",
+    "kv-groups": "KV groups with their query heads; of attention",
+    "kernel": "short convolutions with their inner channels (Mamba) or key heads (Qwen3-Next); of the mixer",
+    "layers": "whole layers, those without which predictions change least (or --criterion block_influence)",
+    "experts": "experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
+    "structured": "channels and KV groups (or heads) under one budget of parameters; of attention and FFN",
+}
+STRUCTURED = tuple(STRUCTURED_PATTERNS)
 COARSE = ("layers", "experts")
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
-    "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="sensitivity"),
-    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, allocation="sensitivity"),
-    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, allocation="sensitivity", polish_steps=POLISH_STEPS),
+    "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="auto"),
+    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, fisher_rows=True, allocation="auto"),
+    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="auto", polish_steps=POLISH_STEPS),
 }
 STRUCTURED_METHODS = {
     "magnitude": Method("magnitude", "mask_only", "matrix"),
+    "flap": Method("fluctuation", "mask_only", "matrix", mean_bias=True),
     "taylor": Method("taylor", "mask_only", "matrix"),
     "wanda": Method("wanda", "mask_only", "matrix"),
 }

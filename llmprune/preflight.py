@@ -105,7 +105,20 @@ def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dt
     check_polish(plan, stream, matrices)
     check_permute(plan, dtype)
     check_trials(plan, matrices, stream)
+    check_biases(plan, stream, matrices)
     check_ratios(plan, stream, matrices)
+
+
+def check_biases(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """There are biases that can make up for means."""
+    for index, ms in matrices.items() if plan.mean_bias else ():
+        held = dict(stream.walk.model.get_submodule(stream.path_of(index)).named_parameters())
+        missing = [m.name for m in ms if m.bias not in held]
+        if missing:
+            raise RequestError(
+                f"{stream.path_of(index)}.{missing[0]}: has no bias to make up for the means of what goes",
+                "store the model with biases of zero first (Llama: attention_bias, mlp_bias), or take --criterion fluctuation --solver refit",
+            )
 
 
 def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,11 +34,12 @@ from llmprune.methods import (
     parse_nm,
     split_solver,
 )
+from llmprune.reading import read_count, read_share, read_toml
+from llmprune.refusals import check_structured, refuse_structured
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
-MAX_RECIPE = 1 << 20
 BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
@@ -98,7 +98,7 @@ class Recipe(BaseModel):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _read_sparsity(cls, value: Any) -> Any:
-        value = _read_share(value)
+        value = read_share(value)
         if isinstance(value, float) and not 0 <= value < 1:
             raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
         return value
@@ -106,22 +106,17 @@ class Recipe(BaseModel):
     @field_validator("target_params", "target_size", mode="before")
     @classmethod
     def _read_count(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)[bB]?\s*", value)
-            if not match:
-                raise ValueError("is no count (write 900000000, 900M or 0.9B; 1.2GB of bytes)")
-            return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()])
-        return value
+        return read_count(value)
 
     @field_validator("target_latency_ratio", mode="before")
     @classmethod
     def _read_ratio(cls, value: Any) -> Any:
-        return _read_share(value)
+        return read_share(value)
 
     @field_validator("max_ppl_increase", mode="before")
     @classmethod
     def _read_increase(cls, value: Any) -> Any:
-        value = _read_share(value)
+        value = read_share(value)
         if isinstance(value, float) and not 0 < value <= MOST_INCREASE:
             raise ValueError(f'is outside 0 < increase <= {MOST_INCREASE:g} (five per cent is 0.05 or "5%")')
         return value
@@ -148,7 +143,7 @@ class Recipe(BaseModel):
 
     @property
     def one_size(self) -> bool:
-        """Structured: every layer gets the same sizes."""
+        """Structured: every layer has the same sizes."""
         return self.parts.allocation == "uniform"
 
     @property
@@ -172,7 +167,7 @@ class Recipe(BaseModel):
     @property
     def makes_trials(self) -> bool:
         """Whether windows have to be held back to try something out on."""
-        return self.max_ppl_increase is not None or self.allocation in TRIED
+        return self.max_ppl_increase is not None or self.parts.allocation in TRIED
 
     @property
     def budget(self) -> str:
@@ -208,20 +203,26 @@ class Recipe(BaseModel):
             group=group,
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
-            allocation=self.allocation or ("uniform" if one_size else named.allocation),
+            allocation=self.allocation or ("uniform" if one_size else self._untried(named.allocation)),
             fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
+
+    def _untried(self, allocation: str) -> str:
+        """A budget that is found by trials leaves none to an allocation."""
+        return "fisher" if self.max_ppl_increase is not None and allocation in TRIED else allocation
 
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
         if self.structured:
-            self._check_structured()
+            self._check_budget("add --sparsity 0.25: the share of the pattern's own parameters that goes")
+            self._refuse_group()
+            check_structured(self)
             self._check_names()
             if self.pattern not in COARSE:
                 self._check_allocation()
                 self._check_parts()
             return self
-        self._refuse_structured()
+        refuse_structured(self)
         if not self.in_groups:
             if self.pattern != "unstructured":
                 parse_block(self.pattern)
@@ -265,40 +266,6 @@ class Recipe(BaseModel):
                 f"pattern {self.pattern} means sparsity {self.most:g}, not {self.sparsity:g}",
                 "leave one of them out, or add --allocation fisher to mix it with denser ones",
             )
-
-    def _check_structured(self) -> None:
-        self._check_budget("add --sparsity 0.25: the share of the pattern's own parameters that goes")
-        self._refuse_group()
-        if self.permute:
-            raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
-        if self.allocation in ("explicit", "search"):
-            raise RequestError(f"allocation {self.allocation!r} with pattern {self.pattern}", "take sensitivity or uniform")
-        if self.uniform and self.allocation not in (None, "uniform"):
-            raise RequestError(f"uniform sizes with allocation {self.allocation!r}", "leave one of them out")
-        if self.pattern in COARSE:
-            self._check_coarse()
-        elif self.pad and self.one_size:
-            raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
-
-    def _check_coarse(self) -> None:
-        if self.pattern == "experts" and self.target_latency_ratio is not None:
-            raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
-        for name in ("quality", "method", "solver", "target", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
-            if getattr(self, name):
-                raise RequestError(f"{name} with pattern {self.pattern}, which lets whole {self.pattern} go", f"leave {name} out")
-        if self.criterion is not None:
-            check_name("criterion", self.criterion, list(LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA))
-
-    def _refuse_structured(self) -> None:
-        if self.target_size is not None:
-            raise RequestError(
-                f"target_size with pattern {self.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
-            )
-        if self.target_latency_ratio is not None:
-            raise RequestError(f"target_latency_ratio with pattern {self.pattern}: zeros take as long as others", "take a structured pattern")
-        given = [name for name in ("round_to", "uniform", "pad") if getattr(self, name)]
-        if given:
-            raise RequestError(f"{given[0]} with pattern {self.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
 
     def _refuse_group(self) -> None:
         if self.group is not None:
@@ -374,6 +341,7 @@ class Recipe(BaseModel):
             permute=self.permute,
             polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
+            mean_bias=parts.mean_bias,
         )
 
     @property
@@ -401,7 +369,7 @@ class Recipe(BaseModel):
 
 def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
-    stored = _read_toml(path) if path else {}
+    stored = read_toml(path) if path else {}
     for key in stored:
         check_name("recipe key", key, list(Recipe.model_fields))
     named = ("quality", "method", "criterion", "solver")
@@ -445,27 +413,6 @@ def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsi
     return found
 
 
-def _read_share(value: Any) -> Any:
-    """A number, or a text such as 0.5 or 50%, as a float; anything else as it is."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
-        if not match:
-            raise ValueError("is no number")
-        return float(match[1]) / (100 if match[2] else 1)
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def _description(field: str) -> str:
     known = Recipe.model_fields.get(field.split(".")[0])
     return (known.description if known else None) or "see llmprune prune --help"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_RECIPE:
-            raise RequestError(f"{path.name}: larger than {MAX_RECIPE} bytes", "this is no recipe")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"recipe {path.name}: not valid TOML ({error})", 'write sparsity = 0.5 and pattern = "2:4"') from None

@@ -163,13 +163,15 @@ class Plan:
     permute: bool = False  # reorder input channels so that N:M holds more
     polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
+    mean_bias: bool = False  # biases make up for the means of what goes
 
     @property
     def needs(self) -> frozenset[Stat]:
         own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
         target: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
         rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
-        return own | self.solver.needs | target | rows
+        means: frozenset[Stat] = frozenset({"input_sum"} if self.mean_bias else ())
+        return own | self.solver.needs | target | rows | means
 
 
 @dataclass(frozen=True)

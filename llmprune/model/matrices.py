@@ -27,6 +27,11 @@ class Matrix:
     rows: int
     columns: int
 
+    @property
+    def bias(self) -> str:
+        """The path of the bias beside it, if it has one."""
+        return f"{self.parameter.removesuffix('weight')}bias" if self.expert is None else f"{self.parameter}_bias"
+
     def stored(self, block: nn.Module) -> Tensor:
         """The stored slice, sharing memory with the parameter."""
         parameter = block.get_parameter(self.parameter).data

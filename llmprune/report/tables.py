@@ -20,7 +20,9 @@ MOST_NOTES = 10
 
 def print_report(report: Report, console: Console) -> None:
     """The closing table: per block sparsity, relative output error, seconds; then the perplexities, notes and where the result is."""
-    table = Table("block", "matrices", "ratios", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
+    smaller = any(row.kept is not None for row in report.rows)
+    what = "units kept" if smaller else "matrices"
+    table = Table("block", what, "ratios", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
     for column in table.columns[1:]:
         column.justify = "right"
     for block in report.blocks:
@@ -28,11 +30,14 @@ def print_report(report: Report, console: Console) -> None:
         sparsity = sum(r.gone for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
         cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
-        table.add_row(block.block, str(len(block.rows)), ratios_of(block), *cells)
+        table.add_row(block.block, units_of(block) if smaller else str(len(block.rows)), ratios_of(block), *cells)
     console.print(table)
     share = report.zeros / report.parameters
-    zeros = f"zeros: {report.zeros:,} of {report.weights:,} weights in pruned matrices ({report.sparsity:.4%}, asked {report.asked:.4%})"
-    console.print(f"{zeros}, {share:.2%} of the model", soft_wrap=True)
+    gone = f"{'cut out' if smaller else 'zeros'}: {report.zeros:,} of {report.weights:,}"
+    whose = f"parameters of {report.recipe['pattern']}" if smaller else "weights in pruned matrices"
+    console.print(f"{gone} {whose} ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model", soft_wrap=True)
+    if report.smaller:
+        print_smaller(report, console)
     for entry in report.tried:
         kept = ", kept" if entry["kept"] else ""
         console.print(f"allocation {entry['allocation']}: mean KL from the dense model on held-back windows {entry['divergence']:.4g}{kept}")
@@ -52,6 +57,29 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"note: and {len(report.notes) - MOST_NOTES} more in llmprune.json")
     if report.output is not None:
         console.print(f"saved: {report.output}", soft_wrap=True)
+
+
+def print_smaller(report: Report, console: Console) -> None:
+    """What was saved, and what loading it again has shown."""
+    found = report.smaller or {}
+    layers = f", {len(found['layers'])} of {len(report.blocks)} layers" if len(found["layers"]) < len(report.blocks) else ""
+    console.print(f"smaller model: {found['parameters']:,} of {report.parameters:,} parameters{layers}, {found['bytes']:,} bytes of weights")
+    if found["difference"] is not None:
+        console.print(f"loaded again by transformers: logits within {found['difference']:.2g} of the pruned model's", soft_wrap=True)
+
+
+def units_of(block: BlockReport) -> str:
+    """Units that stay of those that were there, as they are called; of many matrices alike, such as experts, in all."""
+    found: dict[str, list[int]] = {}
+    for row in block.rows:
+        if row.kept is not None:
+            name = row.matrix.removeprefix(f"{block.block}.").removesuffix(".weight").partition("[")[0]
+            both = found.setdefault(name, [0, 0])
+            both[0] += len(row.kept)
+            both[1] += row.units or 0
+    if list(found) == [block.block]:  # the block itself
+        return "stays" if found[block.block][0] else "goes"
+    return ", ".join(f"{name} {kept:,} of {units:,}" for name, (kept, units) in found.items())
 
 
 def print_sweep(report: SweepReport, console: Console) -> None:

@@ -81,14 +81,14 @@ class Cutter:
 
 
 def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: BlockOf) -> int:
-    """The whole smaller checkpoint in an empty folder; bytes of its tensors."""
+    """The whole smaller checkpoint in an empty folder; bytes of its weight files."""
     shards = Shards(folder, cutter.shapes())
     cutter.fill(shards, block_of)
     write_whole(folder / "config.json", to_json(exported.config))
     for name, text in exported.files.items():
         write_whole(folder / name, text.encode())
     copy_companions(cutter.loader.source.folder, folder, ("config.json", INDEX))
-    return shards.bytes
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def parameters_of(cutter: Cutter) -> int:

@@ -83,8 +83,9 @@ def export(
     for name, value in fixed.items():
         put(saved, config, name, value)
     layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]
+    varied = any(len({sizes[name] for sizes in layers if name in sizes}) > 1 for name in wanted)
     for name in wanted:
-        put(saved, config, name, _shared(config, name, layers))
+        put(saved, config, name, _shared(config, name, layers, varied))
     different = {i: own for i, sizes in enumerate(layers) if (own := _own(config, saved, sizes))}
     if different:
         return _each_layer(saved, model, path, different)
@@ -126,12 +127,14 @@ def _fields(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> tuple[
     return {name for space in cut for name, _ in space.config}, {name: value for space in cut for name, value in space.fixed}
 
 
-def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes]) -> int:
-    """What the config of the whole model says: the one size, else the widest. A head count stays the source's: configs check it."""
+def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied: bool) -> int:
+    """What the config of the whole model says: the one size, else the widest. Where layers have configs of their own (``varied``) a head count
+    stays the source's: configs check it.
+    """
     found = {sizes[name] for sizes in layers if name in sizes}
-    if len(found) == 1:
-        return found.pop()
-    return getattr(config, name) if name in (HEADS, KV_HEADS) or not found else max(found)
+    if (varied and name in (HEADS, KV_HEADS)) or not found:
+        return getattr(config, name)
+    return max(found)
 
 
 def _own(config: PreTrainedConfig, saved: dict[str, Any], sizes: Sizes) -> Sizes:

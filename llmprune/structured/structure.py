@@ -22,17 +22,23 @@ ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the archit
 
 @dataclass(frozen=True, eq=False)
 class Cuttable:
-    """One space that may lose units. size: the numbers that all its units hold; counts: how many units may stay, ascending."""
+    """One space that may lose units. size: the numbers that all its units hold; counts: how many units may stay, ascending; native: those of them
+    that a config of the model's own kind can say for all layers.
+    """
 
     block: int
     space: Space
     size: int
     counts: tuple[int, ...]
+    native: tuple[int, ...]
 
     @property
     def levels(self) -> tuple[float, ...]:
         """The ratios that it can give up."""
-        return tuple(1 - count / self.space.units for count in reversed(self.counts))
+        return self.ratios(self.counts)
+
+    def ratios(self, counts: Sequence[int]) -> tuple[float, ...]:
+        return tuple(1 - count / self.space.units for count in reversed(counts))
 
     def kept(self, ratio: float) -> float:
         return self.space.units * (1 - ratio)
@@ -50,6 +56,8 @@ class Structure:
     cut: dict[str, Cuttable]
     uniform: bool  # the same sizes in every layer
     exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
+    padded: bool  # every layer is saved as wide as the widest
+    others: tuple[tuple[str, ...], ...]  # of each block, matrices that lose no units, by their names in it
     unit: int = 1
     tall: int = 1
     local: bool = False
@@ -89,6 +97,11 @@ class Structure:
         wanted = {r.matrix for c in self.cut.values() if c.block == index for r in c.space.readers}
         return [m for m in block_matrices(block) if m.name in wanted]
 
+    def repaired(self, index: int, block: nn.Module) -> list[Matrix]:
+        """The readers of a block, and the matrices that can make up for what other blocks have lost."""
+        wanted = {m.name for m in self.readers(index, block)} | set(self.others[index])
+        return [m for m in block_matrices(block) if m.name in wanted]
+
     def keeps(self, rows: Iterable[Row]) -> list[dict[str, Tensor]]:
         """The units that stay in each block after these rows; spaces that stay whole are left out."""
         found: list[dict[str, Tensor]] = [{} for _ in self.spaces]
@@ -118,36 +131,38 @@ class Structure:
 
         Raises RequestError where an exact ratio cannot be met, or rounding leaves nothing to cut.
         """
+        uniform = self.uniform or len(set(asked.values())) == 1
+        together = self._together(uniform)
         wanted, sizes, levels = {}, {}, {}
-        together = self._together()
         for key, names in together.items():
+            first = self.cut[names[0]]
             sizes[key] = sum(self.cut[n].size for n in names)
             wanted[key] = sum(asked[n] * self.cut[n].size for n in names) / sizes[key]
-            levels[key] = self.cut[names[0]].levels
-        if self.uniform and self.name != "structured":
+            levels[key] = first.ratios(first.native if uniform or self.padded else first.counts)
+        if uniform and self.name != "structured":
             ratios = {key: self._closest(self.cut[names[0]], wanted[key]) for key, names in together.items()}
         else:
             ratios = on_levels(wanted, sizes, levels, sparsity)
         return {name: ratios[key] for key, names in together.items() for name in names}
 
-    def _together(self) -> dict[str, list[str]]:
+    def _together(self, uniform: bool) -> dict[str, list[str]]:
         """What has to keep equally many units: all of one config field, in one layer or (uniform) in all."""
         found: dict[str, list[str]] = {}
         for name, c in self.cut.items():
             key = c.space.config[0][0]
-            found.setdefault(key if self.uniform else f"{c.block}.{key}", []).append(name)
+            found.setdefault(key if uniform else f"{c.block}.{key}", []).append(name)
         return found
 
     def _closest(self, cut: Cuttable, ratio: float) -> float:
-        count, space = closest_count(list(cut.counts), cut.kept(ratio)), cut.space
+        count, space = closest_count(list(cut.native), cut.kept(ratio)), cut.space
         if self.exact and space.pattern not in ROUNDED and abs(count - cut.kept(ratio)) > 1e-6 * space.units:
             raise RequestError(
-                f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would stay", _ratios(cut.counts, space)
+                f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would stay", _ratios(cut.native, space)
             )
         if self.exact and ratio > 0 and count == space.units:
             raise RequestError(
                 f"{space.pattern} at sparsity {ratio:.4g}: the nearest legal number to {cut.kept(ratio):.4g} is all {space.units}",
-                _ratios(cut.counts, space),
+                _ratios(cut.native, space),
             )
         return 1 - count / space.units
 
@@ -179,16 +194,15 @@ def structure_of(
     takes: Callable[[str], bool],
     round_to: int | None = None,
     uniform: bool = True,
-    native: bool = True,
     exact: bool = False,
+    padded: bool = False,
 ) -> Structure:
     """What a pattern cuts of a model, which may be without weights. paths: of its blocks. takes: which readers (or stacks of experts) take part.
-    native: sizes must stand in a config of the model's own kind.
 
     Raises RequestError where the architecture cannot be cut so, or nothing is left to cut.
     """
     config, patterns = model.config, resolved(model.config, pattern)
-    spaces, cut, numbers = [], {}, []
+    spaces, cut, numbers, others = [], {}, [], []
     for index, path in enumerate(paths):
         block = model.get_submodule(path)
         spaces.append(tuple(all_spaces(config, index, block)))
@@ -197,8 +211,9 @@ def structure_of(
             name = f"{path}.{space.readers[0].matrix if space.readers else space.name}"
             if space.pattern in patterns and takes(name):
                 step = round_to if round_to is not None else 8 if space.pattern in ("channels", "kernel") else 1
-                counts = tuple(legal_counts(config, space, step, native))
-                cut[name] = Cuttable(index, space, space.units * parameters_per_unit(block, space), counts)
+                counts, native = (tuple(legal_counts(config, space, step, in_config)) for in_config in (False, True))
+                cut[name] = Cuttable(index, space, space.units * parameters_per_unit(block, space), counts, native)
+        others.append(tuple(m.name for m in block_matrices(block) if f"{path}.{m.name}" not in cut and takes(f"{path}.{m.name}")))
     if not cut and pattern != "layers":
         raise RequestError(f"pattern {pattern}: nothing is selected", "check --skip and --only")
-    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact)
+    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded, tuple(others))

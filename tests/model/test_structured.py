@@ -6,6 +6,7 @@ says have gone.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 import llmprune.smaller
+from llmprune.checkpoint.source import open_folder
 from llmprune.errors import PromiseError, RequestError
+from llmprune.evaluation.divergence import after_blocks
+from llmprune.job import open_stream
 from llmprune.report.result import Report
+from llmprune.structured.live import save_sliced
 from llmprune.structured.spaces import refusal, spaces_of
 
 IDS = tiny_windows(8, 24)
@@ -115,7 +120,7 @@ def logits_without(dense: Any, pattern: str, report: Report) -> Tensor:
 @pytest.mark.parametrize(("family", "pattern"), IMPOSSIBLE)
 def test_what_cannot_be_cut_is_refused_with_the_reason(family, pattern, tmp_path):
     stored(family, tmp_path / "model")
-    with pytest.raises(RequestError, match=r"cannot be cut by|no table"):
+    with pytest.raises(RequestError, match="cannot be cut by"):
         cut(tmp_path / "model", pattern)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
@@ -125,7 +130,7 @@ REPAIRED = [
     {"quality": "balanced"},
     {"quality": "max", "polish_steps": 2},
     {"method": "taylor"},
-    {"criterion": "wanda", "solver": "admm"},
+    {"solver": "admm"},
     {"criterion": "obd_fisher", "solver": "reconstruct"},
 ]
 
@@ -160,6 +165,10 @@ def test_layers_of_different_sizes(pad, tmp_path):
     assert report.smaller["remote_code"] == (not pad)
     smaller = reloaded(tmp_path / "out", trust_remote_code=not pad)
     generates_alike(smaller)
+    stream = open_stream(open_folder(tmp_path / "out", "out"), torch.float32, torch.device("cpu"))  # eval and inspect run none of its code
+    with torch.no_grad():
+        ours = torch.cat([logits for _, logits in after_blocks(stream, IDS).logits()])
+        assert float((ours - smaller(IDS).logits).abs().max()) < ROUNDING
     if not pad:
         with pytest.raises((ValueError, RuntimeError, AttributeError)):
             reloaded(tmp_path / "out", trust_remote_code=False)
@@ -174,6 +183,7 @@ def test_budgets_of_parameters_and_bytes(tmp_path):
     size = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
     report = cut(tmp_path / "model", "channels", None, target_size=size - 12_000, overwrite=True)
     assert abs(report.smaller["bytes"] - (size - 12_000)) <= 4 * unit
+    assert report.smaller["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
 
 
 def test_nothing_asked_nothing_changed(tmp_path):
@@ -192,7 +202,7 @@ def test_nothing_asked_nothing_changed(tmp_path):
         ("channels", 0.5, {"pad": True}, "leave --pad out"),
         ("channels", 0.5, {"permute": True}, "leave --permute out"),
         ("channels", 0.5, {"solver": "sparsegpt"}, "block_obs"),
-        ("channels", 0.5, {"method": "sparsegpt"}, "magnitude, taylor"),
+        ("channels", 0.5, {"method": "sparsegpt"}, "magnitude, flap, taylor"),
         ("channels", None, {}, "add --sparsity"),
         ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
         ("layers", 0.5, {"quality": "max"}, "leave quality out"),
@@ -217,3 +227,85 @@ def test_a_result_that_predicts_otherwise_is_not_published(tmp_path, monkeypatch
     with pytest.raises(PromiseError, match="differ"):
         cut(tmp_path / "model", "channels")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_head_count_that_no_config_can_say_beside_channels_that_differ(tmp_path):
+    """Six heads do not divide a width of 32; as layers have configs of their own, the config of the whole model keeps its eight."""
+    model = stored("llama", tmp_path / "model")
+    keeps = [{"self_attn.groups": torch.tensor([0, 1, 3]), "mlp": torch.arange(40 + 2 * i)} for i in range(3)]
+    save_sliced(model, tmp_path / "out", keeps)
+    smaller = reloaded(tmp_path / "out", trust_remote_code=True)
+    assert float((logits(smaller) - logits(masked(model, keeps))).abs().max()) < ROUNDING
+    generates_alike(smaller)
+
+
+class Stop(Exception):
+    pass
+
+
+def run_until(step: str, done: int, folder: Path, pattern: str, options: dict[str, Any]) -> None:
+    """Start a run and stop it when it has reported so much of this step."""
+
+    def progress(at: str, now: int, total: int) -> None:
+        if (at, now) == (step, done):
+            raise Stop
+
+    with pytest.raises(Stop):
+        cut(folder, pattern, progress=progress, **options)
+
+
+def contents(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    report = json.loads((folder / "llmprune.json").read_text())
+    del report["timings"]
+    return found | {"llmprune.json": report}
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "steps"),
+    [
+        ("llama", "channels", [("prune", 1), ("prune", 4)]),
+        ("llama", "structured", [("trials", 1), ("prune", 2)]),
+        ("olmo2", "heads", [("prune", 1)]),
+        ("mixtral", "experts", [("prune", 1), ("prune", 2)]),
+        ("mixtral", "channels", [("prune", 1)]),
+        ("llama", "layers", [("layers", 1), ("layers", 2)]),
+    ],
+)
+def test_resumed_equals_uninterrupted(family, pattern, steps, tmp_path):
+    stored(family, tmp_path / "model", **MORE.get(family, {}))
+    cut(tmp_path / "model", pattern)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    for step, done in steps:
+        run_until(step, done, tmp_path / "model", pattern, {})
+        assert not (tmp_path / "out").exists()
+    cut(tmp_path / "model", pattern)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+@pytest.mark.parametrize(("family", "values"), [("gpt2", {}), ("opt", {}), ("llama", {"attention_bias": True, "mlp_bias": True})])
+def test_biases_make_up_for_the_means_of_what_goes(family, values, tmp_path):
+    """FLAP: the outputs of a reader have the mean that they had."""
+    model = stored(family, tmp_path / "model", **values)
+    report = cut(tmp_path / "model", "channels", method="flap")
+    smaller = reloaded(tmp_path / "out")
+    space = spaces_of(model.config, 0, model.get_submodule(report.blocks[0].block), "channels")[0]
+    reader = f"{report.blocks[0].block}.{space.readers[0].matrix}".removesuffix(".weight")
+    means = [mean_of(m, reader) for m in (model, smaller)]
+    assert torch.allclose(*means, atol=1e-5)
+
+
+def mean_of(model: Any, path: str) -> Tensor:
+    found = []
+    hook = model.get_submodule(path).register_forward_hook(lambda module, given, out: found.append(out.flatten(0, -2).mean(0)))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    return found[0]
+
+
+def test_flap_without_biases_is_refused(tmp_path):
+    stored("llama", tmp_path / "model")
+    with pytest.raises(RequestError, match="has no bias"):
+        cut(tmp_path / "model", "channels", method="flap")

@@ -1,0 +1,44 @@
+"""Values of a recipe out of text: shares, counts, and TOML files."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import RequestError
+
+MAX_RECIPE = 1 << 20
+FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+
+
+def read_share(value: Any) -> Any:
+    """A number, or a text such as 0.5 or 50%, as a float; anything else as it is."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
+        if not match:
+            raise ValueError("is no number")
+        return float(match[1]) / (100 if match[2] else 1)
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def read_count(value: Any) -> Any:
+    """A number, or a text such as 900M, 0.9B or 1.2GB, as a whole number; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)[bB]?\s*", value)
+    if not match:
+        raise ValueError("is no count (write 900000000, 900M or 0.9B; 1.2GB of bytes)")
+    return round(float(match[1]) * FACTORS[match[2].lower()])
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_RECIPE:
+            raise RequestError(f"{path.name}: larger than {MAX_RECIPE} bytes", "this is no recipe")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"recipe {path.name}: not valid TOML ({error})", 'write sparsity = 0.5 and pattern = "2:4"') from None

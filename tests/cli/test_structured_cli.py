@@ -1,0 +1,56 @@
+"""Structured patterns through the command line, on the bundled model; here the result is loaded in a fresh process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+
+def test_channels_end_to_end(cli, small):
+    ran = cli("prune", "--model", "llama", "--pattern", "channels", "--sparsity", "25%", "--quality", "fast", "--output", "out", *small)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("out/llmprune.json").read_text())
+    model, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert not any(info.values())
+    assert model.num_parameters() == report["smaller"]["parameters"]
+    assert report["smaller"]["difference"] < 1e-4
+    assert "3,072 channels" in ran.out
+    assert "288 of 384" in ran.out
+    ran = cli("inspect", "out")
+    assert ran.code == 0
+    assert "192 x 288" in ran.out or "x 288" in ran.out
+
+
+def test_flat_words_and_a_default_name(cli, small):
+    ran = cli("--model", "llama", "--pattern", "kv-groups", "--sparsity", 0.5, "--method", "magnitude", *small)
+    assert ran.code == 0, ran.err
+    assert Path("llama-kv-groups-0.5/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--pattern", "heads", "--sparsity", 0.25), "legal sparsities: 0.5"),
+        (("--pattern", "experts", "--sparsity", 0.5), "it has no experts"),
+        (("--pattern", "hidden", "--sparsity", 0.5), "there are: unstructured"),
+        (("--pattern", "channels", "--sparsity", 0.1, "--round-to", 512), "none of the 384 can go"),
+        (("--pattern", "unstructured", "--target-size", "1MB"), "zeros take as much room"),
+    ],
+)
+def test_refused_with_the_way_out(cli, words, said):
+    ran = cli("prune", "--model", "llama", "--output", "out", *words)
+    assert ran.code == 2
+    assert said in ran.err
+    assert not list(Path().iterdir())
+
+
+def test_a_dry_run_and_the_list_of_methods_know_structured_patterns(cli):
+    ran = cli("prune", "--model", "llama", "--pattern", "structured", "--sparsity", 0.3, "--dry-run")
+    assert ran.code == 0
+    assert "channels and" in ran.out
+    ran = cli("methods")
+    assert "--pattern channels" in ran.out
+    assert "block_obs" in ran.out
