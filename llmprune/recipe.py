@@ -78,6 +78,7 @@ class Recipe(BaseModel):
     eval: list[str] = Field(default_factory=list, description="data to measure the perplexity on, before and after")
     accept_damage: bool = Field(False, description="go on when a block's output is destroyed")
     output: str | None = Field(None, description="folder of the result")
+    push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -292,7 +293,7 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as it is saved: paths as their last name, what only names places left out."""
-        value = self.model_dump(exclude={"output"})
+        value = self.model_dump(exclude={"output", "push"})
         parts = self.parts
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"

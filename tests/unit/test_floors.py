@@ -21,8 +21,8 @@ FLOORS = [
     {"engine"},
     {"shares"},
     {"trials"},
-    {"recipe", "report", "preflight"},
-    {"hub", "job", "benchmark"},
+    {"recipe", "report", "preflight", "hub"},  # a report can push its output
+    {"job", "benchmark"},
     {"sweep"},
     {"cli", "api", "__init__", "__main__"},
 ]
