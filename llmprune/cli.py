@@ -64,6 +64,9 @@ def prune(
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
     accept_damage: Annotated[bool, typer.Option("--accept-damage", help="go on when a block's output is destroyed")] = False,
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    push: Annotated[Text, typer.Option(help="Hub repository that the result goes to at the end, private, such as me/my-model")] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: a public repository")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="with --push: the repository may be there, and its model is replaced")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -72,10 +75,15 @@ def prune(
 
     given = {k: v for k, v in locals().items() if k in Recipe.model_fields and not (v is None or v is False or v == [])}
     request = read_recipe(Path(recipe) if recipe else None, given)
+    if (public or existing) and not request.push:
+        raise RequestError("--public or --existing without --push", "add --push me/my-model")
     _announce(request.model, as_json)
+    from llmprune.hub import check_destination
     from llmprune.job import prepare, run
     from llmprune.report.tables import print_report
 
+    if request.push:
+        check_destination(request.push, public, existing)
     job = prepare(request, overwrite=overwrite, restart=restart)
     if not as_json:
         out.print(str(job), soft_wrap=True, markup=False)
@@ -86,6 +94,27 @@ def prune(
     with _progress() as progress:
         report = run(job, progress)
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
+    if request.push:
+        pushed = report.push(request.push, public=public, existing=existing)
+        (err if as_json else out).print(str(pushed), markup=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
+    repo: Annotated[str, typer.Argument(help="me/name, or a name of your own")],
+    public: Annotated[bool, typer.Option("--public", help="everybody may see it; private otherwise")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="the repository may be there, and its model is replaced")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be sent, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. Cut off, the same command goes on."""
+    from dataclasses import asdict
+
+    from llmprune.hub import push as publish
+
+    pushed = publish(Path(folder).expanduser(), repo, public=public, existing=existing, dry_run=dry_run)
+    print(json.dumps(asdict(pushed), indent=1)) if as_json else out.print(str(pushed), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune
+from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.gradients import LossGradients
 from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
@@ -42,6 +43,8 @@ class Sweep:
 
 def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None) -> Sweep:
     """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
+    if any(recipe.push for recipe in asked):
+        raise RequestError("push of a sweep, which saves no model", "leave push out of the recipe")
     job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result="sweep.json")
     rows = []
     for recipe in asked:
