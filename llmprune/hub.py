@@ -260,8 +260,10 @@ def talking(repo: str, hint: str, kind: type[LlmpruneError]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without what a signed address or a header would give away."""
+    """The first line of what an error says, the server's own words where it has sent any, without what a signed address would give away."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        text = f"HTTP {error.response.status_code}: {error.server_message.splitlines()[0]}"
     text = re.sub(r"\?\S+", "", text)
     token = get_token()
     return (text.replace(token, "***") if token else text)[:200]
