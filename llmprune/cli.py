@@ -48,7 +48,9 @@ def prune(
     permute: Annotated[bool, typer.Option("--permute", help="N:M: reorder inner channels so that the groups hold more")] = False,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
     allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices; see llmprune methods")] = None,
-    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    calibration: Annotated[
+        Text, typer.Option(help="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file")
+    ] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="draw the windows at random instead of taking the first")] = False,
@@ -125,7 +127,9 @@ def sweep(
     sparsities: Annotated[str, typer.Option(help="such as 0.4,0.5,60%; of unstructured sparsity and blocks")] = "",
     patterns: Annotated[str, typer.Option(help="such as unstructured,2:4,block:4x4")] = "unstructured",
     allocation: Annotated[Text, typer.Option(help="how the ratios are shared out over the matrices; else each method's own choice")] = None,
-    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    calibration: Annotated[
+        Text, typer.Option(help="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file")
+    ] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,

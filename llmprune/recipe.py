@@ -66,7 +66,9 @@ class Recipe(BaseModel):
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: str | None = Field(None, description="how the ratio is shared out over the matrices")
     ratios: dict[str, float] = Field(default_factory=dict, description="explicit allocation: regular expression of a name -> ratio")
-    calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
+    calibration: str | None = Field(
+        None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
+    )
     samples: int | None = Field(None, ge=1, description="calibration windows")
     sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
     shuffle: bool = Field(False, description="draw the windows at random instead of taking the first")

@@ -74,13 +74,17 @@ def method_of(recipe: Recipe) -> str:
 
 def result_of(pair: Measured) -> EvalResult:
     """A perplexity as the Hub's metadata has it. The Hub tells results apart by the data set's type, so that every file needs its own."""
-    pruned, known = pair.pruned, KNOWN.get(pair.pruned.dataset)
+    pruned = pair.pruned
+    name, _, revision = pruned.dataset.partition("@")
+    known = KNOWN.get(name)
+    repo, _, config = (known.repo, "", known.config) if known else name.partition(":")
     return EvalResult(
         task_type="text-generation",
-        dataset_type=known.repo if known else pruned.dataset.replace(" ", "-"),
+        dataset_type=repo.replace(" ", "-"),
         dataset_name=pruned.dataset,
-        dataset_config=known.config if known else None,
+        dataset_config=config or None,
         dataset_split=pruned.split,
+        dataset_revision=revision or None,
         metric_type="perplexity",
         metric_name=f"perplexity ({definition(pruned)})",
         metric_value=finite(pruned.value),
@@ -109,7 +113,7 @@ def licence_of(folder: Path, source: Source) -> dict[str, Any]:
     if is_bundled(source):
         return {"license": "apache-2.0"}
     stated = front_matter(source)
-    found = {key: stated[key] for key in LICENCE_KEYS if isinstance(stated.get(key), str | list)}
+    found = {key: stated[key] for key in LICENCE_KEYS if is_text(stated.get(key))}
     if "license" not in found:
         files = sorted(path.name for path in folder.glob("LICENSE*"))
         return {"license": "other", "license_name": "as-the-base-model", "license_link": files[0]} if files else {}
@@ -122,7 +126,12 @@ def licence_of(folder: Path, source: Source) -> dict[str, Any]:
 
 def language_of(source: Source) -> Any:
     language = front_matter(source).get("language")
-    return language if isinstance(language, str | list) else None
+    return language if is_text(language) else None
+
+
+def is_text(value: Any) -> bool:
+    """A string or a list of them; YAML makes other things of some words, such as `no`."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
 def front_matter(source: Source) -> dict[str, Any]:
