@@ -21,14 +21,17 @@ from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
 from llmprune.checkpoint.sink import Sink
-from llmprune.checkpoint.source import Source
+from llmprune.checkpoint.source import SIZES, Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows, read_windows
+from llmprune.depth import layers_to_drop
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.gradients import LossGradients
+from llmprune.methods import COARSE
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
     check_length,
@@ -44,8 +47,11 @@ from llmprune.preflight import (
 from llmprune.recipe import Recipe
 from llmprune.report.card import write_card
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
+from llmprune.reshaped import Reshaped
 from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
+from llmprune.smaller import coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
+from llmprune.structured.structure import Structure, structure_of
 from llmprune.trials import Decision, Step, choose, decide
 from llmprune.types import BlockReport, Perplexity, Plan, Polished
 from llmprune.whole import WholeStream
@@ -92,15 +98,17 @@ class Job:
         recipe = self.recipe.resolved()
         goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
-        weights = sum(m.rows * m.columns for m in matrices)
-        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in self.matrices]
+        structure = self.plan.pattern if isinstance(self.plan.pattern, Structure) else None
+        weights = structure.weights if structure else sum(m.rows * m.columns for m in matrices)
+        indices = range(len(self.stream.names)) if structure else self.matrices
+        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in indices]
         in_places = sum(p.numel() for place in places for p in place.parameters())
         parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
         group = f" per {recipe['group']}" if recipe["group"] else ""
         head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {len(matrices)} matrices in {len(self.stream.names)} blocks{head}, "
+            f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
             f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"{self.describe_data()}\n"
@@ -133,19 +141,16 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
     RequestError.
     """
-    plan = recipe.plan()
     source = open_source(recipe.model, recipe.revision)
     output = Path(recipe.output or recipe.default_output).expanduser()
     check_output(output, source.folder, overwrite, result)
     device = choose_device(recipe.device)
     stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
     selection = Selection(recipe.skip, recipe.only)
-    matrices = selected(stream, selection)
-    check_outside(stream, selection)
-    check_matrices(matrices, stream, plan.pattern)
-    plan = with_budget(recipe, plan, stream, matrices)
+    plan, matrices = planned(recipe, stream, selection)
+    plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    check_space(output, source)
+    check_space(output, source, copies=1 + recipe.structured)
     stored = None if restart else load_windows(partial_folder(output))
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
@@ -154,9 +159,43 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
 
 
-def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> Plan:
-    """The plan with the sparsity that a budget of parameters means."""
-    return replace(plan, sparsity=share_for(recipe.target_params, stream, matrices)) if recipe.target_params else plan
+def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
+    """The plan for a model, and the matrices that are pruned: for a structured pattern those that read the units. Raises RequestError."""
+    if not recipe.structured:
+        plan, matrices = recipe.plan(), selected(stream, selection)
+        check_outside(stream, selection)
+        check_matrices(matrices, stream, plan.pattern)
+        return plan, matrices
+    if isinstance(stream, WholeStream):
+        raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "take an unstructured or N:M pattern")
+    structure = structure_of(
+        stream.walk.model,
+        stream.names,
+        recipe.pattern,
+        selection.takes,
+        recipe.round_to,
+        recipe.one_size,
+        native=recipe.one_size or recipe.pad,
+        exact=recipe.sparsity is not None and recipe.pattern != "structured",
+    )
+    readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)} if structure.cut else {}
+    return recipe.plan(structure), readers
+
+
+def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], source: Source | None = None) -> Plan:
+    """The plan with the sparsity that a budget of parameters or bytes means."""
+    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    room = structure.weights if structure else sum(m.rows * m.columns for ms in matrices.values() for m in ms)
+    if recipe.target_params:
+        plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, count_parameters(stream.walk.model), room))
+    if recipe.target_size:
+        if source is None:
+            raise RequestError("target_size of a model in memory", "give --target-params")
+        each = max(SIZES[entry.dtype] for entry in source.tensors.values())
+        plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
+    if structure and structure.name == "layers":
+        layers_to_drop(structure, plan.sparsity, structure.exact)
+    return plan
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -253,19 +292,32 @@ def run(job: Job, progress: Progress = quiet) -> Report:
                 journal.write("polished", {"report": polish, "hashes": hashes})
 
         blocks = list(finished.values())
-        if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
+        structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+        shown = Reshaped(job.stream, structure) if structure else None
+        if shown is not None and structure is not None and structure.name in COARSE:
+            criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
+            layers = journal.read("layers"), partial(journal.write, "layers")
+            blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
+        elif len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
-        pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
-        job.stream.finish()
-        sink.finish()
+        now = shown or job.stream
+        pruned = [perplexity(now, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
+        smaller = None
+        gone = any(row.gone for block in blocks for row in block.rows)
+        if gone and shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
+            smaller = save_smaller(job.stream, shown, structure, blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
+        else:
+            job.stream.finish()
+            sink.finish()
+        folder = journal.smaller if smaller else journal.weights
         report = Report(
             recipe=job.recipe.resolved(),
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
             perplexity=measured(dense, pruned),
-            parameters=job.stream.skeleton.num_parameters(),
+            parameters=count_parameters(job.stream.skeleton),
             environment=environment(job.stream),
             output=job.output,
             polish=polish,
@@ -273,12 +325,13 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             reasons=decision.ratios.reasons,
             tried=decision.ratios.tried,
             frontier=tuple(asdict(step) for step in decision.frontier),
-            files=hashes_of(journal.weights),
+            smaller=smaller.to_json() if smaller else None,
+            files=hashes_of(folder),
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
         )
-        write_card(journal.weights, report, job.recipe, job.source)
-        write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
-        journal.publish()
+        write_card(folder, report, job.recipe, job.source)
+        write_whole(folder / "llmprune.json", to_json(report.to_json()))
+        journal.publish(folder)
         return report
     finally:
         journal.close()

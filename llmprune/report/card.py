@@ -20,7 +20,7 @@ from llmprune.checkpoint.files import write_whole
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import MAX_JSON, Source, read_json
 from llmprune.data.sources import KNOWN
-from llmprune.methods import DEFAULT_QUALITY, document
+from llmprune.methods import COARSE, DEFAULT_QUALITY, document, names
 from llmprune.recipe import Recipe
 from llmprune.report.result import Measured, Report
 from llmprune.types import Perplexity
@@ -69,7 +69,8 @@ def is_bundled(source: Source) -> bool:
 
 def method_of(recipe: Recipe) -> str:
     """The word for what was done: a quality, a method, or a method's parts."""
-    return recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion, recipe.solver) if p) or DEFAULT_QUALITY
+    named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion, recipe.solver) if p)
+    return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
 
 
 def result_of(pair: Measured) -> EvalResult:
@@ -150,10 +151,13 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
         base = "the small Llama that llmprune bundles, a demonstration and no useful language model"
     else:
         base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
-    return (
-        f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {report.zeros:,} of the {report.weights:,} weights in "
-        f"the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all. It loads as its base model does."
-    )
+    share = f"{report.zeros:,} of the {report.weights:,}"
+    if report.smaller:
+        now = report.smaller["parameters"]
+        what = f"{share} parameters of its {recipe.pattern} were taken out ({report.sparsity:.2%}); {now:,} of {report.parameters:,} in all are left."
+    else:
+        what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
+    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}"
 
 
 def loading(folder: Path) -> str:
@@ -181,9 +185,9 @@ def figures(report: Report) -> str:
 def making(report: Report, recipe: Recipe) -> str:
     """What was done, in words and as a recipe that does it again."""
     resolved, calibration = report.recipe, report.calibration
-    lines = [f"- pattern: {recipe.pattern}, at {report.asked:.4g} of the weights of the pruned matrices, shared out by `{resolved['allocation']}`"]
+    lines = [f"- pattern: {recipe.pattern}, at {report.asked:.4g} of the weights that it is about, shared out by `{resolved['allocation']}`"]
     for kind, name in (("criteria", resolved["criterion"]), ("solvers", str(resolved["solver"]).partition("+")[0])):
-        if name:
+        if name in names(kind):
             lines.append(f"- {'criterion' if kind == 'criteria' else 'solver'} `{name}`: {document(kind, name).splitlines()[0]}")
     if resolved["solver"] != "mask_only":
         lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'the outputs that it had'}")
@@ -192,6 +196,7 @@ def making(report: Report, recipe: Recipe) -> str:
     lines.append(
         f"- calibration: {calibration['windows']} windows of {calibration['window']} tokens of {calibration['dataset']}, {calibration['split']}"
     )
+    lines += [f"- {note}" for note in (report.smaller["notes"] if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"
     return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has its row in `llmprune.json`.\n\n{fold}"
@@ -203,7 +208,7 @@ def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     chosen |= {key: report.recipe[key] for key in ("model", "calibration", "eval") if key in chosen}  # paths are their last names there
     if report.source["revision"]:
         chosen["revision"] = report.source["revision"]
-    return chosen if chosen.keys() & set(NAMED) else chosen | {"quality": DEFAULT_QUALITY}
+    return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}
 
 
 def as_toml(values: dict[str, Any]) -> Iterator[str]:
@@ -225,13 +230,14 @@ def spelt(value: Any) -> str:
 def limits(recipe: Recipe) -> str:
     """What it is not good for, without comfort."""
     lines = []
-    if recipe.pattern == "unstructured" or recipe.in_groups or recipe.pattern.startswith("block:"):
+    if not recipe.structured:
         lines.append("Speed or size as it is: the zeros are stored as numbers, so the files are no smaller, and dense kernels are no faster.")
         if recipe.pattern == "2:4":
             lines.append("2:4 kernels exist for NVIDIA GPUs since Ampere, and need a conversion after loading; measure before you count on them.")
         lines.append("Ordinary fine-tuning: it fills the zeros again unless their places are held.")
     else:
-        lines.append("Adapters, drafts and merges made for the base model: shapes differ.")
+        lines.append("Adapters and merges made for the base model: shapes differ.")
+        lines.append("Speed that was not measured: `llmprune bench` compares it with its base model on your machine.")
     lines.append("Anything that was not measured: perplexity on the texts above says little about tasks, other languages, long contexts or safety.")
     lines.append("Fixing what the base model gets wrong; its limits and biases are all still here.")
     return "## What it is not good for\n\n" + "\n".join(f"- {line}" for line in lines)
