@@ -28,6 +28,7 @@ from llmprune.types import Perplexity
 CARD = "README.md"
 PLACE = "path/to/this/model"
 LICENCE_KEYS = ("license", "license_name", "license_link")
+UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what goes
 NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 
 
@@ -153,8 +154,8 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
         base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
     share = f"{report.zeros:,} of the {report.weights:,}"
     if report.smaller:
-        now = report.smaller["parameters"]
-        what = f"{share} parameters of its {recipe.pattern} were taken out ({report.sparsity:.2%}); {now:,} of {report.parameters:,} in all are left."
+        now, units = report.smaller["parameters"], UNITS.get(recipe.pattern, recipe.pattern)
+        what = f"{share} parameters of its {units} were taken out ({report.sparsity:.2%}), {now:,} of {report.parameters:,} are left."
     else:
         what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
     return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}"
@@ -185,10 +186,10 @@ def figures(report: Report) -> str:
 def making(report: Report, recipe: Recipe) -> str:
     """What was done, in words and as a recipe that does it again."""
     resolved, calibration = report.recipe, report.calibration
-    lines = [f"- pattern: {recipe.pattern}, at {report.asked:.4g} of the weights that it is about, shared out by `{resolved['allocation']}`"]
-    for kind, name in (("criteria", resolved["criterion"]), ("solvers", str(resolved["solver"]).partition("+")[0])):
-        if name in names(kind):
-            lines.append(f"- {'criterion' if kind == 'criteria' else 'solver'} `{name}`: {document(kind, name).splitlines()[0]}")
+    lines = [f"- pattern {recipe.pattern}, {report.asked:.4g} asked for, shared out by `{resolved['allocation']}`"]
+    lines += [f"- criterion {said('criteria', resolved['criterion'])}"] if resolved["criterion"] else []
+    if recipe.pattern not in COARSE:
+        lines.append(f"- solver {said('solvers', resolved['solver'].partition('+')[0])}")
     if resolved["solver"] != "mask_only":
         lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'the outputs that it had'}")
     if report.polish:
@@ -200,6 +201,12 @@ def making(report: Report, recipe: Recipe) -> str:
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"
     return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has its row in `llmprune.json`.\n\n{fold}"
+
+
+def said(kind: str, name: str) -> str:
+    """The name of a method and the first sentence of its description, where it has a file of its own."""
+    first = document(kind, name).split("\n\n")[0].replace("\n", " ") if name in names(kind) else ""
+    return f"`{name}`: {first.split('. ')[0].rstrip('.')}" if first else f"`{name}`"
 
 
 def given(recipe: Recipe, report: Report) -> dict[str, Any]:

@@ -20,8 +20,13 @@ from llmprune.hub import MARK, push
 from llmprune.report.card import PLACE
 
 QUICK = {"model": "llama", "samples": 8, "sequence_length": 64}
-# Every kind of output, by the recipe that makes it. Those of other shapes and classes belong here as soon as a run can make them.
-OUTPUTS = {"dense-shaped": {"pattern": "2:4", "method": "magnitude"}}
+# Every kind of output, by the recipe that makes it.
+OUTPUTS = {
+    "dense-shaped": {"pattern": "2:4", "method": "magnitude"},
+    "sliced": {"pattern": "channels", "sparsity": 0.25, "uniform": True},
+    "fewer-layers": {"pattern": "layers", "sparsity": 0.25},
+    "custom-class": {"pattern": "structured", "sparsity": 0.25},
+}
 DENSE = "dense-shaped"
 
 
@@ -53,7 +58,8 @@ def expected(folder: Path, repo: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("output", OUTPUTS, indirect=True)
-def test_what_is_pushed_loads(hub: Hub, output, cli, tmp_path):
+def test_what_is_pushed_loads(hub: Hub, output, cli, tmp_path, monkeypatch, request):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ran = cli("push", output, "tiny")
     assert ran.code == 0, ran.err
     assert "me/tiny (private, new)" in ran.out
@@ -62,6 +68,8 @@ def test_what_is_pushed_loads(hub: Hub, output, cli, tmp_path):
     assert len(repository.commits) == 2, "the Hub's own and ours"
     assert repository.files == expected(output, "me/tiny")
     own = "auto_map" in json.loads((output / "config.json").read_text())
+    assert own == ("custom-class" in request.node.name)
+    assert own == ("trust_remote_code=True" in repository.files["README.md"].decode())
     here = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=own)
     there, said = AutoModelForCausalLM.from_pretrained(
         "me/tiny", cache_dir=tmp_path / "cache", token=CANARY, trust_remote_code=own, output_loading_info=True
