@@ -26,14 +26,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from llmprune.checkpoint.files import REPORT, hash_file, to_json, write_whole
+from llmprune.checkpoint.files import REPORT, UNHASHED, hash_file, to_json, write_whole
 from llmprune.checkpoint.sink import COMPANIONS
 from llmprune.checkpoint.source import open_folder, read_json
 from llmprune.errors import LlmpruneError, RequestError, StoppedError
 from llmprune.report.card import CARD, PLACE
 
 MARK = ".push.json"
-BESIDE = (CARD, REPORT, "report.html")  # sent as they are now; all other files as the run has hashed them
 OF_A_NEW_REPOSITORY = {".gitattributes"}  # what the Hub itself puts there
 WEIGHTS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json", "pt", "pth", "h5", "msgpack", "gguf", "onnx")
 # What an older model may have left in the repository that would be loaded with, or instead of, the new one. Licences and the rest stay.
@@ -234,13 +233,13 @@ def finished_files(folder: Path) -> dict[str, Path]:
     changed = [name for name in hashes if hash_file(folder / name) != hashes[name]] + [name for name in weights if name not in hashes]
     if changed:
         raise RequestError(f"{folder.name}: {len(changed)} files are not as the run left them, first {changed[0]!r}", "prune again")
-    return {name: folder / name for name in [*hashes, *(name for name in BESIDE if name not in hashes and (folder / name).is_file())]}
+    return {name: folder / name for name in [*hashes, *(name for name in UNHASHED if name not in hashes and (folder / name).is_file())]}
 
 
 def left_out(folder: Path, files: dict[str, Path]) -> tuple[str, ...]:
     """Files of the folder that are not published, since no run wrote them; hidden ones are not even named."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return tuple(name for name in names if name not in files and not name.startswith("."))
+    return tuple(name for name in names if name not in files and not any(part.startswith(".") for part in name.split("/")))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from llmprune.errors import RequestError, StoppedError
 
 CHUNK = 16 << 20
 REPORT = "llmprune.json"
-UNHASHED = ("README.md", REPORT)
+UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or its owner's to edit
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,9 +46,9 @@ def hash_file(path: Path) -> str:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file that lies in a checkpoint's folder, by name; not of the card, which is its owner's to edit, nor of the report."""
+    """sha256 of every file of a finished checkpoint, by name. What a crash may have left beside them is not looked at."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {name: hash_file(folder / name) for name in names if name not in UNHASHED}
+    return {name: hash_file(folder / name) for name in names if name not in UNHASHED and not name.endswith(".tmp")}
 
 
 def read_range(handle: int, start: int, size: int, name: str) -> bytearray:

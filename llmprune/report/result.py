@@ -42,7 +42,7 @@ class Report:
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
-    files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, without the card and the report itself
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
     smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
