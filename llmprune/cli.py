@@ -114,7 +114,7 @@ def prune(
 @app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
-    repo: Annotated[str, typer.Argument(help="me/name, or a name of your own")],
+    repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
     public: Annotated[bool, typer.Option("--public", help="everybody may see it; private otherwise")] = False,
     existing: Annotated[bool, typer.Option("--existing", help="the repository may be there, and its model is replaced")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be sent, stop")] = False,
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         code = error.exit_code
     except _Interrupted as error:
-        code = _say(f"interrupted by {error.signal.name}", "the same command goes on from the last finished block", 128 + error.signal)
+        code = _say(f"interrupted by {error.signal.name}", "the same command goes on where it stopped", 128 + error.signal)
     except typer.TyperException as error:
         code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
     except (MemoryError, OSError, RuntimeError) as error:

@@ -88,7 +88,10 @@ def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool 
         removed = tuple(sorted(name for name in there.files if "/" not in name and name not in files and is_stale(name)))
         done = there.info is not None and not removed and holds(there.files, content)
         mark = folder / MARK
-        if not done:
+        if done:
+            check_visibility(there, public)
+            sizes = {}
+        else:
             check(there, public, existing or (is_ours(mark, repo) and there.files.keys() <= OF_A_NEW_REPOSITORY))
         shown = public if there.info is None else not there.info.private
         found = Pushed(repo, f"{there.api.endpoint}/{repo}", shown, there.info is None, sizes, removed, left_out(folder, files), None, done)

@@ -80,6 +80,7 @@ def test_what_is_pushed_loads(hub: Hub, output, cli, tmp_path, monkeypatch, requ
     assert AutoTokenizer.from_pretrained("me/tiny", cache_dir=tmp_path / "cache", token=CANARY)("one").input_ids
     assert not (output / MARK).exists()
     assert "holds it already" in cli("push", output, "me/tiny").out
+    assert "is private" in cli("push", output, "me/tiny", "--public").err
     assert len(repository.commits) == 2
 
 
@@ -300,6 +301,32 @@ def test_prune_and_push(hub: Hub, cli, small, tmp_path):
     assert written == []
     sent = [data for repository in hub.repositories.values() for data in repository.files.values()]
     assert not any(CANARY.encode() in data or str(tmp_path).encode() in data for data in sent)
+
+
+def test_push_in_a_recipe(hub: Hub, cli):
+    """It is checked before any work as the flag is, also where the Hub does not answer; a sweep has nothing to push."""
+    Path("recipe.toml").write_text('model = "llama"\npush = "me/old"\n')
+    hub.add("models/me/old", OLD, private=True)
+    assert "exists already" in cli("--recipe", "recipe.toml", "--sparsity", 0.5, "--output", "out").err
+    hub.fail(1, "500", lasting=True)
+    silent = cli("--recipe", "recipe.toml", "--sparsity", 0.5, "--output", "out")
+    assert (silent.code, len(silent.err.splitlines())) == (2, 2)
+    hub.fail(None)
+    refused = cli("sweep", "--methods", "wanda", "--sparsities", "0.5", "--recipe", "recipe.toml", "--output", "out")
+    assert refused.code == 2
+    assert "push of a sweep" in refused.err
+    assert [path.name for path in Path.cwd().iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cut_off_in_two_lines(hub: Hub, output, cli, way):
+    hub.fail(4, way, lasting=True)
+    ran = cli("push", output, "me/tiny")
+    assert ran.code == 3
+    error, hint = ran.err.splitlines()
+    assert error.startswith("error: repository me/tiny: ")
+    assert hint.startswith("hint: llmprune push ")
+    assert CANARY not in ran.out + ran.err
 
 
 def test_the_python_face(hub: Hub, output, tmp_path):
