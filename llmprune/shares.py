@@ -87,8 +87,9 @@ def measure(
                 scored = plan.criterion is not None and any(a.scored for a in looking.values()) and not unreached
                 score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
                 full = f"{stream.path_of(index)}.{m.name}"
-                levels = plan.pattern.cut[full].levels if isinstance(plan.pattern, Structure) else ()
-                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), thinned(levels))
+                cut = plan.pattern.cut[full] if isinstance(plan.pattern, Structure) else None
+                levels, units_UK = (thinned(cut.levels), cut.space.readers[0].columns_UK) if cut else ((), None)
+                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), levels, units_UK)
                 for name, allocation in looking.items():
                     measured[name][full] = allocation.measure(seen)
         progress(index + 1, len(matrices))

@@ -110,6 +110,7 @@ class Seen:
     score_RC: Tensor | None  # the criterion's scores; None unless the allocation is ``scored``, or no token reached the matrix
     pruned_at: Callable[[float], Tensor]  # the weights [R, C] that the plan's own method leaves at a ratio
     levels: tuple[float, ...] = ()  # some of the only ratios that it can give up; empty: any
+    units_UK: Tensor | None = None  # the columns of each unit that goes as a whole; None: single weights do
 
 
 class Allocation(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.errors import RequestError
+from llmprune.model.blocks import find_blocks
 
 # Keys of config.json that could make transformers fetch or choose code: never followed.
+# A result with layers of their own sizes says them in per_layer_config: its blocks are built from that, its model code is not run.
+PER_LAYER = ("per_layer_config", "allow_global_per_layer_attribute_access")
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 MAX_LAYERS = 2_000
 # What transformers raises when a config makes no model.
@@ -35,11 +39,12 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
     try:
-        parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in NOT_FOLLOWED})
+        parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in (*NOT_FOLLOWED, *PER_LAYER)})
+        sizes = config.get("per_layer_config") or {}
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
-        exact = dict(_empty_model(parsed, torch.float32).named_buffers())
-        model = _empty_model(parsed, dtype)
+        exact = dict(_empty_model(parsed, torch.float32, sizes).named_buffers())
+        model = _empty_model(parsed, dtype, sizes)
     except UNBUILDABLE as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", "check the config against the checkpoint") from None
@@ -56,9 +61,16 @@ def _floats(value: Any) -> Any:
     return [_floats(v) for v in value] if isinstance(value, list) else value
 
 
-def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, dict[str, Any]]) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+        blocks = model.get_submodule(find_blocks(model)) if sizes else None
+        for index, own in sizes.items():
+            config = copy.copy(model.config)
+            for field, value in own.items():
+                setattr(config, field, value)
+            blocks[int(index)] = type(blocks[int(index)])(config, int(index)).to(dtype)  # type: ignore[index]
+    return model
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -165,7 +165,7 @@ def shared(made: Made, sizes: dict[str, int], sparsity: float, silent: str = "")
         weight_RC = make_weight(rows, size // rows, seed=k) * (1 + k)
         random = torch.rand(rows + size // rows, generator=generator(k)) + 0.1
         gram_CC = random[rows:].outer(random[rows:]) + random[rows:].diag()
-        stats = Stats(tokens=8, grad_tokens=8, input_sq_C=random[rows:], gram_CC=gram_CC, grad_out_sq_R=random[:rows])
+        stats = Stats(tokens=8, grad_tokens=8, input_sq_C=random[rows:], input_sum_C=random[rows:] / 4, gram_CC=gram_CC, grad_out_sq_R=random[:rows])
         stats = Stats() if name == silent else stats
         score_RC = weight_RC.abs() if made.method.scored and name != silent else None
         measured[name] = made.method.measure(Seen(weight_RC, stats, score_RC, lambda ratio, weight_RC=weight_RC: weight_RC * (1 - ratio)))

@@ -19,7 +19,7 @@ MANY = ["llama", "gpt2", "phi3", "gemma2", "falcon_new", "mixtral", "qwen3_moe",
 
 
 @pytest.mark.parametrize("family", MANY)
-@pytest.mark.parametrize("allocation", ["fisher", "global", "owl", "heavy_tail", "entropy", "sensitivity", "uniform"])
+@pytest.mark.parametrize("allocation", ["fisher", "global", "owl", "heavy_tail", "entropy", "sensitivity", "flap", "uniform"])
 def test_the_budget_is_met_to_one_weight(family: str, allocation: str) -> None:
     model = tiny_model(family)
     report = llmprune.prune(model, 0.6, calibration=IDS_NL, method="wanda", allocation=allocation)

@@ -32,7 +32,17 @@ def model() -> dict[str, tuple[Tensor, Stats]]:
         weight_RC = torch.randn(rows, columns, generator=generator) * (0.5 + k)
         inputs_TC = torch.randn(50, columns, generator=generator) * torch.rand(columns, generator=generator)
         squares_C, gradients_R = torch.rand(columns, generator=generator) * 10, torch.rand(rows, generator=generator) * 1e-6
-        made[name] = weight_RC, Stats(tokens=50, grad_tokens=50, input_sq_C=squares_C, gram_CC=inputs_TC.T @ inputs_TC, grad_out_sq_R=gradients_R)
+        made[name] = (
+            weight_RC,
+            Stats(
+                tokens=50,
+                grad_tokens=50,
+                input_sq_C=squares_C,
+                input_sum_C=squares_C * 0.3,
+                gram_CC=inputs_TC.T @ inputs_TC,
+                grad_out_sq_R=gradients_R,
+            ),
+        )
     return made
 
 
@@ -92,6 +102,20 @@ def test_heavy_tails_give_up_less() -> None:
     ratios, reasons = share("heavy_tail", 0.5)
     assert {n[0]: r for n, r in reasons.items()} == pytest.approx(means, rel=1e-6)
     assert (ratios["a.0"] > ratios["b.0"]) == (means["a"] > means["b"])
+
+
+def test_flap_is_one_threshold_for_standardised_fluctuations() -> None:
+    scores = {}
+    for name, (weight_RC, stats) in model().items():
+        variance_C = (stats.input_sq_C.double() - stats.input_sum_C.double() ** 2 / 50) / 49
+        score_C = weight_RC.double().square().sum(0) * variance_C
+        scores[name] = (score_C - score_C.mean()) / score_C.std()
+    ratios, under = share("flap", 0.5)
+    highest_gone = max(float(scores[n].sort().values[round(under[n] * len(scores[n])) - 1]) for n in SIZES if under[n])
+    lowest_kept = min(float(scores[n].sort().values[round(under[n] * len(scores[n]))]) for n in SIZES if under[n] < 1)
+    assert highest_gone <= lowest_kept
+    assert sum(under[n] * SIZES[n] for n in SIZES) == pytest.approx(0.5 * sum(SIZES.values()), abs=max(rows for rows, _ in SHAPES.values()))
+    assert ratios == pytest.approx(under, abs=0.05)
 
 
 def test_named_ratios_hold_and_the_rest_meets_the_budget() -> None:
