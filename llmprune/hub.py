@@ -14,9 +14,9 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,24 +82,28 @@ def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool 
     again = f"llmprune push {shlex.quote(str(folder))} {repo}{flags} goes on; what has arrived is not sent again"
     with talking(repo, again, StoppedError):
         there = reach(repo)
-        repo = there.repo
-        content = {name: content_of(path, repo) for name, path in files.items()}
-        sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in content.items()}
-        removed = tuple(sorted(name for name in there.files if "/" not in name and name not in files and is_stale(name)))
-        done = there.info is not None and not removed and holds(there.files, content)
-        mark = folder / MARK
-        if done:
-            check_visibility(there, public)
-            sizes = {}
-        else:
-            check(there, public, existing or (is_ours(mark, repo) and there.files.keys() <= OF_A_NEW_REPOSITORY))
-        shown = public if there.info is None else not there.info.private
-        found = Pushed(repo, f"{there.api.endpoint}/{repo}", shown, there.info is None, sizes, removed, left_out(folder, files), None, done)
-        if not done and not dry_run:
-            found = send(there, found, content, mark)
+        content = {name: content_of(path, there.repo) for name, path in files.items()}
+        found = plan(there, folder, content, public, existing)
+        if not found.complete and not dry_run:
+            found = send(there, found, content, folder / MARK)
         if found.complete:
-            mark.unlink(missing_ok=True)
+            with suppress(OSError):  # there is none in a folder that cannot be written to
+                (folder / MARK).unlink()
         return found
+
+
+def plan(there: There, folder: Path, content: dict[str, bytes | Path], public: bool, existing: bool) -> Pushed:
+    """What has to be done, if it may be. Nothing, where the repository holds all of it; so the commit whose answer was lost is not made twice."""
+    removed = tuple(sorted(name for name in there.files if "/" not in name and name not in content and is_stale(name)))
+    done = there.info is not None and not removed and holds(there.files, content)
+    if done:
+        check_visibility(there, public)
+    else:
+        begun = is_ours(folder / MARK, there.repo) and there.files.keys() <= OF_A_NEW_REPOSITORY
+        check(there, public, existing or begun)
+    sizes = {} if done else {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in content.items()}
+    url = f"{there.api.endpoint}/{there.repo}"
+    return Pushed(there.repo, url, public, there.info is None, sizes, removed, left_out(folder, content), None, done)
 
 
 def check_destination(repo: str, public: bool = False, existing: bool = False) -> None:
@@ -181,7 +185,7 @@ def send(there: There, asked: Pushed, content: dict[str, bytes | Path], mark: Pa
     commit = api.create_commit(repo, operations, commit_message="Model pruned by llmprune", parent_commit=there.info.sha)
     if not holds(listing(api, repo, commit.oid), content):
         raise StoppedError(f"repository {repo}: does not hold all files after the commit", "look for a .gitignore in it")
-    return Pushed(repo, asked.url, asked.public, asked.created, asked.sent, asked.removed, asked.left_out, commit.oid, True)
+    return replace(asked, commit=commit.oid, complete=True)
 
 
 def holds(files: dict[str, RepoFile], content: dict[str, bytes | Path]) -> bool:
@@ -239,7 +243,7 @@ def finished_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in [*hashes, *(name for name in UNHASHED if name not in hashes and (folder / name).is_file())]}
 
 
-def left_out(folder: Path, files: dict[str, Path]) -> tuple[str, ...]:
+def left_out(folder: Path, files: Container[str]) -> tuple[str, ...]:
     """Files of the folder that are not published, since no run wrote them; hidden ones are not even named."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return tuple(name for name in names if name not in files and not any(part.startswith(".") for part in name.split("/")))
