@@ -18,6 +18,7 @@ from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
+from llmprune.hub import check_destination
 from llmprune.job import (
     DEFAULT_SAMPLES,
     Progress,
@@ -64,6 +65,8 @@ def prune(
     tokenizer: Any = None,
     overwrite: bool = False,
     restart: bool = False,
+    public: bool = False,
+    existing: bool = False,
     progress: Progress = quiet,
     **options: Any,
 ) -> Report:
@@ -71,7 +74,8 @@ def prune(
     one; the model itself keeps its shape, with zeros (but not for layers and experts).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
-    tokenizer: for a live model that is calibrated on text. options: every other field of a recipe (``llmprune.recipe.Recipe``).
+    tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. options: every other
+    field of a recipe (``llmprune.recipe.Recipe``).
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
     windows = calibration if isinstance(calibration, Tensor) else None
@@ -80,10 +84,18 @@ def prune(
     if isinstance(model, nn.Module):
         recipe = read_recipe(None, {"model": type(model).__name__} | values)
         return _prune_live(model, recipe, windows, tokenizer)
-    return run(prepare(read_recipe(None, {"model": str(model)} | values), windows, overwrite, restart), progress)
+    recipe = read_recipe(None, {"model": str(model)} | values)
+    if recipe.push:
+        check_destination(recipe.push, public, existing)
+    report = run(prepare(recipe, windows, overwrite, restart), progress)
+    if recipe.push:
+        report.push(recipe.push, public=public, existing=existing)
+    return report
 
 
 def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
+    if recipe.push:
+        raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
     with _as_for_inference(model):
         stream = LiveStream(model)
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))

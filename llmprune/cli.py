@@ -61,7 +61,9 @@ def prune(
     permute: Annotated[bool, typer.Option("--permute", help="N:M: reorder inner channels so that the groups hold more")] = False,
     group: Annotated[Text, typer.Option(help="where unstructured weights compete: row or matrix")] = None,
     allocation: Annotated[Text, typer.Option(help="how the ratio is shared out over the matrices; see llmprune methods")] = None,
-    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    calibration: Annotated[
+        Text, typer.Option(help="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file")
+    ] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="draw the windows at random instead of taking the first")] = False,
@@ -77,6 +79,9 @@ def prune(
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
     accept_damage: Annotated[bool, typer.Option("--accept-damage", help="go on when a block's output is destroyed")] = False,
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    push: Annotated[Text, typer.Option(help="Hub repository that the result goes to at the end, private, such as me/my-model")] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: a public repository")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="with --push: the repository may be there, and its model is replaced")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -85,10 +90,15 @@ def prune(
 
     given = {k: v for k, v in locals().items() if k in Recipe.model_fields and not (v is None or v is False or v == [])}
     request = read_recipe(Path(recipe) if recipe else None, given)
+    if (public or existing) and not request.push:
+        raise RequestError("--public or --existing without --push", "add --push me/my-model")
     _announce(request.model, as_json)
+    from llmprune.hub import check_destination
     from llmprune.job import prepare, run
     from llmprune.report.tables import print_report
 
+    if request.push:
+        check_destination(request.push, public, existing)
     job = prepare(request, overwrite=overwrite, restart=restart)
     if not as_json:
         out.print(str(job), soft_wrap=True, markup=False)
@@ -99,6 +109,27 @@ def prune(
     with _progress() as progress:
         report = run(job, progress)
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
+    if request.push:
+        pushed = report.push(request.push, public=public, existing=existing)
+        (err if as_json else out).print(str(pushed), markup=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
+    repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
+    public: Annotated[bool, typer.Option("--public", help="everybody may see it; private otherwise")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="the repository may be there, and its model is replaced")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be sent, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. Cut off, the same command goes on."""
+    from dataclasses import asdict
+
+    from llmprune.hub import push as publish
+
+    pushed = publish(Path(folder).expanduser(), repo, public=public, existing=existing, dry_run=dry_run)
+    print(json.dumps(asdict(pushed), indent=1)) if as_json else out.print(str(pushed), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -109,7 +140,9 @@ def sweep(
     sparsities: Annotated[str, typer.Option(help="such as 0.4,0.5,60%; of unstructured sparsity and blocks")] = "",
     patterns: Annotated[str, typer.Option(help="such as unstructured,2:4,block:4x4")] = "unstructured",
     allocation: Annotated[Text, typer.Option(help="how the ratios are shared out over the matrices; else each method's own choice")] = None,
-    calibration: Annotated[Text, typer.Option(help="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")] = None,
+    calibration: Annotated[
+        Text, typer.Option(help="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file")
+    ] = None,
     samples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
@@ -314,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         code = error.exit_code
     except _Interrupted as error:
-        code = _say(f"interrupted by {error.signal.name}", "the same command goes on from the last finished block", 128 + error.signal)
+        code = _say(f"interrupted by {error.signal.name}", "the same command goes on where it stopped", 128 + error.signal)
     except typer.TyperException as error:
         code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
     except (MemoryError, OSError, RuntimeError) as error:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import llmprune
 from llmprune import heap
-from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
 from llmprune.checkpoint.sink import Sink
@@ -46,6 +46,7 @@ from llmprune.preflight import (
     share_for,
 )
 from llmprune.recipe import Recipe
+from llmprune.report.card import write_card
 from llmprune.report.result import Report, block_from_json, block_to_json, measured
 from llmprune.reshaped import Reshaped
 from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
@@ -334,8 +335,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             tried=decision.ratios.tried,
             frontier=tuple(asdict(step) for step in decision.frontier),
             smaller=smaller.to_json() if smaller else None,
+            files=hashes_of(folder),
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
         )
+        write_card(folder, report, job.recipe, job.source)
         write_whole(folder / "llmprune.json", to_json(report.to_json()))
         journal.publish(folder)
         return report

@@ -82,7 +82,9 @@ class Recipe(BaseModel):
     group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: str | None = Field(None, description="how the ratio is shared out over the matrices")
     ratios: dict[str, float] = Field(default_factory=dict, description="explicit allocation: regular expression of a name -> ratio")
-    calibration: str | None = Field(None, description="c4, wikitext2, a Hub data set, or a .txt, .jsonl, .parquet file")
+    calibration: str | None = Field(
+        None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
+    )
     samples: int | None = Field(None, ge=1, description="calibration windows")
     sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
     shuffle: bool = Field(False, description="draw the windows at random instead of taking the first")
@@ -94,6 +96,7 @@ class Recipe(BaseModel):
     eval: list[str] = Field(default_factory=list, description="data to measure the perplexity on, before and after")
     accept_damage: bool = Field(False, description="go on when a block's output is destroyed")
     output: str | None = Field(None, description="folder of the result")
+    push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -352,7 +355,7 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as it is saved: paths as their last name, what only names places left out."""
-        value = self.model_dump(exclude={"output"})
+        value = self.model_dump(exclude={"output", "push"})
         parts = self.parts
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from llmprune.errors import RequestError, StoppedError
 
 CHUNK = 16 << 20
+REPORT = "llmprune.json"
+UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or its owner's to edit
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,6 +37,18 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a finished checkpoint, by name. What a crash may have left beside them is not looked at."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: hash_file(folder / name) for name in names if name not in UNHASHED and not name.endswith(".tmp")}
 
 
 def read_range(handle: int, start: int, size: int, name: str) -> bytearray:

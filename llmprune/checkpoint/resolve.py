@@ -11,7 +11,7 @@ from llmprune.errors import RequestError
 
 BUNDLED = Path(__file__).parent.parent / "data" / "bundled"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 
 
 def is_bundled(model: str) -> bool:

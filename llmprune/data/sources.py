@@ -60,17 +60,19 @@ def read_text(spec: str, purpose: str, characters: int | None, seed: int) -> Tex
     path = Path(spec).expanduser()
     if path.suffix in BUILDERS or path.exists():
         return _file(path, characters)
-    known = KNOWN.get(spec)
+    name, _, revision = spec.partition("@")
+    known = KNOWN.get(name)
     if known is None:
-        repo, _, config = spec.partition(":")
+        repo, _, config = name.partition(":")
         if repo.count("/") != 1:
             names = ", ".join([*KNOWN, *BUNDLED_NAMES])
             raise RequestError(
-                f"data {spec!r}: no such file and no known data set", f"give a .txt, .jsonl or .parquet file, {names}, or org/name[:config]"
+                f"data {spec!r}: no such file and no known data set",
+                f"give a .txt, .jsonl or .parquet file, {names}, or org/name[:config][@revision]",
             )
         known = Known(repo, config or None, "\n\n", {"calibration": "train", "evaluation": "test"})
     split = known.splits[purpose]
-    rows = _open(known.repo, known.config, split, known.files[purpose] if known.files else None)
+    rows = _open(known.repo, known.config, split, known.files[purpose] if known.files else None, revision=revision or None)
     limit = known.documents if purpose == "evaluation" else None
     text, complete = _join(rows, known.joined_by, characters if limit is None else None, limit, spec)
     return Text(text, spec, split, complete or limit is not None)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmprune.errors import RequestError
 from llmprune.types import BlockReport, Perplexity, Row
+
+if TYPE_CHECKING:
+    from llmprune.hub import Pushed
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Report:
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
     smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -66,6 +71,14 @@ class Report:
         said = [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
         return [*(self.smaller["notes"] if self.smaller else ()), *said]
 
+    def push(self, repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:
+        """Publish the output on the Hub, private unless ``public``; see ``llmprune.hub.push``. RequestError for a live model, which has none."""
+        from llmprune.hub import push
+
+        if self.output is None:
+            raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
+        return push(self.output, repo, public=public, existing=existing, dry_run=dry_run)
+
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
         return {
@@ -86,6 +99,7 @@ class Report:
             "reasons": self.reasons,
             "tried": self.tried,
             "frontier": self.frontier,
+            "files": self.files,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},

@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli.hub import commit_of, serve
+from cli.hub import Hub, commit_of, metadata_errors, serve, stand_in
+from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.resolve import BUNDLED
+
+LLAMA = {p.name: p.read_bytes() for p in (BUNDLED / "llama").iterdir()}
+README = b"---\nlicense: llama3.2\nlanguage:\n- en\nextra_gated_prompt: a promise\n---\n\n# A model\n"
+ASK = ("--model", "org/tiny", "--sparsity", 0.5, "--method", "magnitude", "--sequence-length", 64, "--samples", 8, "--output", "out")
 
 
 def llmprune(base: str, here: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -20,14 +25,17 @@ def llmprune(base: str, here: Path, *words: object) -> subprocess.CompletedProce
     )
 
 
+def lines() -> list[bytes]:
+    paragraphs = (BUNDLED / "evaluation.txt").read_text().split("\n\n")
+    return [json.dumps({"text": p}).encode() + b"\n" for p in paragraphs]
+
+
 def test_model_and_data_by_id(tmp_path):
     words = tmp_path / "words"
     words.mkdir()
-    paragraphs = (BUNDLED / "evaluation.txt").read_text().split("\n\n")
-    (words / "train.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    (words / "train.jsonl").write_bytes(b"".join(lines()))
     with serve({"models/org/tiny": BUNDLED / "llama", "datasets/org/words": words}) as (base, log):
-        ask = ("--model", "org/tiny", "--sparsity", 0.5, "--sequence-length", 64, "--samples", 8, "--output", "out")
-        ran = llmprune(base, tmp_path, *ask, "--calibration", "org/words")
+        ran = llmprune(base, tmp_path, *ASK, "--calibration", "org/words")
         assert ran.returncode == 0, ran.stderr
         gone = llmprune(base, tmp_path, "--model", "org/absent", "--sparsity", 0.5)
     report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
@@ -39,3 +47,34 @@ def test_model_and_data_by_id(tmp_path):
     assert gone.returncode == 2
     assert "'org/absent'" in gone.stderr
     assert "Traceback" not in gone.stderr
+
+
+def test_pinned_to_a_revision(tmp_path):
+    """The model and the data set as they were at a commit; the card says which, and carries the licence of that time."""
+    hub = Hub()
+    with stand_in(hub):
+        model = hub.add("models/org/tiny", LLAMA | {"README.md": README})
+        was = model.commits[0].id
+        model.commit(LLAMA | {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n"})
+        data = hub.add("datasets/org/words", {"train.jsonl": b"".join(lines())})
+        then = data.commits[0].id
+        data.commit({"train.jsonl": b'{"text": ""}\n'})
+        ran = llmprune(hub.base, tmp_path, *ASK, "--revision", was, "--calibration", f"org/words@{then}")
+        assert ran.returncode == 0, ran.stderr
+        absent = llmprune(hub.base, tmp_path, *ASK, "--revision", "0" * 40, "--overwrite")
+    report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert report["source"]["revision"] == was
+    assert report["calibration"]["dataset"] == f"org/words@{then}"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license, card.data.language) == (
+        "org/tiny",
+        "finetune",
+        "llama3.2",
+        ["en"],
+    )
+    assert "extra_gated_prompt" not in card.data.to_dict()
+    assert f"[org/tiny](https://huggingface.co/org/tiny) at revision `{was}`" in card.text
+    assert f'revision = "{was}"' in card.text
+    assert metadata_errors(str(card)) == []
+    assert absent.returncode == 2
+    assert len(absent.stderr.splitlines()) == 2

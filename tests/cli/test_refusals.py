@@ -195,7 +195,7 @@ def test_existing_outputs(cli, model):
     refused(cli, *ask, "file", says="is a file")
     refused(cli, *ask, "file", "--overwrite", says="is a file")
     refused(cli, *ask, "full", says="exists already", hint="--overwrite")
-    refused(cli, *ask, "notes", "--overwrite", says="holds no model")
+    refused(cli, *ask, "notes", "--overwrite", says="holds no config.json")
     refused(cli, *ask, model, "--overwrite", says="is the source model")
     refused(cli, *ask, model / ".." / "model", "--overwrite", says="is the source model")
     refused(cli, *ask, model / "inside", says="lie inside each other")
@@ -209,7 +209,7 @@ def test_existing_outputs(cli, model):
         ("sparsity = ", "not valid TOML"),
         ("model = 3\nsparsity = 0.5", "model 3"),
         ('model = "llama"\nsparsity = true', "sparsity True"),
-        ('model = "llama"\nsparsity = 0.5\npush = "me/mine"', "recipe key 'push' is unknown"),
+        ('model = "llama"\nsparsity = 0.5\ntrust_remote_code = true', "recipe key 'trust_remote_code' is unknown"),
     ],
 )
 def test_bad_recipes(cli, content, says):

@@ -21,8 +21,8 @@ FLOORS = [
     {"engine"},
     {"shares", "experts", "depth"},
     {"trials"},
-    {"recipe", "report", "preflight", "smaller", "refusals"},
-    {"hub", "job", "benchmark"},
+    {"recipe", "report", "preflight", "smaller", "refusals", "hub"},  # a report can push its output
+    {"job", "benchmark"},
     {"sweep"},
     {"cli", "api", "__init__", "__main__"},
 ]
