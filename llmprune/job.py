@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import llmprune
-from llmprune import heap
+from llmprune import heap, shares
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
@@ -26,7 +26,7 @@ from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows, read_windows
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
-from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation.beside import Dense, dense_pass, pruned_pass
 from llmprune.gradients import LossGradients
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.preflight import (
@@ -42,8 +42,8 @@ from llmprune.preflight import (
     share_for,
 )
 from llmprune.recipe import Recipe
-from llmprune.report.result import Report, block_from_json, block_to_json, measured
-from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
+from llmprune.report.result import Measured, Report, block_from_json, block_to_json
+from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.stream import CheckpointStream, Stream
 from llmprune.trials import Decision, Step, choose, decide
 from llmprune.types import BlockReport, Perplexity, Plan, Polished
@@ -228,8 +228,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
         finished, polish = finished_parts(journal, sink, len(job.matrices))
-        dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
+        dense = dense_passes(job, journal, progress)
         gradients = None
         if len(finished) < len(job.matrices):
             gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
@@ -255,7 +255,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
-        pruned = [perplexity(job.stream, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
+        found = tuple(Measured(d.perplexity, *pruned_pass(d, partial(progress, "perplexity, pruned"))) for d in dense)
         job.stream.finish()
         sink.finish()
         report = Report(
@@ -263,7 +263,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
-            perplexity=measured(dense, pruned),
+            perplexity=found,
             parameters=job.stream.skeleton.num_parameters(),
             environment=environment(job.stream),
             output=job.output,
@@ -320,7 +320,7 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
     return Decision(record["sparsity"], ratios, tuple(Step(**step) for step in record["frontier"]))
 
 
-def ratios_of(job: Job, plan: Plan, measured: Measured, gradients: LossGradients | None) -> Ratios:
+def ratios_of(job: Job, plan: Plan, measured: shares.Measured, gradients: LossGradients | None) -> Ratios:
     """What each matrix gives up by a plan for the job's model."""
     return choose(job.stream, job.data.calibration, job.data.held, plan, job.matrices, gradients, measured)
 
@@ -331,13 +331,14 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
     return value
 
 
-def dense_perplexities(job: Job, journal: Journal, progress: Progress) -> list[Perplexity]:
-    record = journal.read("dense")
-    if record is None:
-        values = [perplexity(job.stream, w, lambda d, t: progress("perplexity, dense", d, t)) for w in job.data.evaluation]
-        record = {"perplexity": [asdict(p) for p in values]}
-        journal.write("dense", record)
-    return [Perplexity(**p) for p in record["perplexity"]]
+def dense_passes(job: Job, journal: Journal, progress: Progress) -> list[Dense]:
+    """The dense model on every evaluation set. Its hidden states do not outlive a process, so a resumed run computes them again."""
+    record = journal.read("dense") or {"perplexity": [None] * len(job.data.evaluation)}
+    known = [value and Perplexity(**value) for value in record["perplexity"]]
+    head, step = len(job.stream.names) in job.matrices, partial(progress, "perplexity, dense")
+    found = [dense_pass(job.stream, windows, head, value, step) for windows, value in zip(job.data.evaluation, known, strict=True)]
+    journal.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
+    return found
 
 
 def describe(windows: Windows) -> dict[str, Any]:

@@ -352,6 +352,10 @@ class Flow:
             self.outputs[batch] = self.run(index, block, batch)
         self.advance()
 
+    def rest(self) -> None:
+        """After the last block, for a flow that waits: let go of all but the hidden states."""
+        self.calls, self.outputs = [], self.hidden
+
     def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids [1, L], hidden states [1, L, D]) of every window, on the head's device."""
         device = self.stream.device_of(len(self.stream.names))

@@ -19,14 +19,14 @@ from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune
-from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation.beside import Dense, pruned_pass
 from llmprune.gradients import LossGradients
-from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
+from llmprune.job import Job, Progress, dense_passes, describe, environment, prepare, quiet, ratios_of
 from llmprune.preflight import check_matrices, check_plan
 from llmprune.recipe import Recipe
 from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
 from llmprune.shares import Measured, dense_gradients, measure, needs_of
-from llmprune.types import Perplexity, Plan
+from llmprune.types import Divergence, Perplexity, Plan
 
 
 @dataclass
@@ -60,19 +60,21 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows]}
     journal = Journal(job.output, identity, job.restart)
     try:
-        dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
+        dense = dense_passes(job, journal, progress)
         shared = Shared(sweep, progress)
         rows = []
         for number, (recipe, plan) in enumerate(sweep.rows):
             record = journal.read(f"row-{number:05d}")
             if record is None:
-                record = asdict(prune_row(job, recipe, plan, shared))
+                record = asdict(prune_row(job, recipe, plan, dense, shared))
                 journal.write(f"row-{number:05d}", record)
-            rows.append(SweepRow(**record | {"perplexity": tuple(Perplexity(**p) for p in record["perplexity"])}))
+            rows.append(row_from_json(record))
             progress("sweep", number + 1, len(sweep.rows))
         source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
-        report = SweepReport(tuple(dense), tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output)
+        report = SweepReport(
+            tuple(d.perplexity for d in dense), tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output
+        )
         journal.weights.mkdir(exist_ok=True)
         for name, data in files_of(report):
             write_whole(journal.weights / name, data)
@@ -113,7 +115,7 @@ class Shared:
         return self._measured[key]
 
 
-def prune_row(job: Job, recipe: Recipe, plan: Plan, shared: Shared) -> SweepRow:
+def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
     """Prune, measure, forget."""
     gradients, measured = shared.gradients(), shared.measured(plan)
     began = perf_counter()
@@ -121,7 +123,20 @@ def prune_row(job: Job, recipe: Recipe, plan: Plan, shared: Shared) -> SweepRow:
     with job.stream.trial():
         blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
         seconds = perf_counter() - began
-        found = tuple(perplexity(job.stream, windows) for windows in job.data.evaluation)
+        found = [pruned_pass(one) for one in dense]
     rows = [row for block in blocks for row in block.rows]
     sparsity = sum(row.zeros for row in rows) / sum(row.rows * row.columns for row in rows)
-    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, found, seconds)
+    return SweepRow(
+        method=recipe.method or recipe.quality or "",
+        pattern=recipe.pattern,
+        asked=plan.sparsity,
+        sparsity=sparsity,
+        perplexity=tuple(value for value, _ in found),
+        divergence=tuple(moved for _, moved in found),
+        seconds=seconds,
+    )
+
+
+def row_from_json(record: dict[str, Any]) -> SweepRow:
+    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
+    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmprune.types import BlockReport, Perplexity, Row
+from llmprune.types import BlockReport, Divergence, Perplexity, Row
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity before and after, by the same definition."""
+    """A perplexity before and after, by the same definition, and how far the predictions behind it have moved."""
 
     dense: Perplexity
     pruned: Perplexity
+    divergence: Divergence
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,3 @@ def block_to_json(block: BlockReport) -> dict[str, Any]:
 def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
     rows = tuple(Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"])}) for row in value["rows"])
     return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
-
-
-def measured(dense: Sequence[Perplexity], pruned: Sequence[Perplexity]) -> tuple[Measured, ...]:
-    return tuple(Measured(d, p) for d, p in zip(dense, pruned, strict=True))

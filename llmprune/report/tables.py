@@ -46,6 +46,7 @@ def print_report(report: Report, console: Console) -> None:
     for pair in report.perplexity:
         console.print(f"perplexity, dense:  {pair.dense}", soft_wrap=True)
         console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)
+        console.print(f"divergence: {pair.divergence}", soft_wrap=True)
     for note in report.notes[:MOST_NOTES]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if len(report.notes) > MOST_NOTES:
@@ -56,11 +57,13 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_sweep(report: SweepReport, console: Console) -> None:
     """The frontier: one line a pruning."""
-    names = [f"perplexity, {dense.dataset}" for dense in report.dense]
+    names = [f"{kind}, {dense.dataset}" for dense in report.dense for kind in ("perplexity", "mean KL")]
     table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source['name']}")
-    table.add_row("dense", "", "0", *(f"{dense.value:.4g}" for dense in report.dense), "")
+    table.add_row("dense", "", "0", *(cell for dense in report.dense for cell in (f"{dense.value:.4g}", "")), "")
     for row in report.rows:
-        table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *(f"{p.value:.4g}" for p in row.perplexity), f"{row.seconds:.1f}")
+        found = zip(row.perplexity, row.divergence, strict=True)
+        cells = (cell for value, moved in found for cell in (f"{value.value:.4g}", f"{moved.kl:.4g}"))
+        table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *cells, f"{row.seconds:.1f}")
     console.print(table)
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
