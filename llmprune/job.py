@@ -26,7 +26,9 @@ from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows, read_windows
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
+from llmprune.evaluation import sample
 from llmprune.evaluation.beside import Dense, dense_pass, pruned_pass
+from llmprune.evaluation.memory import peak_resident
 from llmprune.gradients import LossGradients
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.preflight import (
@@ -42,6 +44,7 @@ from llmprune.preflight import (
     share_for,
 )
 from llmprune.recipe import Recipe
+from llmprune.report.page import page
 from llmprune.report.result import Measured, Report, block_from_json, block_to_json
 from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.stream import CheckpointStream, Stream
@@ -230,6 +233,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         finished, polish = finished_parts(journal, sink, len(job.matrices))
         job.stream.scratch = journal.folder
         dense = dense_passes(job, journal, progress)
+        prompt = sample.prompt_for(job.stream, job.source)
+        dense_text = sample.written(job.stream, prompt)
         gradients = None
         if len(finished) < len(job.matrices):
             gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
@@ -256,11 +261,12 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
         found = tuple(Measured(d.perplexity, *pruned_pass(d, partial(progress, "perplexity, pruned"))) for d in dense)
+        pruned_text = sample.written(job.stream, prompt)
         job.stream.finish()
         sink.finish()
         report = Report(
             recipe=job.recipe.resolved(),
-            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
+            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
             perplexity=found,
@@ -272,9 +278,11 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             reasons=decision.ratios.reasons,
             tried=decision.ratios.tried,
             frontier=tuple(asdict(step) for step in decision.frontier),
-            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
+            sample=sample.to_json(prompt, dense_text, pruned_text),
+            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished), "peak_memory": peak_resident()},
         )
         write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
+        write_whole(journal.weights / "report.html", page(report.to_json()).encode())
         journal.publish()
         return report
     finally:

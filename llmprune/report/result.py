@@ -38,6 +38,7 @@ class Report:
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
+    sample: dict[str, Any] | None = None  # what the dense and the pruned model go on to write, or why there is none
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -81,6 +82,7 @@ class Report:
             "reasons": self.reasons,
             "tried": self.tried,
             "frontier": self.frontier,
+            "sample": self.sample,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},
