@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
-from llmprune.engine import selected
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.job import (
@@ -26,26 +25,31 @@ from llmprune.job import (
     describe,
     given_windows,
     open_stream,
+    planned,
     polish_to_json,
     prepare,
     quiet,
     run,
     with_budget,
 )
+from llmprune.methods import COARSE
 from llmprune.model.matrices import Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
     check_length,
-    check_matrices,
-    check_outside,
     check_plan,
     choose_device,
     choose_dtype,
 )
 from llmprune.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
+from llmprune.reshaped import Reshaped
 from llmprune.shares import dense_gradients, needs_of
+from llmprune.smaller import coarse_blocks, cuts, kept_layers
 from llmprune.stream import LiveStream
+from llmprune.structured.live import slice_model
+from llmprune.structured.structure import Structure
 from llmprune.trials import decide
 from llmprune.types import Perplexity, Polished
 
@@ -62,7 +66,8 @@ def prune(
     progress: Progress = quiet,
     **options: Any,
 ) -> Report:
-    """Prune a checkpoint into a folder, or a live model in place.
+    """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
+    one; the model itself keeps its shape, with zeros (but not for layers and experts).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
     tokenizer: for a live model that is calibrated on text. options: every other field of a recipe (``llmprune.recipe.Recipe``).
@@ -78,13 +83,9 @@ def prune(
 
 
 def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
-    plan = recipe.plan()
     with _as_for_inference(model):
         stream = LiveStream(model)
-        selection = Selection(recipe.skip, recipe.only)
-        matrices = selected(stream, selection)
-        check_outside(stream, selection)
-        check_matrices(matrices, stream, plan.pattern)
+        plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
         plan = with_budget(recipe, plan, stream, matrices)
         check_plan(plan, stream, matrices, model.dtype)
         data = _live_windows(model, recipe, given, tokenizer)
@@ -94,14 +95,23 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         plan = replace(plan, sparsity=decision.sparsity)
         polished: list[Polished] = []
         on_polish = lambda done, hashes: polished.append(done)  # noqa: E731
-        blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, decision.ratios.asked, on_polish=on_polish)
+        structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+        shown = Reshaped(stream, structure) if structure else None
+        if shown is not None and structure is not None and structure.name in COARSE:
+            blocks = coarse_blocks(shown, structure, plan, ids_NL, recipe.parts.criterion, decision.ratios.asked)
+        else:
+            blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, decision.ratios.asked, on_polish=on_polish)
+    smaller = None
+    if shown is not None and structure is not None:
+        smaller = slice_model(model, cuts(structure, blocks, recipe.pad), kept_layers(shown))
     return Report(
         recipe=recipe.resolved(),
         source={"name": type(model).__name__, "revision": None, "files": {}},
         calibration=describe(data.calibration),
         blocks=tuple(blocks),
         perplexity=(),
-        parameters=model.num_parameters(),
+        parameters=count_parameters(model),
+        model=smaller,
         polish=polish_to_json(polished[0], stream) if polished else None,
         asked=decision.sparsity,
         reasons=decision.ratios.reasons,

@@ -99,20 +99,20 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def on_levels(wanted: dict[str, float], sizes: dict[str, int], levels: tuple[float, ...], sparsity: float) -> dict[str, float]:
-    """Ratios that are all among the levels (ascending), as near to the wanted ones as can be: the least sum of size * difference ** 2 of those
+def on_levels(wanted: dict[str, float], sizes: dict[str, int], levels: dict[str, tuple[float, ...]], sparsity: float) -> dict[str, float]:
+    """Ratios that are all among a matrix's levels (ascending), as near to the wanted ones as can be: the least sum of size * difference ** 2 of those
     that give up no more than the budget and leave less than the smallest step of it.
     """
-    ratios = dict.fromkeys(sizes, levels[0])
-    left = sparsity * sum(sizes.values()) - levels[0] * sum(sizes.values())
+    ratios = {name: levels[name][0] for name in sizes}
+    left = sparsity * sum(sizes.values()) - sum(ratios[name] * size for name, size in sizes.items())
     steps = [
         (((up - wanted[name]) ** 2 - (low - wanted[name]) ** 2) / (up - low), k, name)
         for name in sizes
-        for k, (low, up) in enumerate(pairwise(levels))
+        for k, (low, up) in enumerate(pairwise(levels[name]))
     ]
     for _, k, name in sorted(steps):
-        cost = (levels[k + 1] - levels[k]) * sizes[name]
-        if ratios[name] == levels[k] and cost <= left + 0.5:
-            ratios[name] = levels[k + 1]
+        cost = (levels[name][k + 1] - levels[name][k]) * sizes[name]
+        if ratios[name] == levels[name][k] and cost <= left + 0.5:
+            ratios[name] = levels[name][k + 1]
             left -= cost
     return ratios

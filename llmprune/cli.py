@@ -36,8 +36,18 @@ def prune(
     model: Annotated[Text, typer.Option(help="folder, Hub id or alias; llama is the small bundled one")] = None,
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
     target_params: Annotated[Text, typer.Option(help="instead: non-zero parameters that may remain in the whole model, such as 900M")] = None,
+    target_size: Annotated[Text, typer.Option(help="instead, of structured patterns: bytes on disk that may remain, such as 1.2GB")] = None,
     max_ppl_increase: Annotated[Text, typer.Option(help="instead: the sparsest model within this increase of the perplexity, such as 5%")] = None,
-    pattern: Annotated[Text, typer.Option(help="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")] = None,
+    pattern: Annotated[
+        Text,
+        typer.Option(
+            help="unstructured, N:M such as 2:4, block:RxC such as block:4x4, or a smaller model: "
+            "channels, heads, kv-groups, kernel, layers, experts, structured (channels and KV groups)"
+        ),
+    ] = None,
+    round_to: Annotated[Count, typer.Option(help="structured: sizes are multiples of this; 8 for channels and kernel by default")] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="structured: the same sizes in every layer")] = False,
+    pad: Annotated[bool, typer.Option("--pad", help="structured: zeros up to the widest layer, so that it loads without code of its own")] = False,
     quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
     criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,
@@ -101,6 +111,7 @@ def sweep(
     sequence_length: Annotated[Count, typer.Option(help="tokens of a window")] = None,
     eval: Annotated[Optional[list[str]], typer.Option(help="data to measure the perplexity on; may be repeated")] = None,
     recipe: Annotated[Text, typer.Option(help="TOML file with what all rows have in common")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="all rows in one pass by the dense model's statistics: faster, a little worse")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output, at the end")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted sweep has left")] = False,
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda ...")] = None,
@@ -120,7 +131,7 @@ def sweep(
     from llmprune.report.tables import print_sweep
     from llmprune.sweep import prepare_sweep, run_sweep
 
-    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart)
+    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
     if not as_json:
         out.print(str(prepared), soft_wrap=True, markup=False)
     with _progress() as progress:

@@ -24,6 +24,7 @@ from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics import at_head, at_once, inner_channels, stage_by_stage
 from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream
 from llmprune.structured.reorder import Channels, best_order, in_order
+from llmprune.structured.structure import Structure
 from llmprune.target import asymmetric_target
 from llmprune.training import vectors
 from llmprune.types import BlockReport, BlockSolver, Plan, Polished, Pruned, Row, Stats
@@ -83,9 +84,12 @@ def prune(
             head = index == len(stream.names)
             unpruned_VD = block.get_parameter("weight").clone() if head else None
             rows, changed = prune_block(flow, dense, index, block, matrices[index], plan, asked, gradients, clock, variants)
+            if isinstance(plan.pattern, Structure):
+                changed += mask_units(flow, dense, index, block, rows, plan.pattern)
             if plan.reconstruct is not None and not head:
-                rows, trained = reconstruct_block(flow, dense, index, block, matrices[index], rows, plan.reconstruct)
-                changed = list(dict.fromkeys(changed + trained))
+                rows, trained = reconstruct_block(flow, dense, index, block, trained_matrices(block, matrices[index], plan), rows, plan.reconstruct)
+                pruned = {m.parameter for m in matrices[index]}
+                changed = [c for c in dict.fromkeys(changed + trained) if c not in pruned]
                 clock.lap("solve")
             hashes = stream.keep(index, dict.fromkeys([m.parameter for m in matrices[index]] + changed))
             clock.lap("write")
@@ -99,14 +103,32 @@ def prune(
         on_block(index, reports[-1], hashes)
     if teacher is not None and plan.polish_steps:
         del flow, dense  # their hidden states have done their work
-        on_polish(*polish(stream, teacher, matrices, plan.polish_steps, progress))
+        on_polish(*polish(stream, teacher, matrices, plan, progress))
     return reports
 
 
-def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], steps: int, progress: Progress) -> tuple[Polished, dict[str, str]]:
+def mask_units(flow: Flow, dense: Flow | None, index: int, block: nn.Module, rows: list[Row], structure: Structure) -> list[str]:
+    """Zero all that goes with the dropped units of a block; names of what has changed."""
+    keeps = structure.keeps(rows)[index]
+    changed = structure.mask(index, block, keeps)
+    if dense is not None and structure.rescales(index, keeps):  # what has left the block was computed before
+        for batch in range(len(flow)):
+            flow.outputs[batch] = flow.run(index, block, batch)
+    return changed
+
+
+def trained_matrices(block: nn.Module, matrices: list[Matrix], plan: Plan) -> list[Matrix]:
+    """What a training goes over: the pruned matrices; of a block that has lost units all but routers and the like."""
+    if not matrices or not isinstance(plan.pattern, Structure):
+        return matrices
+    return [m for m in block_matrices(block) if not LEFT_ALONE.search(m.name)]
+
+
+def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, progress: Progress) -> tuple[Polished, dict[str, str]]:
     """Distill the teacher, which has come through the last block, into the pruned model; hashes of the tensors that were written."""
     hashes: dict[str, str] = {}
     with stream.whole():
+        matrices = {i: trained_matrices(stream.walk.blocks[i], ms, plan) for i, ms in matrices.items()}
         blocks = {i: stream.walk.blocks[i] for i, ms in matrices.items() if whole_parameters(stream.walk.blocks[i], ms)}
         masked = {i: whole_parameters(block, matrices[i]) for i, block in blocks.items()}
         free = {i: trained_vectors(block) for i, block in blocks.items()}
@@ -117,7 +139,7 @@ def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], ste
 
         if not masked:  # some experts of a stack alone: nothing can be trained without the others
             return Polished(0, 0.0, 0.0, {}), {}
-        polished = distill(stream, teacher, masked, free, steps, settle, progress)
+        polished = distill(stream, teacher, masked, free, plan.polish_steps, settle, progress)
         for index, names in polished.changed.items():
             hashes |= stream.keep(index, names)
     return polished, hashes
@@ -196,19 +218,20 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
     """Score, mask and repair one matrix in float32, rounded to the dtype it is stored in."""
     view_RC = matrix.view(block)
-    pruned = solve_at(view_RC.float(), stats, plan, sparsity)
-    stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
     name = f"{stream.path_of(index)}.{matrix.name}"
+    pruned = solve_at(view_RC.float(), stats, plan, sparsity, name)
+    stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
     if not all_finite(stored_RC):
         raise StoppedError(f"{name}: pruned weights are not finite", "calibrate with other text, or report this")
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())
-    return Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+    row = Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+    return plan.pattern.told(row, pruned.keep_RC) if isinstance(plan.pattern, Structure) else row
 
 
-def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float) -> Pruned:
+def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float, name: str) -> Pruned:
     """Apply the plan's method to one matrix that gives up ``ratio``."""
-    plan = replace(plan, pattern=plan.pattern.at(ratio))
+    plan = replace(plan, pattern=plan.pattern.at(ratio, name))
     rows, columns = weight_RC.shape
     return solve(weight_RC, stats, plan, plan.pattern.dropped(rows, columns, ratio))
 
@@ -225,7 +248,7 @@ def store_variants(variants: Variants, stream: Stream, index: int, block: nn.Mod
     name = f"{stream.path_of(index)}.{matrix.name}"
     weight_RC, dtype = matrix.view(block).float(), stream.stored_dtype(index, matrix.parameter)
     for step, ratio in variants.ratios.get(name, {}).items():
-        variants.found[name, step] = solve_at(weight_RC, stats, plan, ratio).weight_RC.to(dtype, copy=True)
+        variants.found[name, step] = solve_at(weight_RC, stats, plan, ratio, name).weight_RC.to(dtype, copy=True)
 
 
 def reconstruct_block(
@@ -244,9 +267,10 @@ def reconstruct_block(
     if dense is not None:
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)
-    trained = {m.name for m in matrices if m.parameter in masked}
-    now = [replace(r, zeros=int((m.view(block) == 0).sum()), lost=None) if m.name in trained else r for m, r in zip(matrices, rows, strict=True)]
-    return now, list(free)
+    path = flow.stream.path_of(index)
+    trained = {f"{path}.{m.name}": m for m in matrices if m.parameter in masked}
+    now = [replace(r, zeros=int((trained[r.matrix].view(block) == 0).sum()), lost=None) if r.matrix in trained else r for r in rows]
+    return now, [*masked, *free]
 
 
 def trained_vectors(block: nn.Module) -> dict[str, nn.Parameter]:

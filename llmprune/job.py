@@ -21,16 +21,19 @@ from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
 from llmprune.checkpoint.sink import Sink
-from llmprune.checkpoint.source import Source
+from llmprune.checkpoint.source import SIZES, Source
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows, read_windows
+from llmprune.depth import layers_to_drop
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation import sample
-from llmprune.evaluation.beside import Dense, dense_pass, pruned_pass
+from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
 from llmprune.gradients import LossGradients
+from llmprune.methods import COARSE
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
     check_length,
@@ -46,10 +49,13 @@ from llmprune.preflight import (
 from llmprune.recipe import Recipe
 from llmprune.report.page import page
 from llmprune.report.result import Measured, Report, block_from_json, block_to_json
+from llmprune.reshaped import Reshaped
 from llmprune.shares import Ratios, dense_gradients, needs_of
+from llmprune.smaller import coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
+from llmprune.structured.structure import Structure, structure_of
 from llmprune.trials import Decision, Step, choose, decide
-from llmprune.types import BlockReport, Perplexity, Plan, Polished
+from llmprune.types import BlockReport, Plan, Polished
 from llmprune.whole import WholeStream
 
 DEFAULT_SAMPLES = 128
@@ -94,15 +100,17 @@ class Job:
         recipe = self.recipe.resolved()
         goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
-        weights = sum(m.rows * m.columns for m in matrices)
-        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in self.matrices]
+        structure = self.plan.pattern if isinstance(self.plan.pattern, Structure) else None
+        weights = structure.weights if structure else sum(m.rows * m.columns for m in matrices)
+        indices = range(len(self.stream.names)) if structure else self.matrices
+        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in indices]
         in_places = sum(p.numel() for place in places for p in place.parameters())
         parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
         group = f" per {recipe['group']}" if recipe["group"] else ""
         head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
         return (
-            f"{self.source.name}: {len(matrices)} matrices in {len(self.stream.names)} blocks{head}, "
+            f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
             f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"{self.describe_data()}\n"
@@ -135,19 +143,16 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
     RequestError.
     """
-    plan = recipe.plan()
     source = open_source(recipe.model, recipe.revision)
     output = Path(recipe.output or recipe.default_output).expanduser()
     check_output(output, source.folder, overwrite, result)
     device = choose_device(recipe.device)
     stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
     selection = Selection(recipe.skip, recipe.only)
-    matrices = selected(stream, selection)
-    check_outside(stream, selection)
-    check_matrices(matrices, stream, plan.pattern)
-    plan = with_budget(recipe, plan, stream, matrices)
+    plan, matrices = planned(recipe, stream, selection)
+    plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    check_space(output, source)
+    check_space(output, source, copies=1 + recipe.structured)
     stored = None if restart else load_windows(partial_folder(output))
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
@@ -156,9 +161,43 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
 
 
-def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> Plan:
-    """The plan with the sparsity that a budget of parameters means."""
-    return replace(plan, sparsity=share_for(recipe.target_params, stream, matrices)) if recipe.target_params else plan
+def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
+    """The plan for a model, and the matrices that are pruned: for a structured pattern those that read the units. Raises RequestError."""
+    if not recipe.structured:
+        plan, matrices = recipe.plan(), selected(stream, selection)
+        check_outside(stream, selection)
+        check_matrices(matrices, stream, plan.pattern)
+        return plan, matrices
+    if isinstance(stream, WholeStream):
+        raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "take an unstructured or N:M pattern")
+    structure = structure_of(
+        stream.walk.model,
+        stream.names,
+        recipe.pattern,
+        selection.takes,
+        recipe.round_to,
+        recipe.one_size,
+        native=recipe.one_size or recipe.pad,
+        exact=recipe.sparsity is not None and recipe.pattern != "structured",
+    )
+    readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)} if structure.cut else {}
+    return recipe.plan(structure), readers
+
+
+def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], source: Source | None = None) -> Plan:
+    """The plan with the sparsity that a budget of parameters or bytes means."""
+    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    room = structure.weights if structure else sum(m.rows * m.columns for ms in matrices.values() for m in ms)
+    if recipe.target_params:
+        plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, count_parameters(stream.walk.model), room))
+    if recipe.target_size:
+        if source is None:
+            raise RequestError("target_size of a model in memory", "give --target-params")
+        each = max(SIZES[entry.dtype] for entry in source.tensors.values())
+        plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
+    if structure and structure.name == "layers":
+        layers_to_drop(structure, plan.sparsity, structure.exact)
+    return plan
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -232,7 +271,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         sink.lay_out()
         finished, polish = finished_parts(journal, sink, len(job.matrices))
         job.stream.scratch = journal.folder
-        dense = dense_passes(job, journal, progress)
+        dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, partial(progress, "perplexity, dense"))
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
         gradients = None
@@ -257,20 +296,33 @@ def run(job: Job, progress: Progress = quiet) -> Report:
                 journal.write("polished", {"report": polish, "hashes": hashes})
 
         blocks = list(finished.values())
-        if len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
+        structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+        shown = Reshaped(job.stream, structure) if structure else None
+        if shown is not None and structure is not None and structure.name in COARSE:
+            criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
+            layers = journal.read("layers"), partial(journal.write, "layers")
+            blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
+        elif len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
-        found = tuple(Measured(d.perplexity, *pruned_pass(d, partial(progress, "perplexity, pruned"))) for d in dense)
-        pruned_text = sample.written(job.stream, prompt)
-        job.stream.finish()
-        sink.finish()
+        now = shown or job.stream
+        found = tuple(Measured(d.perplexity, *pruned_pass(d, now, partial(progress, "perplexity, pruned"))) for d in dense)
+        pruned_text = sample.written(now, prompt)
+        smaller = None
+        gone = any(row.gone for block in blocks for row in block.rows)
+        if gone and shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
+            smaller = save_smaller(job.stream, shown, structure, blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
+        else:
+            job.stream.finish()
+            sink.finish()
+        folder = journal.smaller if smaller else journal.weights
         report = Report(
             recipe=job.recipe.resolved(),
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
             perplexity=found,
-            parameters=job.stream.skeleton.num_parameters(),
+            parameters=count_parameters(job.stream.skeleton),
             environment=environment(job.stream),
             output=job.output,
             polish=polish,
@@ -278,12 +330,13 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             reasons=decision.ratios.reasons,
             tried=decision.ratios.tried,
             frontier=tuple(asdict(step) for step in decision.frontier),
+            smaller=smaller.to_json() if smaller else None,
             sample=sample.to_json(prompt, dense_text, pruned_text),
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished), "peak_memory": peak_resident()},
         )
-        write_whole(journal.weights / "llmprune.json", to_json(report.to_json()))
-        write_whole(journal.weights / "report.html", page(report.to_json()).encode())
-        journal.publish()
+        write_whole(folder / "llmprune.json", to_json(report.to_json()))
+        write_whole(folder / "report.html", page(report.to_json()).encode())
+        journal.publish(folder)
         return report
     finally:
         journal.close()
@@ -337,16 +390,6 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
     value = asdict(polished)
     value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
     return value
-
-
-def dense_passes(job: Job, journal: Journal, progress: Progress) -> list[Dense]:
-    """The dense model on every evaluation set. Its hidden states do not outlive a process, so a resumed run computes them again."""
-    record = journal.read("dense") or {"perplexity": [None] * len(job.data.evaluation)}
-    known = [value and Perplexity(**value) for value in record["perplexity"]]
-    head, step = len(job.stream.names) in job.matrices, partial(progress, "perplexity, dense")
-    found = [dense_pass(job.stream, windows, head, value, step) for windows, value in zip(job.data.evaluation, known, strict=True)]
-    journal.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
-    return found
 
 
 def describe(windows: Windows) -> dict[str, Any]:

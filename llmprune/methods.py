@@ -49,6 +49,23 @@ QUALITIES = {
     "balanced": Method(None, "admm", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher"),
     "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }
+# Patterns that make the model smaller. Layers and experts go by measures of their own.
+STRUCTURED = ("channels", "heads", "kv-groups", "kernel", "layers", "experts", "structured")
+COARSE = ("layers", "experts")
+# What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
+STRUCTURED_QUALITIES = {
+    "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="sensitivity"),
+    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, allocation="sensitivity"),
+    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, allocation="sensitivity", polish_steps=POLISH_STEPS),
+}
+STRUCTURED_METHODS = {
+    "magnitude": Method("magnitude", "mask_only", "matrix"),
+    "taylor": Method("taylor", "mask_only", "matrix"),
+    "wanda": Method("wanda", "mask_only", "matrix"),
+}
+STRUCTURED_SOLVERS = ("mask_only", "refit", "admm", "block_obs", "reconstruct")
+LAYER_CRITERIA = ("measured", "block_influence")
+EXPERT_CRITERIA = ("routed_norm",)
 DEFAULT_QUALITY = "balanced"
 RECONSTRUCT = "reconstruct"
 TRIED = ("auto", "search")  # allocations that prune the whole model on trial
@@ -114,7 +131,8 @@ def parse_nm(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
     if not match:
         raise RequestError(
-            f"pattern {text!r} is unknown", "there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4"
+            f"pattern {text!r} is unknown",
+            f"there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4, {', '.join(STRUCTURED)}",
         )
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:

@@ -14,9 +14,11 @@ from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
 from llmprune.polish import BYTES_PER_WEIGHT
 from llmprune.shares import allocations, is_tried, share
 from llmprune.stream import Stream, memory_of
+from llmprune.structured.structure import Structure
 from llmprune.types import Pattern, Plan
 
 
@@ -39,14 +41,15 @@ def check_output(output: Path, source: Path, overwrite: bool, result: str = "con
         raise RequestError(f"output {output.name}: {parent.name} cannot be written to", "choose another --output")
 
 
-def check_space(output: Path, source: Source) -> None:
-    """The weights fit on the output's disk; what a partial run has laid out already counts as had."""
+def check_space(output: Path, source: Source, copies: int = 1) -> None:
+    """The weights fit on the output's disk; what a partial run has laid out already counts as had. copies: of the model, at most."""
     parent = next(p for p in output.absolute().parents if p.exists())
     status = os.statvfs(parent)
     had = sum(p.stat().st_size for p in (partial_folder(output) / "output").glob("*.safetensors"))
     free = status.f_bavail * status.f_frsize
-    if source.bytes - had > free:
-        raise RequestError(f"output {output.name}: needs {source.bytes - had:,} bytes, the disk has {free:,} free", "free some space")
+    need = copies * source.bytes - had
+    if need > free:
+        raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space")
 
 
 def choose_device(device: str) -> torch.device:
@@ -73,7 +76,7 @@ def choose_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtyp
 
 def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, pattern: Pattern) -> None:
     """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
-    if not any(matrices.values()):
+    if not any(matrices.values()) and not isinstance(pattern, Structure):
         raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
     unfit = [(i, m) for i, ms in matrices.items() for m in ms if m.columns % pattern.unit or m.rows % pattern.tall]
     bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, m in unfit]
@@ -112,16 +115,17 @@ def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
             share(stream, plan, matrices, {}, name)
 
 
-def share_for(parameters: int, stream: Stream, matrices: dict[int, list[Matrix]]) -> float:
-    """The sparsity that leaves so many non-zero parameters in the whole model. Raises RequestError where the pruned matrices cannot give it."""
-    total = stream.walk.model.num_parameters()
-    weights = sum(m.rows * m.columns for ms in matrices.values() for m in ms)
-    if not total - weights < parameters <= total:
+def share_for(name: str, target: int, total: int, room: int) -> float:
+    """The sparsity that leaves ``target`` of ``total`` (non-zero parameters of the whole model, or bytes), where only ``room`` of them can be pruned.
+
+    Raises RequestError where they cannot give it.
+    """
+    if not total - room < target <= total:
         raise RequestError(
-            f"target_params {parameters:,}: the model has {total:,} parameters, of which {weights:,} are in the matrices that are pruned",
-            f"ask for more than {total - weights:,} and at most {total:,}",
+            f"{name} {target:,}: the model has {total:,}, of which {room:,} are in what is pruned",
+            f"ask for more than {total - room:,} and at most {total:,}",
         )
-    return (total - parameters) / weights
+    return (total - target) / room
 
 
 def check_trials(plan: Plan, matrices: dict[int, list[Matrix]], stream: Stream) -> None:
@@ -142,7 +146,7 @@ def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
         return
     if len(stream.names) in matrices:
         raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "leave the head out with --skip, or add --polish none")
-    need, free = stream.walk.model.num_parameters() * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
+    need, free = count_parameters(stream.walk.model) * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
     if need > free:
         raise RequestError(f"polish kd: training the whole model takes some {need:,} bytes, {free:,} are free", "add --polish none")
 

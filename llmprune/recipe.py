@@ -12,11 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llmprune.errors import RequestError
 from llmprune.methods import (
+    COARSE,
     DEFAULT_QUALITY,
+    EXPERT_CRITERIA,
+    LAYER_CRITERIA,
     METHODS,
     POLISH_STEPS,
     QUALITIES,
     RECONSTRUCT,
+    STRUCTURED,
+    STRUCTURED_METHODS,
+    STRUCTURED_QUALITIES,
+    STRUCTURED_SOLVERS,
     TRIED,
     Group,
     Method,
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from llmprune.types import Plan
 
 MAX_RECIPE = 1 << 20
-BUDGETS = ("sparsity", "target_params", "max_ppl_increase")
+BUDGETS = ("sparsity", "target_params", "target_size", "max_ppl_increase")
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
 
@@ -47,10 +54,16 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
     target_params: int | None = Field(None, gt=0, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
+    target_size: int | None = Field(None, gt=0, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
     max_ppl_increase: float | None = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
-    pattern: str = Field("unstructured", description="unstructured, N:M such as 2:4, or block:RxC such as block:4x4")
+    pattern: str = Field(
+        "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, or structured: {', '.join(STRUCTURED)}"
+    )
+    round_to: int | None = Field(None, ge=1, description="structured: sizes are multiples of this (8 for channels and kernel, 1 otherwise)")
+    uniform: bool = Field(False, description="structured: the same sizes in every layer")
+    pad: bool = Field(False, description="structured: zeros up to the widest layer, so that one size holds for all")
     quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
     criterion: str | None = Field(None, description="what scores the weights")
@@ -87,13 +100,13 @@ class Recipe(BaseModel):
             raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
         return value
 
-    @field_validator("target_params", mode="before")
+    @field_validator("target_params", "target_size", mode="before")
     @classmethod
     def _read_count(cls, value: Any) -> Any:
         if isinstance(value, str):
-            match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)\s*", value)
+            match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)[bB]?\s*", value)
             if not match:
-                raise ValueError("is no count (write 900000000, 900M or 0.9B)")
+                raise ValueError("is no count (write 900000000, 900M or 0.9B; 1.2GB of bytes)")
             return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()])
         return value
 
@@ -118,7 +131,17 @@ class Recipe(BaseModel):
     @property
     def in_groups(self) -> bool:
         """N:M, which says by itself how much goes."""
-        return self.pattern != "unstructured" and not self.pattern.startswith("block:")
+        return self.pattern != "unstructured" and not self.pattern.startswith("block:") and not self.structured
+
+    @property
+    def structured(self) -> bool:
+        """A pattern that makes the model smaller."""
+        return self.pattern in STRUCTURED
+
+    @property
+    def one_size(self) -> bool:
+        """Structured: every layer gets the same sizes."""
+        return self.parts.allocation == "uniform"
 
     @property
     def mixed(self) -> bool:
@@ -148,33 +171,47 @@ class Recipe(BaseModel):
         """What is asked for, in a word that can stand in a file's name."""
         if self.ratio is not None:
             return f"{self.ratio:g}"
+        if self.target_size is not None:
+            return f"{self.target_size}-bytes"
         return f"{self.target_params}-parameters" if self.target_params else f"ppl-{self.max_ppl_increase:g}"
 
     @property
     def parts(self) -> Method:
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
+        if self.pattern in COARSE:
+            known = LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA
+            return Method(self.criterion or known[0], "mask_only", "matrix")
         if self.method is not None:
-            named = METHODS[self.method]
+            named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
             named = Method(self.criterion, self.solver or "mask_only", "row")
         else:
-            named = QUALITIES[self.quality or DEFAULT_QUALITY]
+            named = (STRUCTURED_QUALITIES if self.structured else QUALITIES)[self.quality or DEFAULT_QUALITY]
         group = self.group or named.group
         steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
         asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
-        if self.pattern.startswith("block:"):
-            group = "matrix"  # where blocks compete
+        if self.pattern.startswith("block:") or self.structured:
+            group = "matrix"  # where blocks and units compete
+        one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
         return replace(
             named,
             group=group,
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
-            allocation=self.allocation or ("uniform" if self.in_groups else named.allocation),
+            allocation=self.allocation or ("uniform" if one_size else named.allocation),
             fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
 
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
+        if self.structured:
+            self._check_structured()
+            self._check_names()
+            if self.pattern not in COARSE:
+                self._check_allocation()
+                self._check_parts()
+            return self
+        self._refuse_structured()
         if not self.in_groups:
             if self.pattern != "unstructured":
                 parse_block(self.pattern)
@@ -219,6 +256,36 @@ class Recipe(BaseModel):
                 "leave one of them out, or add --allocation fisher to mix it with denser ones",
             )
 
+    def _check_structured(self) -> None:
+        self._check_budget("add --sparsity 0.25: the share of the pattern's own parameters that goes")
+        self._refuse_group()
+        if self.permute:
+            raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
+        if self.allocation in ("explicit", "search"):
+            raise RequestError(f"allocation {self.allocation!r} with pattern {self.pattern}", "take sensitivity or uniform")
+        if self.uniform and self.allocation not in (None, "uniform"):
+            raise RequestError(f"uniform sizes with allocation {self.allocation!r}", "leave one of them out")
+        if self.pattern in COARSE:
+            self._check_coarse()
+        elif self.pad and self.one_size:
+            raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
+
+    def _check_coarse(self) -> None:
+        for name in ("quality", "method", "solver", "target", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
+            if getattr(self, name):
+                raise RequestError(f"{name} with pattern {self.pattern}, which lets whole {self.pattern} go", f"leave {name} out")
+        if self.criterion is not None:
+            check_name("criterion", self.criterion, list(LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA))
+
+    def _refuse_structured(self) -> None:
+        if self.target_size is not None:
+            raise RequestError(
+                f"target_size with pattern {self.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
+            )
+        given = [name for name in ("round_to", "uniform", "pad") if getattr(self, name)]
+        if given:
+            raise RequestError(f"{given[0]} with pattern {self.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
+
     def _refuse_group(self) -> None:
         if self.group is not None:
             raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
@@ -232,13 +299,20 @@ class Recipe(BaseModel):
         if self.quality is not None:
             check_name("quality", self.quality, list(QUALITIES))
         if self.method is not None:
-            check_name("method", self.method, list(METHODS))
+            check_name("method", self.method, list(METHODS | STRUCTURED_METHODS))
+            if self.method not in (STRUCTURED_METHODS if self.structured else METHODS):
+                raise RequestError(
+                    f"method {self.method!r} with pattern {self.pattern}",
+                    f"there are: {', '.join(STRUCTURED_METHODS if self.structured else METHODS)}",
+                )
 
     def _check_allocation(self) -> None:
         if self.allocation is not None:
             check_name("allocation", self.allocation, names("allocation"))
         if self.in_groups and self.allocation == "explicit":
             raise RequestError(f"allocation 'explicit' with pattern {self.pattern}", "name what stays dense with --skip")
+        if self.in_groups and self.allocation == "search":
+            raise RequestError(f"allocation 'search' with pattern {self.pattern}", "it moves single weights; take auto or sensitivity")
         if bool(self.ratios) != (self.parts.allocation == "explicit"):
             raise RequestError(
                 "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'
@@ -253,6 +327,8 @@ class Recipe(BaseModel):
         if self.solver is not None:
             split_solver(self.solver)
         criterion, (solver, _) = self.parts.criterion, split_solver(self.parts.solver)
+        if (solver not in STRUCTURED_SOLVERS) if self.structured else solver == "block_obs":
+            raise RequestError(f"solver {solver!r} with pattern {self.pattern}", "take refit, or admm; block_obs is for structured patterns alone")
         own_score = build("solvers", solver).own_score
         if own_score and criterion is not None:
             raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
@@ -264,15 +340,17 @@ class Recipe(BaseModel):
         if self.polish_steps is not None and self.polish is None and not self.parts.polish_steps:
             raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
 
-    def plan(self) -> Plan:
-        """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go."""
+    def plan(self, structure: Any = None) -> Plan:
+        """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
+        pattern is a structured one.
+        """
         from llmprune.types import Plan
 
         parts = self.parts
         solver, reconstruct = split_solver(parts.solver)
         return Plan(
-            criterion=build("criteria", parts.criterion) if parts.criterion else None,
-            pattern=build_pattern(self.pattern, parts.group),
+            criterion=build("criteria", parts.criterion) if parts.criterion and self.pattern not in COARSE else None,
+            pattern=structure or build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
             allocation=build("allocation", parts.allocation, **({"ratios": tuple(self.ratios.items())} if self.ratios else {})),

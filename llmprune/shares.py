@@ -20,11 +20,13 @@ from llmprune.methods import build
 from llmprune.model.matrices import Matrix
 from llmprune.statistics import at_head, at_once
 from llmprune.stream import Flow, Stream
+from llmprune.structured.structure import Structure
 from llmprune.types import Allocation, Plan, Seen, Stat, Stats, TriedAllocation
 
 Progress = Callable[[int, int], None]
 Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> what it has measured
 SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
+MOST_LEVELS = 9  # at which a matrix with levels of its own is pruned to be measured
 FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
 
 
@@ -84,9 +86,11 @@ def measure(
                 unreached = (needs and stats.tokens == 0) or (needs & SCORED and stats.grad_tokens == 0)
                 scored = plan.criterion is not None and any(a.scored for a in looking.values()) and not unreached
                 score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
-                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own))
+                full = f"{stream.path_of(index)}.{m.name}"
+                levels = plan.pattern.cut[full].levels if isinstance(plan.pattern, Structure) else ()
+                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), thinned(levels))
                 for name, allocation in looking.items():
-                    measured[name][f"{stream.path_of(index)}.{m.name}"] = allocation.measure(seen)
+                    measured[name][full] = allocation.measure(seen)
         progress(index + 1, len(matrices))
     return measured
 
@@ -98,8 +102,15 @@ def survey_needs(plan: Plan, looking: list[Allocation]) -> frozenset[Stat]:
     return needs | plan.needs if any(a.looks_at == "prunings" for a in looking) else needs
 
 
-def _pruned_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float) -> Tensor:
-    return solve_at(weight_RC, stats, plan, ratio).weight_RC
+def _pruned_at(weight_RC: Tensor, stats: Stats, plan: Plan, name: str, ratio: float) -> Tensor:
+    return solve_at(weight_RC, stats, plan, ratio, name).weight_RC
+
+
+def thinned(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """At most so many of the levels, evenly, both ends among them."""
+    if len(levels) <= MOST_LEVELS:
+        return levels
+    return tuple(levels[round(k * (len(levels) - 1) / (MOST_LEVELS - 1))] for k in range(MOST_LEVELS))
 
 
 def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
@@ -113,9 +124,12 @@ def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], nee
 
 def share(stream: Stream, plan: Plan, matrices: dict[int, list[Matrix]], measured: Measured, name: str = "") -> Ratios:
     """The ratios of one of the plan's allocations for the plan's budget, on the levels of its pattern. Raises RequestError if it cannot be met."""
-    sizes = {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
+    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    sizes = structure.sizes if structure else {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
     blocks = {f"{stream.path_of(i)}.{m.name}": stream.path_of(i) for i, ms in matrices.items() for m in ms}
     asked, reasons = allocations(plan)[name].share(measured.get(name, {}), sizes, blocks, plan.sparsity)
-    if plan.pattern.levels:
-        asked = on_levels(asked, sizes, plan.pattern.levels, plan.sparsity)
+    if structure:
+        asked = structure.legal(asked, plan.sparsity)
+    elif plan.pattern.levels:
+        asked = on_levels(asked, sizes, dict.fromkeys(sizes, plan.pattern.levels), plan.sparsity)
     return Ratios(asked, reasons)

@@ -132,10 +132,14 @@ class CheckpointStream:
         assert self.loader.sink is not None
         return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.path_of(index)}.{p}" for p in parameters))
 
+    def draft(self) -> Draft:
+        return Draft(place_hidden(self.source.bytes, torch.device("cpu"), self.scratch))
+
     @contextmanager
-    def trial(self) -> Iterator[None]:
+    def trial(self, draft: Draft | None = None) -> Iterator[None]:
+        """What is kept inside goes to the draft, and is in place whenever that is given again."""
         before = self.loader.sink
-        self.loader.sink = Draft(place_hidden(self.source.bytes, torch.device("cpu"), self.scratch))
+        self.loader.sink = draft or self.draft()
         try:
             yield
         finally:

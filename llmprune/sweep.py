@@ -1,7 +1,9 @@
 """Many prunings of one model under one calibration: a table, and a plot of perplexity against sparsity.
 
-Windows, loss gradients, what allocations measure and the dense perplexity are had once; every row is then pruned and measured exactly as a run of its
-own would be, but nothing is saved except its figures. A killed sweep goes on from the last finished row.
+Windows, loss gradients, what allocations measure and the dense perplexity are had once; every row is then pruned and measured exactly as a run of
+its own would be, but nothing is saved except its figures. A quick sweep also has the statistics once, of the dense model, and prunes all rows in
+one pass by them; a run takes those of the pruned model, so quick rows are a little worse than runs, and aim at the matrices' own outputs. A killed
+sweep goes on from the last finished row.
 """
 
 from __future__ import annotations
@@ -13,35 +15,44 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmprune import heap
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
-from llmprune.engine import prune
-from llmprune.evaluation.beside import Dense, pruned_pass
+from llmprune.engine import prune, prune_matrix
+from llmprune.errors import RequestError
+from llmprune.evaluation.beside import Dense, dense_passes, pruned_pass
 from llmprune.gradients import LossGradients
-from llmprune.job import Job, Progress, dense_passes, describe, environment, prepare, quiet, ratios_of
+from llmprune.job import Job, Progress, describe, environment, prepare, quiet, ratios_of
 from llmprune.preflight import check_matrices, check_plan
 from llmprune.recipe import Recipe
 from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
-from llmprune.shares import Measured, dense_gradients, measure, needs_of
-from llmprune.types import Divergence, Perplexity, Plan
+from llmprune.shares import Measured, dense_gradients, is_tried, measure, needs_of, survey
+from llmprune.stream import CheckpointStream, Flow
+from llmprune.types import Divergence, Perplexity, Plan, Row, Stat
 
 
 @dataclass
 class Sweep:
-    """A checked sweep, ready to start."""
+    """A checked sweep, ready to start. quick: all rows rest on the dense model's statistics, which are had once."""
 
     job: Job  # of the first row; its model and windows are everybody's
     rows: list[tuple[Recipe, Plan]]
+    quick: bool = False
 
     def __str__(self) -> str:
         return f"{self.job.source.name}: {len(self.rows)} prunings; {self.job.describe_data()}\noutput: {self.job.output}"
 
 
-def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None) -> Sweep:
+def prepare_sweep(
+    asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None, quick: bool = False
+) -> Sweep:
     """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
+    smaller = [recipe.pattern for recipe in asked if recipe.structured]
+    if smaller:
+        raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
     job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result="sweep.json")
     rows = []
     for recipe in asked:
@@ -49,7 +60,23 @@ def prepare_sweep(asked: list[Recipe], output: Path, overwrite: bool = False, re
         check_matrices(job.matrices, job.stream, plan.pattern)
         check_plan(plan, job.stream, job.matrices, job.stream.dtype)
         rows.append((recipe, plan))
-    return Sweep(job, rows)
+    if quick:
+        check_quick(job, rows)
+        rows = [(recipe, replace(plan, asymmetric=False)) for recipe, plan in rows]  # the dense path is the only one
+    return Sweep(job, rows, quick)
+
+
+def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
+    """One pass over the blocks for all rows leaves no room for what needs the pruned model."""
+    slow = [
+        recipe.quality or recipe.method for recipe, plan in rows if plan.reconstruct or plan.polish_steps or plan.permute or is_tried(plan.allocation)
+    ]
+    if slow:
+        raise RequestError(f"quick sweep of {slow[0]}, which trains or tries out pruned models", "leave it, or --quick, out")
+    if not isinstance(job.stream, CheckpointStream):
+        raise RequestError("quick sweep of a model that cannot be loaded block by block", "leave --quick out")
+    if len(job.stream.names) in job.matrices:
+        raise RequestError("quick sweep with a pruned head", "leave the head out with --skip, or leave --quick out")
 
 
 def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
@@ -57,24 +84,22 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     heap.steady()
     job = sweep.job
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows]}
+    identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
     journal = Journal(job.output, identity, job.restart)
     try:
         job.stream.scratch = journal.folder
-        dense = dense_passes(job, journal, progress)
+        head = len(job.stream.names) in job.matrices
+        dense = dense_passes(job.stream, job.data.evaluation, head, journal, partial(progress, "perplexity, dense"))
+        missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
         shared = Shared(sweep, progress)
-        rows = []
-        for number, (recipe, plan) in enumerate(sweep.rows):
-            record = journal.read(f"row-{number:05d}")
-            if record is None:
-                record = asdict(prune_row(job, recipe, plan, dense, shared))
-                journal.write(f"row-{number:05d}", record)
-            rows.append(row_from_json(record))
+        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, shared)
+        for number, row in zip(missing, made, strict=True):
+            journal.write(f"row-{number:05d}", asdict(row))
             progress("sweep", number + 1, len(sweep.rows))
+        rows = [row_from(journal.read(f"row-{number:05d}") or {}) for number in range(len(sweep.rows))]
         source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
-        report = SweepReport(
-            tuple(d.perplexity for d in dense), tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output
-        )
+        values = tuple(one.perplexity for one in dense)
+        report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
         journal.weights.mkdir(exist_ok=True)
         for name, data in files_of(report):
             write_whole(journal.weights / name, data)
@@ -115,6 +140,17 @@ class Shared:
         return self._measured[key]
 
 
+def row_from(record: dict[str, Any]) -> SweepRow:
+    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
+    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})
+
+
+def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+    """Each as a run of its own."""
+    for recipe, plan in rows:
+        yield prune_row(job, recipe, plan, dense, shared)
+
+
 def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
     """Prune, measure, forget."""
     gradients, measured = shared.gradients(), shared.measured(plan)
@@ -122,21 +158,43 @@ def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: 
     ratios = ratios_of(job, plan, measured, gradients)
     with job.stream.trial():
         blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
-        seconds = perf_counter() - began
-        found = [pruned_pass(one) for one in dense]
-    rows = [row for block in blocks for row in block.rows]
+        return row_of(recipe, plan, dense, [row for block in blocks for row in block.rows], perf_counter() - began)
+
+
+def row_of(recipe: Recipe, plan: Plan, dense: list[Dense], rows: list[Row], seconds: float) -> SweepRow:
+    """The figures of the model as the stream holds it now."""
+    found = [pruned_pass(one, one.flow.stream) for one in dense]
     sparsity = sum(row.zeros for row in rows) / sum(row.rows * row.columns for row in rows)
-    return SweepRow(
-        method=recipe.method or recipe.quality or "",
-        pattern=recipe.pattern,
-        asked=plan.sparsity,
-        sparsity=sparsity,
-        perplexity=tuple(value for value, _ in found),
-        divergence=tuple(moved for _, moved in found),
-        seconds=seconds,
-    )
+    values, moved = tuple(value for value, _ in found), tuple(divergence for _, divergence in found)
+    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, values, moved, seconds)
 
 
-def row_from_json(record: dict[str, Any]) -> SweepRow:
-    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
-    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})
+@torch.no_grad()
+def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+    """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
+    stream, gradients = job.stream, shared.gradients()
+    assert isinstance(stream, CheckpointStream)
+    ratios = [ratios_of(job, plan, shared.measured(plan), gradients) for _, plan in rows]
+    drafts, found, seconds = [stream.draft() for _ in rows], [[] for _ in rows], [0.0] * len(rows)  # type: ignore[var-annotated]
+    needs = frozenset[Stat]().union(*(plan.needs for _, plan in rows))
+    flow = Flow(stream, job.data.calibration.ids_NL)
+    for index, matrices in job.matrices.items() if rows else ():
+        with stream.block(index) as block:
+            statistics = survey(flow, index, block, matrices, needs)
+            if gradients is not None:
+                gradients.add_to(index, statistics)
+            weights = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
+            for number, ((_, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
+                began = perf_counter()
+                for name, value in weights.items():
+                    block.get_parameter(name).copy_(value)
+                asked = ratios[number].asked
+                found[number] += [
+                    prune_matrix(stream, index, block, m, statistics[m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
+                ]
+                with stream.trial(draft):
+                    stream.keep(index, weights)
+                seconds[number] += perf_counter() - began
+    for number, ((recipe, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
+        with stream.trial(draft):
+            yield row_of(recipe, plan, dense, found[number], seconds[number])

@@ -69,7 +69,7 @@ def choose(
         return share(stream, plan, matrices, measured)
     if held is None:
         raise RequestError("trials of ratios with a single calibration window", "calibrate on more")
-    cheap = replace(plan, polish_steps=0, reconstruct=None)
+    cheap = replace(plan, polish_steps=0, reconstruct=None, accept_damage=True)
     trials = Trials(stream, calibration.ids_NL[:TRIAL_WINDOWS], held.ids_NL, cheap, matrices, gradients)
     return best_of(trials, plan.allocation, measured, progress)
 
@@ -171,15 +171,17 @@ def decide(
     """
     ids_NL = calibration.ids_NL
     measured = measure(stream, ids_NL, plan, matrices, gradients, partial(progress, "allocation"))
-    if held is None or most_increase is None:
+    if most_increase is None:
         return Decision(plan.sparsity, choose(stream, calibration, held, plan, matrices, gradients, measured, partial(progress, "trials")))
+    if held is None:
+        raise RequestError("a budget of perplexity with a single calibration window", "calibrate on more")
     steps = list(frontier)
     dense = perplexity(stream, held).value
 
     def increase_at(sparsity: float) -> float:
         known = [step for step in steps if step.sparsity == sparsity]
         if not known:
-            at = replace(plan, sparsity=sparsity)
+            at = replace(plan, sparsity=sparsity, accept_damage=True)  # a destroyed block shows in the perplexity
             with stream.trial():
                 prune(stream, ids_NL, at, matrices, gradients, share(stream, at, matrices, measured).asked)
                 value = perplexity(stream, held).value

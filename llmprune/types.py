@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
-Stat: TypeAlias = Literal["input_sq", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
+Stat: TypeAlias = Literal["input_sq", "input_sum", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Stats:
 
     tokens: int = 0
     input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
+    input_sum_C: Tensor | None = None  # sum over tokens of x_c
     gram_CC: Tensor | None = None  # sum over tokens of x x^T
     cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
@@ -69,8 +70,8 @@ class Pattern(Protocol):
         """Exact number of weights that go from a [rows, columns] matrix."""
         ...
 
-    def at(self, ratio: float) -> Pattern:
-        """The pattern of a matrix that gives up ``ratio``: itself, unless matrices of one run differ in it."""
+    def at(self, ratio: float, matrix: str) -> Pattern:
+        """The pattern of a matrix (by full name) that gives up ``ratio``: itself, unless matrices of one run differ in it."""
         ...
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
@@ -108,6 +109,7 @@ class Seen:
     stats: Stats
     score_RC: Tensor | None  # the criterion's scores; None unless the allocation is ``scored``, or no token reached the matrix
     pruned_at: Callable[[float], Tensor]  # the weights [R, C] that the plan's own method leaves at a ratio
+    levels: tuple[float, ...] = ()  # some of the only ratios that it can give up; empty: any
 
 
 class Allocation(Protocol):
@@ -182,10 +184,24 @@ class Row:
     tokens: int
     notes: tuple[str, ...] = ()
     saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
+    units: int | None = None  # of a structured pattern, that could go
+    kept: tuple[int, ...] | None = None  # numbers of the units that stay
+    parameters: int = 0  # that all units hold, in whatever writes and reads them
+
+    @property
+    def size(self) -> int:
+        """What its sparsity is a share of."""
+        return self.parameters if self.kept is not None else self.rows * self.columns
+
+    @property
+    def gone(self) -> int:
+        if self.kept is None or self.units is None:
+            return self.zeros
+        return self.parameters // self.units * (self.units - len(self.kept))
 
     @property
     def sparsity(self) -> float:
-        return self.zeros / (self.rows * self.columns)
+        return self.gone / self.size
 
 
 @dataclass(frozen=True)

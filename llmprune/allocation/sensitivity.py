@@ -30,11 +30,11 @@ class Sensitivity:
         if stats.gram_CC is None or stats.grad_out_sq_R is None or not stats.grad_tokens:
             return weight_RC.new_zeros(0)  # no token reached it
         rows_R1 = (stats.grad_out_sq_R / stats.grad_tokens).unsqueeze(1)
-        errors = []
-        for level in self.levels:
+        errors, levels = [], seen.levels or self.levels
+        for level in levels:
             apart_RC = weight_RC - seen.pruned_at(level)
             errors.append(float((rows_R1 * apart_RC * (apart_RC @ stats.gram_CC)).sum(dtype=torch.float64)))
-        return torch.tensor([list(self.levels), errors], dtype=torch.float64)
+        return torch.tensor([list(levels), errors], dtype=torch.float64)
 
     def share(
         self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float

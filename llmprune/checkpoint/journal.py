@@ -1,6 +1,7 @@
 """What a run has finished: small files in ``OUT.partial`` that let the same command go on after any interruption.
 
 OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.json ...  output/ (the checkpoint in the making)
+    smaller/ (the same without what structured pruning has masked, written at the end)
 
 A block's tensors are on disk before its record is. Hidden states are not kept: they are recomputed through the finished blocks, which is
 deterministic and needs one forward instead of a file of their size at every block.
@@ -18,8 +19,8 @@ from typing import Any
 from llmprune.checkpoint.files import lock_folder, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-RECORDS = r"(identity|dense|frontier|ratios|polished|(block|row)-\d+)\.json"
-OWN = re.compile(rf"lock|output|replaced|hidden-\d+|{RECORDS}(\.tmp)?|windows\.safetensors(\.tmp)?")
+RECORDS = r"(identity|dense|frontier|ratios|polished|layers|(block|row)-\d+)\.json"
+OWN = re.compile(rf"lock|output|smaller|modules|replaced|hidden-\d+|{RECORDS}(\.tmp)?|(windows|reload-ids|reload-logits)\.safetensors(\.tmp)?")
 
 
 class Journal:
@@ -77,9 +78,13 @@ class Journal:
     def write(self, name: str, value: dict[str, Any]) -> None:
         write_whole(self.folder / f"{name}.json", to_json(value))
 
-    def publish(self) -> None:
-        """Give the finished checkpoint its name and drop the state."""
-        swap_in(self.weights, self.output)
+    @property
+    def smaller(self) -> Path:
+        return self.folder / "smaller"
+
+    def publish(self, folder: Path | None = None) -> None:
+        """Give the finished checkpoint (or ``folder``, inside this one) its name and drop the state."""
+        swap_in(folder or self.weights, self.output)
         shutil.rmtree(self.folder)
 
     def close(self) -> None:

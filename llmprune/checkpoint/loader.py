@@ -122,6 +122,11 @@ class Loader:
         base = self._prefixes[0].removesuffix("0.")
         return [name for name in self.empty if not name.startswith(base)]
 
+    @property
+    def outer_keys(self) -> list[str]:
+        """The checkpoint's tensors outside the blocks."""
+        return sorted(self._outer, key=natural)
+
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which the checkpoint holds a parameter."""
         return DTYPES[self.source.tensors[self.keys_of[parameter][0]].dtype]

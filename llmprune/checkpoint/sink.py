@@ -112,13 +112,18 @@ class Sink:
             finally:
                 os.close(source)
                 os.close(target)
-        for pattern in COMPANIONS:
-            for path in sorted(self.source.folder.glob(pattern)):
-                if path.is_file():
-                    write_whole(self.folder / path.name, path.read_bytes())
+        copy_companions(self.source.folder, self.folder)
 
     def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}
         for key in keys:
             files.setdefault(self.source.tensors[key].file, []).append(key)
         return files
+
+
+def copy_companions(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Copy the files that belong to a model's weights."""
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in without:
+                write_whole(folder / path.name, path.read_bytes())

@@ -8,13 +8,14 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llmprune.checkpoint.journal import Journal
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks, kl
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
@@ -34,6 +35,15 @@ class Dense:
     head_VD: Tensor | None
 
 
+def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Progress) -> list[Dense]:
+    """The dense model on every evaluation set. Its hidden states do not outlive a process, so a resumed run computes them again."""
+    record = journal.read("dense") or {"perplexity": [None] * len(evaluation)}
+    known = [value and Perplexity(**value) for value in record["perplexity"]]
+    found = [dense_pass(stream, windows, prunes_head, value, progress) for windows, value in zip(evaluation, known, strict=True)]
+    journal.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
+    return found
+
+
 @torch.no_grad()
 def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, progress: Progress) -> Dense:
     """Before anything is pruned. known: the perplexity, if an earlier process has measured it."""
@@ -47,9 +57,9 @@ def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perpl
 
 
 @torch.no_grad()
-def pruned_pass(dense: Dense, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
-    """Of the model as the stream holds it now, on the same windows."""
-    stream, windows = dense.flow.stream, dense.windows
+def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
+    """Of the model as ``stream`` holds it now, on the same windows; embeddings, final norm and the way to the head are the dense model's own."""
+    windows = dense.windows
     flow = after_blocks(stream, windows.ids_NL, progress)
     lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     dtype = ""

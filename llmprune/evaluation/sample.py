@@ -5,6 +5,7 @@ This needs the whole model at once, the one thing that pruning does not, so it i
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from llmprune.checkpoint.source import Source
-from llmprune.model.skeleton import UNBUILDABLE
-from llmprune.stream import CheckpointStream
+from llmprune.model.skeleton import UNBUILDABLE, count_parameters
+from llmprune.stream import CheckpointStream, Flow, Stream
 from llmprune.whole import WholeStream
 
 PROMPT = "The first thing to know about a river is"  # nobody's data: the report may be published
@@ -32,7 +33,7 @@ class Prompt:
 
 def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt | str:
     """The prompt, or why there will be no sample."""
-    size = stream.skeleton.num_parameters() * stream.dtype.itemsize
+    size = count_parameters(stream.skeleton) * stream.dtype.itemsize
     if stream.resumable and size > MOST_BYTES:
         return f"the model takes {size / 1e9:,.1f} GB at once, and samples are written up to {MOST_BYTES / 1e9:.1f} GB"
     if not any(path for pattern in TOKENIZERS for path in source.folder.glob(pattern)):
@@ -50,17 +51,21 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
 
 
 @torch.no_grad()
-def written(stream: CheckpointStream | WholeStream, prompt: Prompt | str) -> str:
+def written(stream: Stream, prompt: Prompt | str) -> str:
     """The text that the model as the stream holds it now goes on with; empty where there is no prompt. One forward a token, without a cache: that
     every model can do.
     """
     if isinstance(prompt, str):
         return ""
-    ids_1L = torch.tensor([prompt.ids], device=stream.device)
-    with stream.whole():
+    ids_1L = torch.tensor([prompt.ids])
+    with ExitStack() as places:
+        blocks = [places.enter_context(stream.block(index)) for index in range(len(stream.names))]
         for _ in range(TOKENS):
-            logits_1LV = stream.walk.model(input_ids=ids_1L, use_cache=False).logits
-            ids_1L = torch.cat([ids_1L, logits_1LV[:, -1:].argmax(-1)], 1)
+            flow = Flow(stream, ids_1L)
+            for index, block in enumerate(blocks):
+                flow.through(index, block)
+            ((_, logits_1LV),) = flow.logits()
+            ids_1L = torch.cat([ids_1L, logits_1LV[:, -1:].argmax(-1).cpu()], 1)
     return prompt.tokenizer.decode(ids_1L[0, len(prompt.ids) :].tolist(), skip_special_tokens=True)
 
 

@@ -59,3 +59,9 @@ def _floats(value: Any) -> Any:
 def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Numbers that a model holds; a weight that is tied to another one is the same, which a model without weights does not show."""
+    tied = model.all_tied_weights_keys
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)

@@ -107,7 +107,7 @@ def finish(stats: Stats, name: str) -> None:
     if stats.gram_CC is not None:
         _mirror(stats.gram_CC)
     total = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC
-    if total is not None and not bool(torch.isfinite(total).all()):
+    if any(sums is not None and not bool(torch.isfinite(sums).all()) for sums in (total, stats.input_sum_C)):
         raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
     if total is not None and not bool(total.any()):
         raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
@@ -127,6 +127,9 @@ def add_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
     if "input_sq" in needs:
         squares_C = value_TC.square().sum(0)
         stats.input_sq_C = squares_C if stats.input_sq_C is None else stats.input_sq_C.add_(squares_C)
+    if "input_sum" in needs:
+        sum_C = value_TC.sum(0)
+        stats.input_sum_C = sum_C if stats.input_sum_C is None else stats.input_sum_C.add_(sum_C)
 
 
 def _mirror(gram_CC: Tensor) -> None:

@@ -20,7 +20,7 @@ class Unstructured:
     local: bool = False
     levels: tuple[float, ...] = ()
 
-    def at(self, ratio: float) -> Unstructured:
+    def at(self, ratio: float, matrix: str) -> Unstructured:
         return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune.report.result import block_from_json
+from llmprune.types import Row
+
 NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])")  # a path component, or an expert's index in brackets
 
 
@@ -45,10 +48,10 @@ class Grid:
 
 
 def grid_of(report: dict[str, Any]) -> Grid:
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for block in report["blocks"]:
-        for row in block["rows"]:
-            rows.setdefault((block["block"], kind_of(block["block"], row["matrix"])), []).append(row)
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for block in (block_from_json(value, {}) for value in report["blocks"]):
+        for row in block.rows:
+            rows.setdefault((block.block, kind_of(block.block, row.matrix)), []).append(row)
     groups = {key: _group(*key, found) for key, found in rows.items()}
     kinds = tuple(dict.fromkeys(kind for _, kind in groups))
     return Grid(tuple(dict.fromkeys(block for block, _ in groups)), kinds, groups)
@@ -75,8 +78,8 @@ def short_blocks(names: tuple[str, ...]) -> list[str]:
     return [name.rsplit(".", 1)[-1] for name in names]
 
 
-def _group(block: str, kind: str, rows: list[dict[str, Any]]) -> Group:
-    asked = [row["asked"] for row in rows]
-    lost = [row["lost"] for row in rows if row["lost"] is not None]
-    weights = sum(row["rows"] * row["columns"] for row in rows)
-    return Group(block, kind, len(rows), weights, sum(row["zeros"] for row in rows), (min(asked), max(asked)), sum(lost) if lost else None)
+def _group(block: str, kind: str, rows: list[Row]) -> Group:
+    asked = [row.asked for row in rows]
+    lost = [row.lost for row in rows if row.lost is not None]
+    weights, zeros = sum(row.size for row in rows), sum(row.gone for row in rows)
+    return Group(block, kind, len(rows), weights, zeros, (min(asked), max(asked)), sum(lost) if lost else None)

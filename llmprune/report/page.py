@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from llmprune.report.sections import sections, tiles, timings
+from llmprune.report.sections import sections, tiles
 
 
 def page(report: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> str:
@@ -21,7 +21,7 @@ def page(report: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> s
         title=f"{content['source']['name']}, pruned",
         subtitle=how,
         tiles=list(tiles(content)),
-        sections=[*sections(content, measured), timings(content)],
+        sections=list(sections(content, measured)),
         version=content["environment"].get("llmprune", ""),
     )
 

@@ -22,11 +22,11 @@ STYLE: Any = {
     "svg.hashsalt": "llmprune",
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "font.size": 9,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": LINE,
-    "axes.labelsize": 9,
+    "axes.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -37,7 +37,7 @@ STYLE: Any = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
@@ -62,7 +62,7 @@ def heat_map(name: str, label: str, rows: Sequence[str], columns: Sequence[str],
                     opacity = FADED + (0.75 - FADED) * (value - low) / span
                     axis.add_patch(Rectangle((x, y), 0.96, 0.92, facecolor=SERIES[0], alpha=opacity, linewidth=0))
                     if written:
-                        axis.text(x + 0.48, y + 0.5, f"{value:.1%}".removesuffix("%"), ha="center", va="center", fontsize=8)
+                        axis.text(x + 0.48, y + 0.5, f"{value:.1%}".removesuffix("%"), ha="center", va="center", fontsize=9)
         axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
         axis.set_xticks([x + 0.48 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor")
         every = -(-len(rows) // MOST_LABELS)
@@ -71,7 +71,7 @@ def heat_map(name: str, label: str, rows: Sequence[str], columns: Sequence[str],
         for side in axis.spines.values():
             side.set_visible(False)
 
-    return draw(name, f"{label}: {low:.0%} (faint) to {low + span:.0%} (strong)", min(900, 74 + 17 * len(rows)), paint)
+    return draw(name, f"{label}: {low:.0%} (faint) to {low + span:.0%} (strong)", min(1000, 74 + 19 * len(rows)), paint)
 
 
 def curves(
@@ -86,7 +86,7 @@ def curves(
     """One line a name. level: a horizontal line, such as the dense model's value. whole: x counts."""
 
     def paint(axis: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         for number, (said, points) in enumerate(lines.items()):
             axis.plot(
@@ -95,6 +95,10 @@ def curves(
         if level is not None:
             axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=level[0])
         axis.set(xlabel=axes[0], ylabel=axes[1], yscale="log" if log else "linear")
+        if log:  # by itself matplotlib writes powers as mathematics
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axis.tick_params(axis="y", which="minor", labelsize=8)
         if whole:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, axis="y")
@@ -115,7 +119,7 @@ def bars(name: str, label: str, values: dict[str, float], unit: str) -> str:
         axis.grid(True, axis="x")
         axis.tick_params(axis="y", length=0)
 
-    return draw(name, label, 48 + 20 * len(values), paint)
+    return draw(name, label, 52 + 22 * len(values), paint)
 
 
 MARKERS = ("o", "s", "^")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Report:
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
     sample: dict[str, Any] | None = None  # what the dense and the pruned model go on to write, or why there is none
+    smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
+    model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -47,21 +50,23 @@ class Report:
 
     @property
     def zeros(self) -> int:
-        return sum(row.zeros for row in self.rows)
+        """Weights that have gone: exact zeros, or what a structured pattern has cut out."""
+        return sum(row.gone for row in self.rows)
 
     @property
     def weights(self) -> int:
-        """Weights in the pruned matrices."""
-        return sum(row.rows * row.columns for row in self.rows)
+        """Weights in the pruned matrices; of a structured pattern, all that its units hold."""
+        return sum(row.size for row in self.rows)
 
     @property
     def sparsity(self) -> float:
-        """Share of exact zeros in the pruned matrices."""
+        """Share of them that has gone."""
         return self.zeros / self.weights if self.weights else 0.0
 
     @property
     def notes(self) -> list[str]:
-        return [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+        said = [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+        return [*(self.smaller["notes"] if self.smaller else ()), *said]
 
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
@@ -78,6 +83,7 @@ class Report:
             },
             "perplexity": [asdict(m) for m in self.perplexity],
             "blocks": [block_to_json(b) for b in self.blocks],
+            "smaller": self.smaller,
             "polish": self.polish,
             "reasons": self.reasons,
             "tried": self.tried,
@@ -96,5 +102,12 @@ def block_to_json(block: BlockReport) -> dict[str, Any]:
 
 
 def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
-    rows = tuple(Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"])}) for row in value["rows"])
+    rows = tuple(
+        Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"]), "kept": _tuple(row["kept"])})
+        for row in value["rows"]
+    )
     return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
+
+
+def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)

@@ -43,8 +43,9 @@ def tiles(report: dict[str, Any]) -> Iterator[Tile]:
         yield Tile("perplexity", number(pruned), f"dense {dense:.4g}; {pair['dense']['dataset']}")
         yield Tile("mean KL", number(pair["divergence"]["kl"], 3), "nats from the dense model's predictions")
         yield Tile("same likeliest token", percent(pair["divergence"]["top1"], 1), "as the dense model")
-    left = found["parameters"] - found["zeros"]
-    yield Tile("non-zero parameters", count(left), f"of {found['parameters']:,}")
+    smaller = report["smaller"]
+    left = smaller["parameters"] if smaller else found["parameters"] - found["zeros"]
+    yield Tile("parameters" if smaller else "non-zero parameters", count(left), f"of {found['parameters']:,}")
 
 
 def sections(report: dict[str, Any], bench: dict[str, Any] | None = None) -> Iterator[Section]:
@@ -63,9 +64,10 @@ def sections(report: dict[str, Any], bench: dict[str, Any] | None = None) -> Ite
         yield frontier(report)
     if report["polish"]:
         yield polish(report["polish"])
+    yield sizes(report)
+    yield timings(report)
     if report["sample"]:
         yield sample(report["sample"])
-    yield sizes(report)
     if bench:
         yield speeds(bench)
     if report["notes"]:
@@ -77,48 +79,45 @@ def sections(report: dict[str, Any], bench: dict[str, Any] | None = None) -> Ite
 
 def asked_and_got(report: dict[str, Any]) -> Section:
     recipe, found, data = report["recipe"], report["sparsity"], report["calibration"]
-    how = recipe["method"] or recipe["quality"] or "parts of your choice"
     parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
+    how = ": ".join(p for p in (recipe["method"] or recipe["quality"], parts) if p)
     windows = f"{data['windows']} windows of {data['window']} from {data['dataset']} ({data['split']})"
     rows = [
         ("pattern", say(recipe["pattern"])),
-        ("method", say(f"{how}: {parts}")),
+        ("method", say(how)),
         ("ratios", say(recipe["allocation"])),
         ("calibration", say(windows)),
         ("sparsity asked, of the pruned matrices", percent(found["asked"], 4)),
         ("sparsity got", percent(found["pruned_matrices"], 4)),
-        ("zeros", count(found["zeros"])),
+        ("weights that have gone", count(found["zeros"])),
         ("weights in pruned matrices", count(found["weights"])),
     ]
     return Section("asked", "Asked and got", table=_pairs(rows))
 
 
 def quality(report: dict[str, Any]) -> Section:
-    heads = ("data", "dense perplexity", "pruned perplexity", "mean KL, nats", "same likeliest token", "measured on")
-    rows = tuple(
-        (
-            say(pair["dense"]["dataset"]),
-            number(pair["dense"]["value"]),
-            number(pair["pruned"]["value"]),
-            number(pair["divergence"]["kl"]),
-            percent(pair["divergence"]["top1"]),
-            say(definition(pair["pruned"])),
-        )
-        for pair in report["perplexity"]
+    """A column a data set."""
+    found = report["perplexity"]
+    rows = (
+        (say("perplexity, dense"), *(number(pair["dense"]["value"]) for pair in found)),
+        (say("perplexity, pruned"), *(number(pair["pruned"]["value"]) for pair in found)),
+        (say("mean KL(dense || pruned), nats"), *(number(pair["divergence"]["kl"]) for pair in found)),
+        (say("same likeliest token"), *(percent(pair["divergence"]["top1"]) for pair in found)),
     )
     said = (
-        "Perplexity: exp of the mean negative log-likelihood of all but the first token of each window; windows do not overlap.",
-        "Mean KL(dense || pruned) and the share of equal likeliest tokens are over the same predictions.",
+        "Perplexity: exp of the mean negative log-likelihood of all but the first token of each window; windows do not overlap. "
+        "The other two are over the same predictions.",
+        *(f"Measured on {definition(pair['pruned'])}." for pair in found),
     )
-    return Section("quality", "Quality", said, table=Table(heads, rows))
+    return Section("quality", "Quality", said, table=Table(("", *(pair["dense"]["dataset"] for pair in found)), rows))
 
 
 def sparsity(grid: Grid) -> Section:
     values = [[_share(grid, block, kind) for kind in grid.kinds] for block in grid.blocks]
-    picture = heat_map("heat", "Share of zeros by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
+    picture = heat_map("heat", "Share that has gone by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
     low, high = (end(v for row in values for v in row if v is not None) for end in (min, max))
-    said = f"Share of exact zeros in each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
-    heads = ("block", "matrices", "count", "weights", "zeros", "sparsity", "asked", "squared error")
+    said = f"Share that has gone of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
+    heads = ("block", "matrices", "count", "weights", "gone", "sparsity", "asked", "squared error")
     rows = tuple(
         (
             say(g.block),
@@ -195,18 +194,24 @@ def sample(found: dict[str, Any]) -> Section:
     if "reason" in found:
         return Section("sample", "A sample of text", (f"None: {found['reason']}.",))
     said = f"Both models go on from “{found['prompt']}” for {found['tokens']} tokens, always by the likeliest. One sample measures nothing."
-    return Section("sample", "A sample of text", (said,), texts=(("dense", found["dense"]), ("pruned", found["pruned"])))
+    return Section("sample", "A sample of text", (said,), texts=(("dense", found["dense"].strip()), ("pruned", found["pruned"].strip())))
 
 
 def sizes(report: dict[str, Any]) -> Section:
-    found = report["sparsity"]
+    found, smaller = report["sparsity"], report["smaller"]
     rows = [
-        ("parameters of the model", count(found["parameters"])),
-        ("of these zero by pruning", count(found["zeros"])),
+        ("parameters of the source", count(found["parameters"])),
+        ("weights that have gone", count(found["zeros"])),
         ("share of the model", percent(found["zeros"] / found["parameters"])),
-        ("source on disk", size(report["source"].get("bytes"))),
+        ("weights of the source on disk", size(report["source"].get("bytes"))),
     ]
-    said = "Sparse weights are plain zeros in plain safetensors: the files are no smaller, and dense kernels are no faster."
+    if not smaller:
+        said = "Sparse weights are plain zeros in plain safetensors: the files are no smaller, and dense kernels are no faster."
+        return Section("sizes", "Sizes", (said,), table=_pairs(rows))
+    rows += [("parameters saved", count(smaller["parameters"])), ("weights on disk", size(smaller["bytes"]))]
+    loaded = smaller["difference"]
+    rows += [("logits when loaded again, relative difference", say("not loaded") if loaded is None else number(loaded, 2))]
+    said = f"{smaller['pattern']}: the saved model is smaller, and {len(smaller['layers'])} blocks are left."
     return Section("sizes", "Sizes", (said,), table=_pairs(rows))
 
 
@@ -252,13 +257,14 @@ def timings(report: dict[str, Any]) -> Section:
         for part, spent in block.items():
             parts[part] = parts.get(part, 0.0) + spent
     rest = found.get("seconds", 0.0) - sum(parts.values())
-    parts |= {"everything else": rest} if rest > 0 and not found.get("resumed_blocks") else {}
+    parts |= {"all the rest": rest} if rest > 0 and not found.get("resumed_blocks") else {}
     rows = [(name, seconds(spent)) for name, spent in parts.items()]
     rows += [("this process in all", seconds(found["seconds"]))] if "seconds" in found else []
     rows += [("blocks taken over from an earlier process", count(found["resumed_blocks"]))] if found.get("resumed_blocks") else []
     rows += [("most memory of the process, libraries included", size(found["peak_memory"]))] if found.get("peak_memory") else []
     picture = bars("time", "Seconds by part of the work", parts, "seconds") if parts else ""
-    return Section("timings", "Time and memory", picture=picture, table=_pairs(rows))
+    said = "Work on the blocks by part; the rest is gradients, ratios, perplexities, samples, copying."
+    return Section("timings", "Time and memory", (said,), picture=picture, table=_pairs(rows))
 
 
 def _pairs(rows: list[tuple[str, Cell]]) -> Table:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from llmprune.evaluation.sparse24 import Kernel
 from llmprune.evaluation.speed import Spread
-from llmprune.report.frontier import SweepReport
+from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
 from llmprune.report.speed import Bench
@@ -24,8 +24,8 @@ def print_report(report: Report, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for block in report.blocks:
-        weights = sum(r.rows * r.columns for r in block.rows)
-        sparsity = sum(r.zeros for r in block.rows) / weights if weights else 0.0
+        weights = sum(r.size for r in block.rows)
+        sparsity = sum(r.gone for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
         cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
         table.add_row(block.block, str(len(block.rows)), ratios_of(block), *cells)
@@ -65,6 +65,8 @@ def print_sweep(report: SweepReport, console: Console) -> None:
         cells = (cell for value, moved in found for cell in (f"{value.value:.4g}", f"{moved.kl:.4g}"))
         table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *cells, f"{row.seconds:.1f}")
     console.print(table)
+    if report.quick:
+        console.print(QUICK, soft_wrap=True)
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
     console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)

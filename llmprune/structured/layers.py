@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -27,8 +27,7 @@ def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequenc
     if not kept or sorted({*kept} & {*range(total)}) != list(kept):
         raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
     full = config.to_dict()
-    types = full.get("layer_types") or []
-    if not {types[i] for i in kept if types} - WITHOUT_ATTENTION and set(types) - WITHOUT_ATTENTION:
+    if not attends(config, kept):
         raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
     changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
     changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
@@ -41,6 +40,12 @@ def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequenc
     changed |= dict.fromkeys([name for name in count if name in source] or ["num_hidden_layers"], len(kept))
     # predictors of further tokens are layers after the last one: their number would be another's
     return changed | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if source.get(name)}
+
+
+def attends(config: PreTrainedConfig, kept: Iterable[int]) -> bool:
+    """Whether one of these layers has attention, if any of the model has."""
+    types = config.to_dict().get("layer_types") or []
+    return bool({types[i] for i in kept if types} - WITHOUT_ATTENTION) or not set(types) - WITHOUT_ATTENTION
 
 
 def _renumbered(numbers: Sequence[int], kept: Sequence[int]) -> list[int]:

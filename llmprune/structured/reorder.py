@@ -193,6 +193,7 @@ def in_order(stats: Stats, order_C: Tensor) -> Stats:
     return replace(
         stats,
         input_sq_C=columns(stats.input_sq_C),
+        input_sum_C=columns(stats.input_sum_C),
         norm_scale_C=columns(stats.norm_scale_C),
         gram_CC=both(stats.gram_CC),
         cross_CC=both(stats.cross_CC),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli.runner import Cli
+from families import save_tiny, tiny_windows
 
 import llmprune
 from llmprune import sweep as sweeping
+from llmprune.data.windows import Windows
 from llmprune.recipe import recipes
 from llmprune.sweep import prepare_sweep, run_sweep
 
@@ -76,6 +79,37 @@ def test_four_methods_by_four_sparsities_survive_a_kill(cli: Cli, small: tuple[o
     assert len(resumed.rows) == 16
     assert all(row.sparsity == pytest.approx(row.asked, abs=1e-4) for row in resumed.rows)
     assert not Path("table.partial").exists()
+
+
+def test_a_quick_sweep_of_one_block_is_a_sweep(tmp_path: Path) -> None:
+    """There the pruned path's inputs are the dense path's, so rows that aim at their own outputs have to be the same."""
+    save_tiny("llama_one_block", tmp_path / "model")
+    found = []
+    for quick in (False, True):
+        asked = recipes(None, {"model": str(tmp_path / "model")}, ["wanda", "sparsegpt", "alps"], ["0.4", "0.7"], ["unstructured", "2:4"])
+        sweep = prepare_sweep(asked, tmp_path / f"quick{quick}", windows=tiny_windows(), quick=quick)
+        sweep.job.data = replace(sweep.job.data, evaluation=(Windows(tiny_windows(4), "random tokens", "all"),))
+        found.append(run_sweep(sweep))
+    for slow, quick in zip(found[0].rows, found[1].rows, strict=True):
+        assert (quick.method, quick.pattern, quick.sparsity) == (slow.method, slow.pattern, slow.sparsity)
+        assert quick.perplexity[0].value == pytest.approx(slow.perplexity[0].value, rel=1e-6)
+    assert len({row.perplexity[0].value for row in found[1].rows}) == len(found[1].rows)
+
+
+def test_a_quick_sweep_says_so_and_goes_on(cli: Cli, small: tuple[object, ...]) -> None:
+    words = ("sweep", "--model", "llama", "--methods", "wanda,balanced", "--sparsities", "0.5,0.6", "--quick", "--output", "table", *small)
+    ran = cli(*words)
+    assert ran.code == 0, ran.err
+    assert "quick: by the dense model's statistics" in ran.out
+    assert "quick: by the dense model's statistics" in Path("table/sweep.md").read_text()
+    rows = json.loads(Path("table/sweep.json").read_text())["rows"]
+    dense = json.loads(Path("table/sweep.json").read_text())["dense"][0]["value"]
+    for row in rows:
+        assert row["sparsity"] == pytest.approx(row["asked"], abs=1e-4)
+        assert row["perplexity"][0]["value"] > dense
+    refused = cli("sweep", "--model", "llama", "--methods", "max", "--sparsities", "0.5", "--quick", "--output", "other", *small)
+    assert refused.code == 2
+    assert "quick sweep of max" in refused.err
 
 
 @pytest.mark.parametrize(

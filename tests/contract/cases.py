@@ -136,6 +136,7 @@ def make_stats(needs: frozenset[str], value_TC: Tensor, dtype: torch.dtype = tor
     windows = grad_TC.split(4)
     makers = {
         "input_sq": lambda: {"input_sq_C": value_TC.square().sum(0).to(dtype)},
+        "input_sum": lambda: {"input_sum_C": value_TC.sum(0).to(dtype)},
         "norm_scale": lambda: {"norm_scale_C": value_TC.square().mean(0).sqrt().to(dtype)},
         "gram": lambda: {"gram_CC": (value_TC.T @ value_TC).to(dtype)},
         "grad": lambda: {"grad_RC": grad_TC.sum(0, keepdim=True).to(dtype)},

@@ -82,6 +82,7 @@ def test_ratios_by_name() -> None:
         ({"pattern": "2:4", "sparsity": 0.5, "allocation": "owl"}, "pattern 2:4 mixed by allocation 'owl' at sparsity 0.5"),
         ({"pattern": "2:4", "sparsity": 0.4}, "pattern 2:4 means sparsity 0.5, not 0.4"),
         ({"pattern": "2:4", "sparsity": 0.4, "allocation": "explicit", "ratios": {"o_proj": 0.5}}, "allocation 'explicit' with pattern 2:4"),
+        ({"pattern": "2:4", "sparsity": 0.4, "allocation": "search"}, "allocation 'search' with pattern 2:4"),
         ({"pattern": "2:4", "target_params": 9_000}, "target_params with pattern 2:4"),
         ({"sparsity": 0.5, "target_params": 9_000}, "sparsity together with target_params"),
         ({"target_params": 9_000, "max_ppl_increase": 0.05}, "target_params together with max_ppl_increase"),

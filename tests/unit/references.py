@@ -105,3 +105,27 @@ def best_repair(weight_RC: Tensor, keep_RC: Tensor, h_CC: Tensor) -> Tensor:
         if bool(keep_C.any()):
             out_RC[r, keep_C] = torch.linalg.solve(h_CC[keep_C][:, keep_C], (h_CC @ weight_RC[r])[keep_C])
     return out_RC
+
+
+def naive_greedy(weight_RC: Tensor, h_CC: Tensor, columns: list[list[int]], remove: int, groups: int, lam_R: Tensor) -> tuple[list[bool], float]:
+    """Greedy removal of units of columns, every candidate set's least-squares weights solved anew; (keep flags, weighed error of the last set)."""
+    keep = [True] * len(columns)
+    run = len(columns) // groups
+    quota = [remove // groups] * groups
+    lost = 0.0
+
+    def error(gone: list[int]) -> float:
+        keep_C = torch.ones(weight_RC.shape[1], dtype=torch.bool)
+        for u in gone:
+            keep_C[columns[u]] = False
+        change_RC = best_repair(weight_RC, keep_C.expand_as(weight_RC), h_CC) - weight_RC.double()
+        return float((((change_RC @ h_CC.double()) * change_RC).sum(1) * lam_R.double()).sum())
+
+    for _ in range(remove):
+        gone = [u for u, stays in enumerate(keep) if not stays]
+        prices = {u: error([*gone, u]) for u, stays in enumerate(keep) if stays and quota[u // run]}
+        cheapest = min(prices, key=lambda u: (prices[u], u))
+        keep[cheapest] = False
+        quota[cheapest // run] -= 1
+        lost = prices[cheapest]
+    return keep, lost

@@ -21,6 +21,7 @@ from llmprune.model.watch import PANEL, Watch
 from llmprune.types import Stat
 
 BOTH: frozenset[Stat] = frozenset({"gram", "input_sq"})
+ALL: frozenset[Stat] = BOTH | {"input_sum"}
 
 
 def llama(intermediate: int = 48) -> tuple[nn.Module, nn.Module]:
@@ -78,7 +79,7 @@ MODELS = {"llama": llama, "gpt2": gpt2, "llama-wide": lambda: llama(2 * PANEL + 
 @pytest.mark.parametrize("which", MODELS)
 def test_sums_are_those_of_the_inputs(which: str) -> None:
     model, block = MODELS[which]()
-    watch, _ = watched(model, block, batches())
+    watch, _ = watched(model, block, batches(), ALL)
     inputs = hooked(model, block, batches())
     assert watch.stats.keys() == inputs.keys()
     for name, value_TC in inputs.items():
@@ -86,6 +87,7 @@ def test_sums_are_those_of_the_inputs(which: str) -> None:
         assert stats.tokens == 7 * 20 == len(value_TC)
         torch.testing.assert_close(stats.gram_CC.double(), wanted_CC, rtol=1e-5, atol=1e-6 * float(wanted_CC.diagonal().max()))
         torch.testing.assert_close(stats.input_sq_C.double(), value_TC.square().sum(0), rtol=1e-5, atol=0)
+        torch.testing.assert_close(stats.input_sum_C.double(), value_TC.sum(0), rtol=1e-5, atol=1e-5 * float(value_TC.abs().sum(0).max()))
         assert stats.gram_CC.equal(stats.gram_CC.T)
         assert stats.gram_CC.dtype == stats.input_sq_C.dtype == torch.float32
 
@@ -294,6 +296,12 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None
     wanted = 1000 * float(value_TC[0, 0]) ** 2
     assert watch.stats["a.weight"].input_sq_C.tolist() == pytest.approx([wanted] * 4)
     assert watch.stats["a.weight"].gram_CC[0].tolist() == pytest.approx([wanted] * 4)
+
+
+def test_a_sum_that_is_not_finite_stops_the_run() -> None:
+    block = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    with pytest.raises(StoppedError, match="not finite"):
+        watched(block["a"], block, [torch.full((3, 4), float("inf"))], frozenset({"input_sum"}))
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (1e30, "not finite"), (0.0, "zero")])

@@ -1,0 +1,21 @@
+"""score = w_rc^2 var(x_c): what stays wrong when a bias makes up for the mean of an input that goes.
+
+An et al., Fluctuation-based Adaptive Structured Pruning (FLAP), https://arxiv.org/abs/2312.11983
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.structured.scores import variance
+from llmprune.types import Stat, Stats
+
+
+@dataclass(frozen=True)
+class Fluctuation:
+    needs: frozenset[Stat] = frozenset({"input_sq", "input_sum"})
+
+    def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
+        return weight_RC.square() * variance(stats).to(weight_RC.dtype)

@@ -1,0 +1,21 @@
+"""score = |sum_r w_rc dL/dw_rc| / R, the same for all weights of an input column: what the loss changes by to first order when the column goes.
+
+Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, https://arxiv.org/abs/1611.06440
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.types import Stat, Stats
+
+
+@dataclass(frozen=True)
+class Taylor:
+    needs: frozenset[Stat] = frozenset({"grad"})
+
+    def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
+        assert stats.grad_RC is not None, "a criterion that needs gradients declares them"
+        return (weight_RC * stats.grad_RC).mean(0).abs().expand(weight_RC.shape).contiguous()

@@ -1,0 +1,130 @@
+"""The end of a structured run: the masked checkpoint without what was masked, loaded again by plain transformers before it is published."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.depth import Order, choose_layers, layer_reports, layers_to_drop
+from llmprune.errors import PromiseError
+from llmprune.evaluation.divergence import after_blocks
+from llmprune.experts import prune_experts
+from llmprune.reshaped import Reshaped
+from llmprune.stream import CheckpointStream, memory_limit
+from llmprune.structured.compact import Cutter, parameters_of, write_smaller
+from llmprune.structured.export import export, padded
+from llmprune.structured.reload import difference, reloaded_logits
+from llmprune.structured.slicing import Keeps
+from llmprune.structured.structure import Structure
+from llmprune.types import BlockReport, Plan
+
+OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
+ALIKE = {torch.float32: 1e-4}  # relative difference of logits; other dtypes round at every step
+ROUNDED_ALIKE = 0.1
+MOST_TOKENS = 256  # of the window that is compared
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller checkpoint as it was saved. ``difference``: of its logits from the masked model's, relative; None where it was not loaded."""
+
+    pattern: str
+    patterns: tuple[str, ...]
+    layers: tuple[int, ...]  # numbers in the source of the blocks that stay
+    parameters: int
+    bytes: int
+    difference: float | None
+    remote_code: bool
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def save_smaller(
+    stream: CheckpointStream,
+    shown: Reshaped,
+    structure: Structure,
+    blocks: Sequence[BlockReport],
+    ids_NL: Tensor,
+    pad: bool,
+    folder: Path,
+    scratch: Path,
+) -> Smaller:
+    """Write the smaller checkpoint into ``folder`` and load it again. shown: the stream as the model is now.
+
+    Raises PromiseError when it does not load, or predicts otherwise.
+    """
+    written, kept = cuts(structure, blocks, pad), kept_layers(shown)
+    exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
+    cutter = Cutter(stream.loader, stream.walk.path, structure.spaces, written, kept)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    size = write_smaller(folder, cutter, exported, stream.block)
+    parameters = parameters_of(cutter)
+    apart, notes = compare(stream, shown, ids_NL, parameters, folder, scratch)
+    return Smaller(structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), (*exported.notes, *notes))
+
+
+def kept_layers(shown: Reshaped) -> list[int]:
+    return [index for index in range(len(shown.names)) if index not in shown.gone]
+
+
+def cuts(structure: Structure, blocks: Sequence[BlockReport], pad: bool) -> Sequence[Keeps]:
+    """The units that each block is saved with."""
+    keeps = structure.keeps(row for block in blocks for row in block.rows) if structure.cut else [{} for _ in structure.spaces]
+    return padded(structure.spaces, keeps) if pad else keeps
+
+
+def coarse_blocks(
+    shown: Reshaped,
+    structure: Structure,
+    plan: Plan,
+    ids_NL: Tensor,
+    criterion: str | None,
+    asked: dict[str, float],
+    finished: Mapping[int, BlockReport] = MappingProxyType({}),
+    on_block: OnBlock = lambda index, report, hashes: None,
+    layers: tuple[dict[str, Any] | None, Callable[[dict[str, Any]], None]] = (None, lambda record: None),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[BlockReport]:
+    """Let whole layers or experts go, and tell ``shown`` of them. layers: what an earlier process has chosen, and what is told of the choice."""
+    if structure.name == "experts":
+        return prune_experts(shown, ids_NL, plan, structure, asked, finished, on_block)
+    record, write = layers
+    if record is None:
+        count = layers_to_drop(structure, plan.sparsity, structure.exact)
+        order: Order = "block_influence" if criterion == "block_influence" else "measured"
+        record = {"gone": [[index, cost] for index, cost in choose_layers(shown, ids_NL, count, order, progress).items()]}
+        write(record)
+    gone = {int(index): cost for index, cost in record["gone"]}
+    shown.gone = frozenset(gone)
+    return layer_reports(shown, structure, gone, plan.sparsity)
+
+
+@torch.no_grad()
+def compare(
+    stream: CheckpointStream, shown: Reshaped, ids_NL: Tensor, parameters: int, folder: Path, scratch: Path
+) -> tuple[float | None, Sequence[str]]:
+    """(relative difference of the logits on one calibration window, what has to be said)."""
+    need = 2 * parameters * stream.dtype.itemsize
+    if need > memory_limit():
+        return None, (f"not loaded again: that takes some {need:,} bytes, {memory_limit():,} are free",)
+    ids_1L = ids_NL[:1, :MOST_TOKENS]
+    ((_, wanted_1LV),) = after_blocks(shown, ids_1L).logits()
+    apart = difference(wanted_1LV, reloaded_logits(folder, scratch, ids_1L, stream.dtype))
+    most = ALIKE.get(stream.dtype, ROUNDED_ALIKE)
+    if not apart <= most:
+        raise PromiseError(
+            f"the saved model's logits differ from the pruned model's by {apart:.3g} of the largest, more than {most:g}",
+            "report this architecture; nothing was published",
+        )
+    return apart, ()

@@ -1,0 +1,37 @@
+"""Whole units of a structured pattern: the greedy choice of those that the matrix can best do without, then the least-squares values of what stays,
+min tr (V - W) H (V - W)^T over V that is zero in the columns that went. Both are exact, under the same damping.
+
+Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see structured/select.py and structured/refit.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.structured.refit import refit_kept
+from llmprune.structured.select import greedy_obs
+from llmprune.structured.units import Units
+from llmprune.types import Pattern, Pruned, Stat, Stats
+
+
+@dataclass(frozen=True)
+class BlockOBS:
+    damping: float = 0.01
+    needs: frozenset[Stat] = frozenset({"gram"})
+    own_score: bool = True
+    units_only: bool = True
+
+    def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
+        assert isinstance(pattern, Units), "the recipe gives this solver a structured pattern"
+        assert stats.gram_CC is not None
+        if drop == 0:
+            return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
+        remove = pattern.count(len(weight_RC), drop)
+        columns_UK = pattern.columns_UK.to(weight_RC.device)
+        chosen = greedy_obs(weight_RC, stats.gram_CC, columns_UK, remove, pattern.groups, stats.row_weight_R, self.damping)
+        keep_RC = pattern.mask(chosen.keep_U, weight_RC)
+        found = refit_kept(weight_RC, stats.gram_CC, keep_RC[0], self.damping)
+        return Pruned(found.weight_RC, keep_RC, found.lost, tuple(dict.fromkeys(chosen.notes + found.notes)))

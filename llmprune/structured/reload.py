@@ -1,0 +1,54 @@
+"""A finished checkpoint loaded by plain transformers in a process of its own: what it predicts is compared with what the pruning left.
+
+Run as ``python -m llmprune.structured.reload FOLDER IDS LOGITS DTYPE``; IDS and LOGITS are safetensors files.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmprune.errors import PromiseError
+
+
+def reloaded_logits(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, L, V]: predictions of the checkpoint in ``folder``, loaded in a fresh process. Raises PromiseError when it does not load."""
+    asked, answer = scratch / "reload-ids.safetensors", scratch / "reload-logits.safetensors"
+    save_file({"ids": ids_1L.cpu().contiguous()}, asked)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    words = [sys.executable, "-m", "llmprune.structured.reload", str(folder), str(asked), str(answer), str(dtype).removeprefix("torch.")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise PromiseError(f"the result does not load with transformers: {said[:300]}", "report this; nothing was published")
+    return load_file(answer)["logits"]
+
+
+def difference(wanted: Tensor, got: Tensor) -> float:
+    """Largest difference of logits over the largest logit."""
+    return float((wanted.float().cpu() - got.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-30))
+
+
+def main(folder: str, asked: str, answer: str, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    code = (Path(folder) / "modeling_pruned.py").exists()
+    load: Any = AutoModelForCausalLM.from_pretrained  # which hands back a pair here
+    model, info = load(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
+    wrong = {name: found for name, found in info.items() if found}
+    if wrong:
+        raise SystemExit(f"tensors that do not fit: {wrong}")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=load_file(asked)["ids"], use_cache=False).logits
+    save_file({"logits": logits.float().contiguous()}, answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,204 @@
+"""What a structured run cuts: the spaces of every block that its pattern names, as a pattern of the matrices that read their units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmprune.budget import on_levels
+from llmprune.errors import RequestError
+from llmprune.model.matrices import Matrix, block_matrices
+from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
+from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, refusal, required, tensors_of
+from llmprune.structured.units import Units
+from llmprune.types import Row
+
+ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the architecture can be cut by
+
+
+@dataclass(frozen=True, eq=False)
+class Cuttable:
+    """One space that may lose units. size: the numbers that all its units hold; counts: how many units may stay, ascending."""
+
+    block: int
+    space: Space
+    size: int
+    counts: tuple[int, ...]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The ratios that it can give up."""
+        return tuple(1 - count / self.space.units for count in reversed(self.counts))
+
+    def kept(self, ratio: float) -> float:
+        return self.space.units * (1 - ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The pattern of a structured run. ``cut`` holds what may be cut by the full name of its reader, or of the space where none reads it."""
+
+    name: str  # as it was asked for
+    patterns: tuple[str, ...]
+    config: PreTrainedConfig
+    spaces: tuple[tuple[Space, ...], ...]  # of each block, under every pattern that its family knows
+    blocks: tuple[int, ...]  # numbers that each block holds
+    cut: dict[str, Cuttable]
+    uniform: bool  # the same sizes in every layer
+    exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
+    unit: int = 1
+    tall: int = 1
+    local: bool = False
+    levels: tuple[float, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The pattern's own parameters, by name."""
+        return {name: c.size for name, c in self.cut.items()}
+
+    @property
+    def weights(self) -> int:
+        return sum(self.blocks) if self.name == "layers" else sum(self.sizes.values())
+
+    @property
+    def described(self) -> str:
+        """What may go, counted."""
+        if self.name == "layers":
+            return f"{len(self.blocks)} layers"
+        counts: dict[str, int] = {}
+        for c in self.cut.values():
+            counts[c.space.pattern] = counts.get(c.space.pattern, 0) + c.space.units
+        return " and ".join(f"{count:,} {pattern}" for pattern, count in counts.items())
+
+    def at(self, ratio: float, matrix: str) -> Units:
+        space = self.cut[matrix].space
+        return Units(space.readers[0].columns_UK, space.groups, space.least)
+
+    def dropped(self, rows: int, columns: int, sparsity: float) -> int:
+        raise AssertionError("each matrix has units of its own")
+
+    def project(self, score_RC: Tensor, drop: int) -> Tensor:
+        raise AssertionError("each matrix has units of its own")
+
+    def readers(self, index: int, block: nn.Module) -> list[Matrix]:
+        """The matrices of a block that read units that may go."""
+        wanted = {r.matrix for c in self.cut.values() if c.block == index for r in c.space.readers}
+        return [m for m in block_matrices(block) if m.name in wanted]
+
+    def keeps(self, rows: Iterable[Row]) -> list[dict[str, Tensor]]:
+        """The units that stay in each block after these rows; spaces that stay whole are left out."""
+        found: list[dict[str, Tensor]] = [{} for _ in self.spaces]
+        for row in rows:
+            cut = self.cut[row.matrix]
+            if row.kept is not None and len(row.kept) < cut.space.units:
+                found[cut.block][cut.space.name] = torch.tensor(row.kept)
+        return found
+
+    def told(self, row: Row, keep_RC: Tensor) -> Row:
+        """A reader's row with what has become of its units."""
+        cut = self.cut[row.matrix]
+        return replace(row, units=cut.space.units, kept=self.at(row.asked, row.matrix).kept(keep_RC), parameters=cut.size)
+
+    def mask(self, index: int, block: nn.Module, keeps: Keeps) -> list[str]:
+        """Zero everything else that goes with the dropped units; names of the parameters that this has changed."""
+        cut = [space for space in self.spaces[index] if space.name in keeps]
+        mask_block(block, cut, keeps)
+        return list(dict.fromkeys(axis.parameter for space in cut for axis in space.axes))
+
+    def rescales(self, index: int, keeps: Keeps) -> bool:
+        """Whether a norm runs over the units, so that zeros in those that go change what stays."""
+        return any(space.scales for space in self.spaces[index] if space.name in keeps)
+
+    def legal(self, asked: dict[str, float], sparsity: float) -> dict[str, float]:
+        """The ratios nearest to those asked for that leave legal counts, under the same budget.
+
+        Raises RequestError where an exact ratio cannot be met, or rounding leaves nothing to cut.
+        """
+        wanted, sizes, levels = {}, {}, {}
+        together = self._together()
+        for key, names in together.items():
+            sizes[key] = sum(self.cut[n].size for n in names)
+            wanted[key] = sum(asked[n] * self.cut[n].size for n in names) / sizes[key]
+            levels[key] = self.cut[names[0]].levels
+        if self.uniform and self.name != "structured":
+            ratios = {key: self._closest(self.cut[names[0]], wanted[key]) for key, names in together.items()}
+        else:
+            ratios = on_levels(wanted, sizes, levels, sparsity)
+        return {name: ratios[key] for key, names in together.items() for name in names}
+
+    def _together(self) -> dict[str, list[str]]:
+        """What has to keep equally many units: all of one config field, in one layer or (uniform) in all."""
+        found: dict[str, list[str]] = {}
+        for name, c in self.cut.items():
+            key = c.space.config[0][0]
+            found.setdefault(key if self.uniform else f"{c.block}.{key}", []).append(name)
+        return found
+
+    def _closest(self, cut: Cuttable, ratio: float) -> float:
+        count, space = closest_count(list(cut.counts), cut.kept(ratio)), cut.space
+        if self.exact and space.pattern not in ROUNDED and abs(count - cut.kept(ratio)) > 1e-6 * space.units:
+            raise RequestError(
+                f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would stay", _ratios(cut.counts, space)
+            )
+        if self.exact and ratio > 0 and count == space.units:
+            raise RequestError(
+                f"{space.pattern} at sparsity {ratio:.4g}: the nearest legal number to {cut.kept(ratio):.4g} is all {space.units}",
+                _ratios(cut.counts, space),
+            )
+        return 1 - count / space.units
+
+
+def _ratios(counts: Sequence[int], space: Space) -> str:
+    cut = [n for n in reversed(counts) if n < space.units]
+    if not cut:
+        return f"none of the {space.units} can go; take a smaller --round-to"
+    shown = [f"{1 - n / space.units:.6g} ({n} stay)" for n in (cut if len(cut) <= 8 else [*cut[:4], *cut[-4:]])]
+    return "legal sparsities: " + ", ".join(shown)
+
+
+def resolved(config: PreTrainedConfig, pattern: str) -> tuple[str, ...]:
+    """The patterns of spaces that a name stands for. Raises RequestError where the architecture cannot be cut so."""
+    if pattern != "structured":
+        required(config, pattern)
+        return (pattern,)
+    required(config, "channels")
+    found = [p for p in ATTENTION if refusal(config, p) is None]
+    if not found:
+        required(config, ATTENTION[0])
+    return ("channels", found[0])
+
+
+def structure_of(
+    model: PreTrainedModel,
+    paths: Sequence[str],
+    pattern: str,
+    takes: Callable[[str], bool],
+    round_to: int | None = None,
+    uniform: bool = True,
+    native: bool = True,
+    exact: bool = False,
+) -> Structure:
+    """What a pattern cuts of a model, which may be without weights. paths: of its blocks. takes: which readers (or stacks of experts) take part.
+    native: sizes must stand in a config of the model's own kind.
+
+    Raises RequestError where the architecture cannot be cut so, or nothing is left to cut.
+    """
+    config, patterns = model.config, resolved(model.config, pattern)
+    spaces, cut, numbers = [], {}, []
+    for index, path in enumerate(paths):
+        block = model.get_submodule(path)
+        spaces.append(tuple(all_spaces(config, index, block)))
+        numbers.append(sum(t.numel() for t in tensors_of(block).values()))
+        for space in spaces[-1]:
+            name = f"{path}.{space.readers[0].matrix if space.readers else space.name}"
+            if space.pattern in patterns and takes(name):
+                step = round_to if round_to is not None else 8 if space.pattern in ("channels", "kernel") else 1
+                counts = tuple(legal_counts(config, space, step, native))
+                cut[name] = Cuttable(index, space, space.units * parameters_per_unit(block, space), counts)
+    if not cut and pattern != "layers":
+        raise RequestError(f"pattern {pattern}: nothing is selected", "check --skip and --only")
+    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact)

@@ -1,0 +1,219 @@
+"""Structured pruning of tiny models of many families, from a folder to a folder that plain transformers loads.
+
+The pruned weights are compared with the uncut pruned model, which the same request leaves in memory, with zeros for the units that the report
+says have gone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuts import NAMES, generates_alike, logits, masked, passed_by, reloaded, tiny, without_experts
+from families import FAMILIES, tiny_windows
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import llmprune
+import llmprune.smaller
+from llmprune.errors import PromiseError, RequestError
+from llmprune.report.result import Report
+from llmprune.structured.spaces import refusal, spaces_of
+
+IDS = tiny_windows(8, 24)
+PATTERNS = ("channels", "heads", "kv-groups", "kernel", "layers", "experts")
+ROUNDING = 1e-5
+HALF = 0.5
+
+
+def in_this_process(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dtype) -> Tensor:
+    model = reloaded(folder, trust_remote_code=(folder / "modeling_pruned.py").exists(), dtype=dtype)
+    with torch.no_grad():
+        return model(ids_1L).logits
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A process takes seconds: one test starts it, the others load the result beside themselves."""
+    monkeypatch.setattr(llmprune.smaller, "reloaded_logits", in_this_process)
+
+
+def works(family: str, pattern: str) -> bool:
+    kind, values = FAMILIES[family]
+    return refusal(CONFIG_MAPPING[kind](**values), pattern) is None
+
+
+CASES = [pytest.param(f, p, id=f"{f}-{p}") for f in NAMES for p in PATTERNS if works(f, p)]
+IMPOSSIBLE = [pytest.param(f, p, id=f"{f}-{p}") for f in NAMES for p in PATTERNS if not works(f, p)]
+
+
+def stored(family: str, folder: Path, **values: Any) -> Any:
+    model = tiny(family, **values)
+    model.save_pretrained(folder)
+    return model
+
+
+def cut(folder: Path, pattern: str, sparsity: float | None = HALF, **options: Any) -> Report:
+    options = {"round_to": 1 if pattern in ("channels", "kernel", "structured") else None, "accept_damage": True} | options
+    return llmprune.prune(folder, sparsity, pattern, calibration=IDS, output=str(folder.parent / "out"), **options)
+
+
+def keeps_of(model: Any, report: Report) -> list[dict[str, Tensor]]:
+    """What the report says of each block, by the names of its spaces."""
+    rows = {row.matrix: row for row in report.rows}
+    keeps: list[dict[str, Tensor]] = []
+    for block, path in zip(model.get_submodule(path_of(report)), (b.block for b in report.blocks), strict=True):
+        found = {}
+        for pattern in report.smaller["patterns"]:
+            for space in spaces_of(model.config, 0, block, pattern):
+                row = rows[f"{path}.{space.readers[0].matrix if space.readers else space.name}"]
+                found[space.name] = torch.tensor(row.kept)
+        keeps.append(found)
+    return keeps
+
+
+def path_of(report: Report) -> str:
+    return report.blocks[0].block.rpartition(".")[0]
+
+
+def parameters(model: Any) -> int:
+    return sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())  # what is tied counts once
+
+
+MORE = {"llama": {"num_hidden_layers": 4}, "qwen3_moe": {"num_hidden_layers": 4}}  # an even number of layers
+
+
+@pytest.mark.parametrize(("family", "pattern"), CASES)
+def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
+    dense = stored(family, tmp_path / "model", **MORE.get(family, {}))
+    report = cut(tmp_path / "model", pattern, method=None if pattern in ("layers", "experts") else "magnitude")
+    if pattern != "layers":  # which may differ
+        assert report.sparsity == pytest.approx(HALF)
+    smaller = reloaded(tmp_path / "out")
+    assert parameters(smaller) == parameters(dense) - report.zeros
+    assert report.smaller["difference"] < 1e-4
+    generates_alike(smaller)
+    wanted = logits_without(dense, pattern, report)
+    assert float((logits(smaller) - wanted).abs().max()) < ROUNDING
+
+
+def logits_without(dense: Any, pattern: str, report: Report) -> Tensor:
+    """Magnitude changes no weight that stays, so the uncut model tells everything."""
+    if pattern == "layers":
+        with passed_by(dense, list(report.smaller["layers"])):
+            return logits(dense)
+    keeps = keeps_of(dense, report)
+    if pattern == "experts":
+        with without_experts(dense, keeps):
+            return logits(dense)
+    return logits(masked(dense, keeps))
+
+
+@pytest.mark.parametrize(("family", "pattern"), IMPOSSIBLE)
+def test_what_cannot_be_cut_is_refused_with_the_reason(family, pattern, tmp_path):
+    stored(family, tmp_path / "model")
+    with pytest.raises(RequestError, match=r"cannot be cut by|no table"):
+        cut(tmp_path / "model", pattern)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+REPAIRED = [
+    {"quality": "fast"},
+    {"quality": "balanced"},
+    {"quality": "max", "polish_steps": 2},
+    {"method": "taylor"},
+    {"criterion": "wanda", "solver": "admm"},
+    {"criterion": "obd_fisher", "solver": "reconstruct"},
+]
+
+
+@pytest.mark.parametrize("named", REPAIRED)
+def test_every_quality_loads_as_it_was_measured(named, tmp_path):
+    """The run itself compares logits; here the live model is compared with the folder too."""
+    model = stored("qwen3", tmp_path / "model")
+    report = cut(tmp_path / "model", "structured", 0.4, uniform=True, **named)
+    assert report.smaller["difference"] < 1e-4
+    live = llmprune.prune(model, 0.4, "structured", calibration=IDS, uniform=True, round_to=1, accept_damage=True, **named)
+    assert parameters(live.model) == parameters(reloaded(tmp_path / "out"))
+    assert float((logits(live.model) - logits(reloaded(tmp_path / "out"))).abs().max()) < 1e-4
+    generates_alike(live.model)
+
+
+@pytest.mark.parametrize(("pattern", "family"), [("layers", "llama"), ("experts", "mixtral"), ("heads", "olmo2")])
+def test_live_models_are_cut_as_folders_are(pattern, family, tmp_path):
+    model = stored(family, tmp_path / "model", **MORE.get(family, {}))
+    cut(tmp_path / "model", pattern)
+    live = llmprune.prune(model, HALF, pattern, calibration=IDS, accept_damage=True)
+    assert float((logits(live.model) - logits(reloaded(tmp_path / "out"))).abs().max()) < ROUNDING
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_layers_of_different_sizes(pad, tmp_path):
+    """Saved with their own sizes and code that reads them, or with zeros and none."""
+    stored("llama", tmp_path / "model", num_hidden_layers=4)
+    report = cut(tmp_path / "model", "structured", 0.3, pad=pad)
+    assert abs(report.sparsity - 0.3) * report.weights <= min(row.parameters // row.units for row in report.rows)
+    assert len({len(row.kept) for row in report.rows}) > 2
+    assert report.smaller["remote_code"] == (not pad)
+    smaller = reloaded(tmp_path / "out", trust_remote_code=not pad)
+    generates_alike(smaller)
+    if not pad:
+        with pytest.raises((ValueError, RuntimeError, AttributeError)):
+            reloaded(tmp_path / "out", trust_remote_code=False)
+
+
+def test_budgets_of_parameters_and_bytes(tmp_path):
+    dense = stored("llama_tied", tmp_path / "model")
+    total = parameters(dense)
+    unit = 2 * 3 * 32  # one channel in each of the two layers
+    report = cut(tmp_path / "model", "channels", None, target_params=total - 3000)
+    assert abs(report.smaller["parameters"] - (total - 3000)) <= unit / 2
+    size = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
+    report = cut(tmp_path / "model", "channels", None, target_size=size - 12_000, overwrite=True)
+    assert abs(report.smaller["bytes"] - (size - 12_000)) <= 4 * unit
+
+
+def test_nothing_asked_nothing_changed(tmp_path):
+    stored("llama", tmp_path / "model")
+    cut(tmp_path / "model", "channels", 0.0)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "options", "said"),
+    [
+        ("heads", 0.3, {}, "legal sparsities: 0.5"),
+        ("kv-groups", 0.3, {}, "legal sparsities: 0.25 .3 stay., 0.5 .2 stay., 0.75"),
+        ("layers", 0.5, {}, "legal sparsities"),
+        ("channels", 0.5, {"round_to": 64}, "none of the 48 can go"),
+        ("channels", 0.5, {"pad": True}, "leave --pad out"),
+        ("channels", 0.5, {"permute": True}, "leave --permute out"),
+        ("channels", 0.5, {"solver": "sparsegpt"}, "block_obs"),
+        ("channels", 0.5, {"method": "sparsegpt"}, "magnitude, taylor"),
+        ("channels", None, {}, "add --sparsity"),
+        ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
+        ("layers", 0.5, {"quality": "max"}, "leave quality out"),
+        ("unstructured", 0.5, {"pad": True}, "structured patterns"),
+        ("unstructured", None, {"target_size": 1000}, "target-params"),
+        ("unstructured", 0.5, {"solver": "block_obs"}, "structured patterns alone"),
+        ("2:4", None, {"target_size": 1000}, "target-params"),
+    ],
+)
+def test_refusals(pattern, sparsity, options, said, tmp_path):
+    stored("llama", tmp_path / "model")
+    with pytest.raises(RequestError) as refused:
+        cut(tmp_path / "model", pattern, sparsity, **options)
+
+    assert re.search(said, f"{refused.value.message} {refused.value.hint}")
+
+
+def test_a_result_that_predicts_otherwise_is_not_published(tmp_path, monkeypatch):
+    stored("llama", tmp_path / "model")
+    wrong = lambda *about: in_this_process(*about) * 1.01  # noqa: E731
+    monkeypatch.setattr(llmprune.smaller, "reloaded_logits", wrong)
+    with pytest.raises(PromiseError, match="differ"):
+        cut(tmp_path / "model", "channels")
+    assert not (tmp_path / "out").exists()
