@@ -227,6 +227,49 @@ def bench(
 
 
 @app.command()
+def report(
+    result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json")],
+    bench: Annotated[Text, typer.Option(help="file with what llmprune bench --json printed: measured speeds go into the page")] = None,
+    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default")] = None,
+) -> None:
+    """Make report.html of a result again, from its llmprune.json alone."""
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.page import page
+    from llmprune.report.stored import read_bench, read_run
+
+    path = Path(result).expanduser()
+    made = page(read_run(path), read_bench(Path(bench).expanduser()) if bench else None)
+    target = Path(html).expanduser() if html else (path if path.is_dir() else path.parent) / "report.html"
+    write_whole(target, made.encode())
+    out.print(f"saved: {target}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    results: Annotated[list[str], typer.Argument(help="output folders of runs and sweeps")],
+    html: Annotated[Text, typer.Option(help="also write a page with pictures into this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Several results side by side, and which of them nothing beats."""
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.compare import entries
+    from llmprune.report.page import comparison
+    from llmprune.report.tables import print_comparison
+
+    found = entries([Path(result).expanduser() for result in results])
+    if html:
+        write_whole(Path(html).expanduser(), comparison(found).encode())
+    if as_json:
+        print(json.dumps([{k: v for k, v in asdict(entry).items() if k != "report"} for entry in found], indent=1))
+        return
+    print_comparison(found, out)
+    if html:
+        out.print(f"saved: {html}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
     """List what can be asked for, or show one method's equation and paper."""
     from llmprune.checkpoint.aliases import ALIASES

@@ -1,14 +1,18 @@
-"""report.html: one file that needs nothing else, made from the content of llmprune.json (and of a benchmark) alone."""
+"""report.html, and the page of a comparison: one file that needs nothing else, made from the content of llmprune.json (and of a
+benchmark) alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+import llmprune
+from llmprune.report import compare
+from llmprune.report.compare import Entry
 from llmprune.report.sections import sections, tiles
 
 
@@ -24,6 +28,12 @@ def page(report: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> s
         sections=list(sections(content, measured)),
         version=content["environment"].get("llmprune", ""),
     )
+
+
+def comparison(found: Sequence[Entry]) -> str:
+    """The page of ``llmprune compare --html``."""
+    title = "Comparison: " + ", ".join(dict.fromkeys(entry.source[0] for entry in found))
+    return render(title=title, subtitle=f"{len(found)} results", tiles=[], sections=list(compare.sections(found)), version=llmprune.__version__)
 
 
 def render(**content: Any) -> str:

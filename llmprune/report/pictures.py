@@ -44,13 +44,16 @@ STYLE: Any = {
 FADED = 0.08  # opacity of the least value of a heat map
 MOST_TEXTS = 400  # cells of a heat map that have room for their number
 MOST_LABELS = 24
+FAR = 5
 
 
 def heat_map(name: str, label: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
     """Rows go down. None: no such cell. The colour runs from the least value to the greatest, in steps of 5 %: small differences look small."""
     known = [value for row in values for value in row if value is not None]
     low, high = int(min(known) * 20) / 20, -(-max(known) * 20 // 1) / 20
-    span = max(high - low, 0.05)
+    if high - low < 0.05:  # all alike: in the middle
+        low, high = low - 0.05, low + 0.05
+    span = high - low
     written = len(known) <= MOST_TEXTS and len(columns) <= 10
 
     def paint(axis: Axes) -> None:
@@ -71,7 +74,7 @@ def heat_map(name: str, label: str, rows: Sequence[str], columns: Sequence[str],
         for side in axis.spines.values():
             side.set_visible(False)
 
-    return draw(name, f"{label}: {low:.0%} (faint) to {low + span:.0%} (strong)", min(1000, 74 + 19 * len(rows)), paint)
+    return draw(name, f"{label}: {low:.0%} (faint) to {high:.0%} (strong)", min(1000, 74 + 19 * len(rows)), paint)
 
 
 def curves(
@@ -79,14 +82,17 @@ def curves(
     label: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
     axes: tuple[str, str],
-    log: bool = False,
     level: tuple[str, float] | None = None,
     whole: bool = False,
 ) -> str:
-    """One line a name. level: a horizontal line, such as the dense model's value. whole: x counts."""
+    """One line a name. level: a horizontal line, such as the dense model's value. whole: x counts. Values that lie far apart are shown by their
+    logarithms.
+    """
+    values = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
+    log = min(values) > 0 and max(values) >= FAR * min(values)
 
     def paint(axis: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
         for number, (said, points) in enumerate(lines.items()):
             axis.plot(
@@ -96,9 +102,9 @@ def curves(
             axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=level[0])
         axis.set(xlabel=axes[0], ylabel=axes[1], yscale="log" if log else "linear")
         if log:  # by itself matplotlib writes powers as mathematics
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            axis.tick_params(axis="y", which="minor", labelsize=8)
+            axis.yaxis.set_minor_formatter(NullFormatter())
         if whole:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, axis="y")

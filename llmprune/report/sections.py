@@ -138,8 +138,7 @@ def sparsity(grid: Grid) -> Section:
 def errors(report: dict[str, Any]) -> Section:
     blocks = report["blocks"]
     points = [(float(n), b["output_error"]) for n, b in enumerate(blocks)]
-    positive = bool(points) and min(error for _, error in points) > 0
-    picture = curves("errors", "Relative output error by block", {"error": points}, ("block", "relative error"), log=positive, whole=True)
+    picture = curves("errors", "Relative output error by block", {"error": points}, ("block", "relative error"), whole=True)
     said = "Squared error of what leaves each block over its squared size on the calibration windows, all blocks before it pruned too."
     rows = tuple((say(b["block"]), number(b["output_error"]), say(", ".join(b["changed"]))) for b in blocks)
     return Section("errors", "Error by block", (said,), picture, Table(("block", "relative output error", "also changed"), rows))

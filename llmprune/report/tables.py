@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llmprune.evaluation.sparse24 import Kernel
 from llmprune.evaluation.speed import Spread
+from llmprune.report.compare import Entry, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
@@ -70,6 +72,17 @@ def print_sweep(report: SweepReport, console: Console) -> None:
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
     console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
+
+
+def print_comparison(found: list[Entry], console: Console) -> None:
+    """One line a result; then what the numbers are."""
+    value = compared(found)
+    table = Table(*value.heads, title="comparison")
+    for row in value.rows:
+        table.add_row(*(escape(cell.text) for cell in row))
+    console.print(table)
+    for line in remarks(found):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def ratios_of(block: BlockReport) -> str:
