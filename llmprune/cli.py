@@ -143,30 +143,41 @@ def sweep(
 def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
     data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,
+    tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]")] = None,
+    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones")] = None,
     window: Annotated[Count, typer.Option(help="tokens of a window")] = None,
-    samples: Annotated[Count, typer.Option(help="the first so many windows instead of all")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = "auto",
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model's perplexity, one block in memory at a time."""
-    if not data and model != "llama":
-        raise RequestError("no data", "add --data wikitext2, c4, or a file")
+    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory."""
+    if task_dir and not tasks:
+        raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
+    if not data and not tasks and model != "llama":
+        raise RequestError("no data", "add --data wikitext2, c4, or a file; or --tasks")
     _announce(model, as_json)
     from dataclasses import asdict
 
-    from llmprune.api import evaluate
+    from llmprune.api import evaluate, evaluate_tasks
+    from llmprune.recipe import listed
 
+    shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
+    # tasks go first: a name that lm-eval does not know is refused before any work
+    answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
+    sets = data or ([] if tasks else ["bundled-evaluation"])
     with _progress() as progress:
-        found = evaluate(
-            model, data or ["bundled-evaluation"], window=window, samples=samples, device=device, dtype=dtype, revision=revision, progress=progress
-        )
+        found = evaluate(model, sets, window=window, progress=progress, **shared) if sets else []
     if as_json:
-        print(json.dumps([asdict(p) for p in found], indent=1))
-    else:
-        for value in found:
-            out.print(f"perplexity: {value}", soft_wrap=True)
+        values = [asdict(p) for p in found]
+        print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
+        return
+    for value in found:
+        out.print(f"perplexity: {value}", soft_wrap=True)
+    for answer in answers:
+        out.print(str(answer), markup=False, soft_wrap=True)
 
 
 @app.command()
