@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -334,8 +335,9 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             sample=sample.to_json(prompt, dense_text, pruned_text),
             timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished), "peak_memory": peak_resident()},
         )
-        write_whole(folder / "llmprune.json", to_json(report.to_json()))
-        write_whole(folder / "report.html", page(report.to_json()).encode())
+        written = to_json(report.to_json())
+        write_whole(folder / "llmprune.json", written)
+        write_whole(folder / "report.html", page(json.loads(written)).encode())
         journal.publish(folder)
         return report
     finally:
