@@ -34,6 +34,7 @@ from llmprune.job import (
     quiet,
     run,
     with_budget,
+    with_latency,
 )
 from llmprune.methods import COARSE
 from llmprune.model.matrices import Selection
@@ -93,6 +94,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         check_plan(plan, stream, matrices, model.dtype)
         data = _live_windows(model, recipe, given, tokenizer)
         ids_NL = data.calibration.ids_NL
+        plan = with_latency(recipe, plan, stream, ids_NL)
         gradients = dense_gradients(stream, ids_NL, matrices, needs_of(plan), lambda done, total: None)
         decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase)
         plan = replace(plan, sparsity=decision.sparsity)

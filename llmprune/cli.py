@@ -37,6 +37,9 @@ def prune(
     sparsity: Annotated[Text, typer.Option(help="share of the weights that goes, such as 0.5 or 50%")] = None,
     target_params: Annotated[Text, typer.Option(help="instead: non-zero parameters that may remain in the whole model, such as 900M")] = None,
     target_size: Annotated[Text, typer.Option(help="instead, of structured patterns: bytes on disk that may remain, such as 1.2GB")] = None,
+    target_latency_ratio: Annotated[
+        Text, typer.Option(help="instead, of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7")
+    ] = None,
     max_ppl_increase: Annotated[Text, typer.Option(help="instead: the sparsest model within this increase of the perplexity, such as 5%")] = None,
     pattern: Annotated[
         Text,

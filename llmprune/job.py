@@ -32,6 +32,7 @@ from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
 from llmprune.gradients import LossGradients
+from llmprune.latency import sparsity_for
 from llmprune.methods import COARSE
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
@@ -196,9 +197,17 @@ def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, 
             raise RequestError("target_size of a model in memory", "give --target-params")
         each = max(SIZES[entry.dtype] for entry in source.tensors.values())
         plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
-    if structure and structure.name == "layers":
+    if structure and structure.name == "layers" and recipe.target_latency_ratio is None:
         layers_to_drop(structure, plan.sparsity, structure.exact)
     return plan
+
+
+def with_latency(recipe: Recipe, plan: Plan, stream: Stream, ids_NL: Tensor, progress: Progress = quiet) -> Plan:
+    """The plan with the sparsity that a budget of time means on this machine, which is measured."""
+    if recipe.target_latency_ratio is None or not isinstance(plan.pattern, Structure):
+        return plan
+    sparsity = sparsity_for(Reshaped(stream, plan.pattern), ids_NL, recipe.target_latency_ratio, partial(progress, "latency"))
+    return replace(plan, sparsity=sparsity)
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -376,7 +385,8 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
 
         steps = tuple(Step(**step) for step in known["steps"])
         data, increase = job.data, job.recipe.max_ppl_increase
-        found = decide(job.stream, data.calibration, data.held, job.plan, job.matrices, gradients, increase, steps, on_step, progress)
+        plan = with_latency(job.recipe, job.plan, job.stream, data.calibration.ids_NL, progress)
+        found = decide(job.stream, data.calibration, data.held, plan, job.matrices, gradients, increase, steps, on_step, progress)
         record = asdict(found)
         journal.write("ratios", record)
     ratios = Ratios(**{**record["ratios"], "tried": tuple(record["ratios"]["tried"])})

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from llmprune.types import Plan
 
 MAX_RECIPE = 1 << 20
-BUDGETS = ("sparsity", "target_params", "target_size", "max_ppl_increase")
+BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
 
@@ -55,6 +55,9 @@ class Recipe(BaseModel):
     sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
     target_params: int | None = Field(None, gt=0, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
     target_size: int | None = Field(None, gt=0, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
+    target_latency_ratio: float | None = Field(
+        None, gt=0, lt=1, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
+    )
     max_ppl_increase: float | None = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
@@ -109,6 +112,11 @@ class Recipe(BaseModel):
                 raise ValueError("is no count (write 900000000, 900M or 0.9B; 1.2GB of bytes)")
             return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[match[2].lower()])
         return value
+
+    @field_validator("target_latency_ratio", mode="before")
+    @classmethod
+    def _read_ratio(cls, value: Any) -> Any:
+        return _read_share(value)
 
     @field_validator("max_ppl_increase", mode="before")
     @classmethod
@@ -173,6 +181,8 @@ class Recipe(BaseModel):
             return f"{self.ratio:g}"
         if self.target_size is not None:
             return f"{self.target_size}-bytes"
+        if self.target_latency_ratio is not None:
+            return f"latency-{self.target_latency_ratio:g}"
         return f"{self.target_params}-parameters" if self.target_params else f"ppl-{self.max_ppl_increase:g}"
 
     @property
@@ -271,6 +281,8 @@ class Recipe(BaseModel):
             raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
 
     def _check_coarse(self) -> None:
+        if self.pattern == "experts" and self.target_latency_ratio is not None:
+            raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
         for name in ("quality", "method", "solver", "target", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
             if getattr(self, name):
                 raise RequestError(f"{name} with pattern {self.pattern}, which lets whole {self.pattern} go", f"leave {name} out")
@@ -282,6 +294,8 @@ class Recipe(BaseModel):
             raise RequestError(
                 f"target_size with pattern {self.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
             )
+        if self.target_latency_ratio is not None:
+            raise RequestError(f"target_latency_ratio with pattern {self.pattern}: zeros take as long as others", "take a structured pattern")
         given = [name for name in ("round_to", "uniform", "pad") if getattr(self, name)]
         if given:
             raise RequestError(f"{given[0]} with pattern {self.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
