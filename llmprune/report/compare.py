@@ -53,10 +53,9 @@ def _entries(path: Path) -> Iterator[Entry]:
         yield _of_run(folder.name, source, value)
         return
     dense = {definition(d): d["value"] for d in value["dense"]}
-    for row in value["rows"]:
+    for number_of_row, row in enumerate(value["rows"], 1):
         found = {definition(p): Found(p["value"], d["kl"], d["top1"]) for p, d in zip(row["perplexity"], row["divergence"], strict=True)}
-        name = f"{folder.name}: {row['method']} {row['pattern']} {row['asked']:.3g}"
-        yield Entry(name, source, row["method"], row["pattern"], row["sparsity"], None, found, dense)
+        yield Entry(f"{folder.name} #{number_of_row}", source, row["method"], row["pattern"], row["sparsity"], None, found, dense)
 
 
 def _of_run(name: str, source: tuple[str, str], value: dict[str, Any]) -> Entry:
@@ -104,9 +103,9 @@ def compared(found: Sequence[Entry]) -> Table:
     names = definitions(found)
     marks = ["" if len(names) == 1 else f" [{number}]" for number in range(1, len(names) + 1)]
     front = best(found, names[0]) if names else set()
-    heads = ["result", "method", "pattern", "sparsity", "parameters left"]
+    heads = ["result", "method", "pattern", "sparsity", "left"]
     for mark in marks:
-        heads += [f"perplexity{mark}", f"mean KL{mark}", f"same token{mark}"]
+        heads += [f"perplexity{mark}", f"mean KL{mark}", f"top-1{mark}"]
     rows = [_dense_row(found, names)] if len({entry.source for entry in found}) == 1 else []
     for entry in found:
         cells = [say(entry.name), say(entry.method), say(entry.pattern), percent(entry.sparsity), count(entry.left)]
@@ -114,7 +113,7 @@ def compared(found: Sequence[Entry]) -> Table:
             value = entry.found.get(name)
             cells += [number(value.perplexity), number(value.kl), percent(value.top1)] if value else [Cell("")] * 3
         rows.append((*cells, say("yes" if entry.name in front else "")))
-    return Table((*heads, "frontier"), tuple(rows))
+    return Table((*heads, "best"), tuple(rows))
 
 
 def _dense_row(found: Sequence[Entry], names: Sequence[str]) -> tuple[Cell, ...]:
@@ -131,9 +130,9 @@ def remarks(found: Sequence[Entry]) -> list[str]:
         said.append("These are results of different models: " + ", ".join(sorted({entry.source[0] for entry in found})) + ".")
     if names:
         how = "has as few parameters left" if _all_counted(found) else "is as sparse"
-        said.append(
-            f"Frontier: no other result {how} and predicts as well, and is better in one of the two" + (", by [1]." if len(names) > 1 else ".")
-        )
+        said.append(f"Best: no other result {how} and predicts as well, and is better in one of the two" + (", by [1]." if len(names) > 1 else "."))
+    said.append("Mean KL(dense || pruned) in nats; top-1: the share of predictions whose likeliest token is the dense model's.")
+    said.append("Left: parameters of the whole model that are neither zero nor gone.")
     said.append("Sparsity: the share of the pruned matrices that has gone; of a structured pattern, of what its units hold.")
     return said
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -77,7 +78,10 @@ def print_sweep(report: SweepReport, console: Console) -> None:
 def print_comparison(found: list[Entry], console: Console) -> None:
     """One line a result; then what the numbers are."""
     value = compared(found)
-    table = Table(*value.heads, title="comparison")
+    table = Table(title="comparison", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, head in enumerate(value.heads):
+        figures = any(row[number].value is not None for row in value.rows)
+        table.add_column(head, justify="right" if figures else "left", no_wrap=figures, overflow="fold", min_width=len(head))
     for row in value.rows:
         table.add_row(*(escape(cell.text) for cell in row))
     console.print(table)
