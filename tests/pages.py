@@ -74,11 +74,11 @@ def read_page(text: str) -> Page:
 
 def rounds_to(value: float, text: str) -> bool:
     """Whether a text such as 45.3%, 1,234, 3.68 MB, 5e-07 or 1.2 s shows the value to its last digit."""
-    found = re.match(r"(-?[\d,]*\.?\d+(?:e[+-]?\d+)?)\s*(%|GB|MB|bytes|s|×)?$", text)
+    found = re.match(r"(-?[\d,]*\.?\d+(?:e[+-]?\d+)?)\s*(%|GB|MB|bytes|ms|s|×)?$", text)
     if not found:
         return False
     shown, unit = found[1].replace(",", ""), found[2]
-    scale = {"%": 0.01, "MB": 1e6, "GB": 1e9}.get(unit or "", 1.0)
+    scale = {"%": 0.01, "ms": 1e-3, "MB": 1e6, "GB": 1e9}.get(unit or "", 1.0)
     digits, _, power = shown.partition("e")
     decimals = len(digits.partition(".")[2])
     step = 10.0 ** (int(power or 0) - decimals) * scale

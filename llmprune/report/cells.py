@@ -51,6 +51,8 @@ def size(value: int | None) -> Cell:
 
 
 def seconds(value: float) -> Cell:
+    if value < 1:
+        return Cell(f"{value * 1e3:,.1f} ms", value)
     return Cell(f"{value:,.2f} s" if value < 100 else f"{value:,.0f} s", value)
 
 

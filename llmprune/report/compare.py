@@ -138,7 +138,7 @@ def remarks(found: Sequence[Entry]) -> list[str]:
 
 
 def sections(found: Sequence[Entry]) -> Iterator[Section]:
-    yield Section("comparison", "Side by side", tuple(remarks(found)), table=compared(found))
+    yield Section("comparison", "Side by side", table=compared(found), lines=tuple(remarks(found)))
     for n, name in enumerate(definitions(found), 1):
         yield _curve(found, name, n)
     runs = [(entry.name, entry.report) for entry in found if entry.report]

@@ -66,15 +66,15 @@ def sections(report: dict[str, Any], bench: dict[str, Any] | None = None) -> Ite
         yield polish(report["polish"])
     yield sizes(report)
     yield timings(report)
-    if report["sample"]:
-        yield sample(report["sample"])
-    if bench:
-        yield speeds(bench)
     if report["notes"]:
         more = len(report["notes"]) - MOST_NOTES
         lines = tuple(report["notes"][:MOST_NOTES]) + ((f"and {more:,} more in llmprune.json",) if more > 0 else ())
         yield Section("notes", "Warnings and notes", lines=lines)
     yield provenance(report)
+    if report["sample"]:
+        yield sample(report["sample"])
+    if bench:
+        yield speeds(bench)
 
 
 def asked_and_got(report: dict[str, Any]) -> Section:
