@@ -58,7 +58,9 @@ def grid_of(report: dict[str, Any]) -> Grid:
 
 
 def kind_of(block: str, matrix: str) -> str:
-    """``mlp.experts.*.up_proj`` of ``model.layers.3.mlp.experts.7.up_proj.weight``; a head is its own kind."""
+    """``mlp.experts.*.up_proj`` of ``model.layers.3.mlp.experts.7.up_proj.weight``; a head is its own kind, and so is a whole block."""
+    if matrix == block:
+        return "block"
     inside = NUMBER.sub("*", matrix.removeprefix(f"{block}."))
     return inside.removesuffix(".weight") if inside != "weight" else block
 
