@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LlmpruneError", "bench", "evaluate", "load", "prune"]
+__all__ = ["LlmpruneError", "bench", "evaluate", "evaluate_tasks", "load", "prune"]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, load, prune
+    from llmprune.api import evaluate, evaluate_tasks, load, prune
     from llmprune.benchmark import bench
     from llmprune.errors import LlmpruneError
 

@@ -1,4 +1,4 @@
-"""The Python face: ``prune`` a checkpoint or a live model, ``evaluate`` it, ``load`` a result."""
+"""The Python face: ``prune`` a checkpoint or a live model, ``evaluate`` it (``evaluate_tasks`` by lm-eval), ``load`` a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from llmprune.checkpoint.resolve import open_source
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
+from llmprune.evaluation.harness import TaskResult, find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation.worker import Task
+from llmprune.evaluation.worker import load as load_whole
 from llmprune.hub import check_destination
 from llmprune.job import (
     DEFAULT_SAMPLES,
@@ -195,6 +198,31 @@ def evaluate(
         check_ids(windows, stream.skeleton)
         found.append(perplexity(stream, windows, lambda d, t: progress("perplexity", d, t)))
     return found
+
+
+def evaluate_tasks(
+    model: str | PathLike[str],
+    tasks: str | list[str],
+    *,
+    task_dir: str | PathLike[str] | None = None,
+    samples: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[TaskResult]:
+    """What lm-eval says of a checkpoint, loaded whole by plain transformers. It needs the extra ``eval``.
+
+    task_dir: a folder of task files, which are then the only ones. samples: the first so many questions of each task. Raises RequestError.
+    """
+    names = [tasks] if isinstance(tasks, str) else tasks
+    manager = find_tasks(names, None if task_dir is None else Path(task_dir).expanduser())
+    source = open_source(str(model), revision)
+    chosen = choose_device(device)
+    dtype = str(choose_dtype(dtype, chosen, source)).removeprefix("torch.")
+    loaded = load_whole(Task(str(source.folder), dtype, str(chosen), 0, 0, 1, trust_remote_code=trust_remote_code))
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    return run_tasks(loaded, tokenizer, manager, names, samples)
 
 
 def load(folder: str | PathLike[str], **options: Any) -> Any:

@@ -179,30 +179,41 @@ def sweep(
 def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
     data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,
+    tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]")] = None,
+    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones")] = None,
     window: Annotated[Count, typer.Option(help="tokens of a window")] = None,
-    samples: Annotated[Count, typer.Option(help="the first so many windows instead of all")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = "auto",
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model's perplexity, one block in memory at a time."""
-    if not data and model != "llama":
-        raise RequestError("no data", "add --data wikitext2, c4, or a file")
+    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory."""
+    if task_dir and not tasks:
+        raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
+    if not data and not tasks and model != "llama":
+        raise RequestError("no data", "add --data wikitext2, c4, or a file; or --tasks")
     _announce(model, as_json)
     from dataclasses import asdict
 
-    from llmprune.api import evaluate
+    from llmprune.api import evaluate, evaluate_tasks
+    from llmprune.recipe import listed
 
+    shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
+    # tasks go first: a name that lm-eval does not know is refused before any work
+    answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
+    sets = data or ([] if tasks else ["bundled-evaluation"])
     with _progress() as progress:
-        found = evaluate(
-            model, data or ["bundled-evaluation"], window=window, samples=samples, device=device, dtype=dtype, revision=revision, progress=progress
-        )
+        found = evaluate(model, sets, window=window, progress=progress, **shared) if sets else []
     if as_json:
-        print(json.dumps([asdict(p) for p in found], indent=1))
-    else:
-        for value in found:
-            out.print(f"perplexity: {value}", soft_wrap=True)
+        values = [asdict(p) for p in found]
+        print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
+        return
+    for value in found:
+        out.print(f"perplexity: {value}", soft_wrap=True)
+    for answer in answers:
+        out.print(str(answer), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -260,6 +271,49 @@ def bench(
     with _progress() as progress:
         found = measure(model, progress=progress, **options)
     print(json.dumps(found.to_json(), indent=1)) if as_json else print_bench(found, out)
+
+
+@app.command()
+def report(
+    result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json")],
+    bench: Annotated[Text, typer.Option(help="file with what llmprune bench --json printed: measured speeds go into the page")] = None,
+    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default")] = None,
+) -> None:
+    """Make report.html of a result again, from its llmprune.json alone."""
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.page import page
+    from llmprune.report.stored import read_bench, read_run
+
+    path = Path(result).expanduser()
+    made = page(read_run(path), read_bench(Path(bench).expanduser()) if bench else None)
+    target = Path(html).expanduser() if html else (path if path.is_dir() else path.parent) / "report.html"
+    write_whole(target, made.encode())
+    out.print(f"saved: {target}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    results: Annotated[list[str], typer.Argument(help="output folders of runs and sweeps")],
+    html: Annotated[Text, typer.Option(help="also write a page with pictures into this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Several results side by side, and which of them nothing beats."""
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.compare import entries
+    from llmprune.report.page import comparison
+    from llmprune.report.tables import print_comparison
+
+    found = entries([Path(result).expanduser() for result in results])
+    if html:
+        write_whole(Path(html).expanduser(), comparison(found).encode())
+    if as_json:
+        print(json.dumps([{k: v for k, v in asdict(entry).items() if k != "report"} for entry in found], indent=1))
+        return
+    print_comparison(found, out)
+    if html:
+        out.print(f"saved: {html}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import llmprune
-from llmprune import heap
+from llmprune import heap, shares
 from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import is_bundled, open_source
@@ -27,7 +28,9 @@ from llmprune.data.windows import RunData, Windows, read_windows
 from llmprune.depth import layers_to_drop
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
-from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation import sample
+from llmprune.evaluation.beside import dense_passes, pruned_pass
+from llmprune.evaluation.memory import peak_resident
 from llmprune.gradients import LossGradients
 from llmprune.latency import sparsity_for
 from llmprune.methods import COARSE
@@ -47,14 +50,15 @@ from llmprune.preflight import (
 )
 from llmprune.recipe import Recipe
 from llmprune.report.card import write_card
-from llmprune.report.result import Report, block_from_json, block_to_json, measured
+from llmprune.report.page import page
+from llmprune.report.result import Measured, Report, block_from_json, block_to_json
 from llmprune.reshaped import Reshaped
-from llmprune.shares import Measured, Ratios, dense_gradients, needs_of
+from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.smaller import coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
 from llmprune.structured.structure import Structure, structure_of
 from llmprune.trials import Decision, Step, choose, decide
-from llmprune.types import BlockReport, Perplexity, Plan, Polished
+from llmprune.types import BlockReport, Plan, Polished
 from llmprune.whole import WholeStream
 
 DEFAULT_SAMPLES = 128
@@ -277,8 +281,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
         finished, polish = finished_parts(journal, sink, len(job.matrices))
-        dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
+        dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, partial(progress, "perplexity, dense"))
+        prompt = sample.prompt_for(job.stream, job.source)
+        dense_text = sample.written(job.stream, prompt)
         gradients = None
         if len(finished) < len(job.matrices):
             gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
@@ -311,7 +317,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             steps = partial(progress, "polish")
             blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
         now = shown or job.stream
-        pruned = [perplexity(now, w, lambda d, t: progress("perplexity, pruned", d, t)) for w in job.data.evaluation]
+        found = tuple(Measured(d.perplexity, *pruned_pass(d, now, partial(progress, "perplexity, pruned"))) for d in dense)
+        pruned_text = sample.written(now, prompt)
         smaller = None
         gone = any(row.gone for block in blocks for row in block.rows)
         if gone and shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
@@ -322,10 +329,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         folder = journal.smaller if smaller else journal.weights
         report = Report(
             recipe=job.recipe.resolved(),
-            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes},
+            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
             calibration=describe(data.calibration),
             blocks=tuple(blocks),
-            perplexity=measured(dense, pruned),
+            perplexity=found,
             parameters=count_parameters(job.stream.skeleton),
             environment=environment(job.stream),
             output=job.output,
@@ -336,10 +343,13 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             frontier=tuple(asdict(step) for step in decision.frontier),
             smaller=smaller.to_json() if smaller else None,
             files=hashes_of(folder),
-            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished)},
+            sample=sample.to_json(prompt, dense_text, pruned_text),
+            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished), "peak_memory": peak_resident()},
         )
         write_card(folder, report, job.recipe, job.source)
-        write_whole(folder / "llmprune.json", to_json(report.to_json()))
+        written = to_json(report.to_json())
+        write_whole(folder / "llmprune.json", written)
+        write_whole(folder / "report.html", page(json.loads(written)).encode())
         journal.publish(folder)
         return report
     finally:
@@ -386,7 +396,7 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
     return Decision(record["sparsity"], ratios, tuple(Step(**step) for step in record["frontier"]))
 
 
-def ratios_of(job: Job, plan: Plan, measured: Measured, gradients: LossGradients | None) -> Ratios:
+def ratios_of(job: Job, plan: Plan, measured: shares.Measured, gradients: LossGradients | None) -> Ratios:
     """What each matrix gives up by a plan for the job's model."""
     return choose(job.stream, job.data.calibration, job.data.held, plan, job.matrices, gradients, measured)
 
@@ -395,15 +405,6 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
     value = asdict(polished)
     value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
     return value
-
-
-def dense_perplexities(job: Job, journal: Journal, progress: Progress) -> list[Perplexity]:
-    record = journal.read("dense")
-    if record is None:
-        values = [perplexity(job.stream, w, lambda d, t: progress("perplexity, dense", d, t)) for w in job.data.evaluation]
-        record = {"perplexity": [asdict(p) for p in values]}
-        journal.write("dense", record)
-    return [Perplexity(**p) for p in record["perplexity"]]
 
 
 def describe(windows: Windows) -> dict[str, Any]:

@@ -356,6 +356,15 @@ class Flow:
             self.outputs[batch] = self.run(index, block, batch)
         self.advance()
 
+    def rest(self) -> None:
+        """After the last block, for a flow that waits while others go: let go of all but the hidden states, and of the device."""
+        if isinstance(self.hidden, MemoryHidden):
+            waiting = place_hidden(4 * self.size, torch.device("cpu"), self.stream.scratch)  # a small part of what is free
+            for batch in range(len(self)):
+                waiting[batch] = self.hidden[batch]
+            self.hidden = waiting
+        self.calls, self.outputs = [], self.hidden
+
     def windows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids [1, L], hidden states [1, L, D]) of every window, on the head's device."""
         device = self.stream.device_of(len(self.stream.names))

@@ -23,15 +23,15 @@ from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune, prune_matrix
 from llmprune.errors import RequestError
-from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation.beside import Dense, dense_passes, pruned_pass
 from llmprune.gradients import LossGradients
-from llmprune.job import Job, Progress, dense_perplexities, describe, environment, prepare, quiet, ratios_of
+from llmprune.job import Job, Progress, describe, environment, prepare, quiet, ratios_of
 from llmprune.preflight import check_matrices, check_plan
 from llmprune.recipe import Recipe
 from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
 from llmprune.shares import Measured, dense_gradients, is_tried, measure, needs_of, survey
 from llmprune.stream import CheckpointStream, Flow
-from llmprune.types import Perplexity, Plan, Row, Stat
+from llmprune.types import Divergence, Perplexity, Plan, Row, Stat
 
 
 @dataclass
@@ -89,17 +89,19 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
     journal = Journal(job.output, identity, job.restart)
     try:
-        dense = dense_perplexities(job, journal, progress)
         job.stream.scratch = journal.folder
+        head = len(job.stream.names) in job.matrices
+        dense = dense_passes(job.stream, job.data.evaluation, head, journal, partial(progress, "perplexity, dense"))
         missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
         shared = Shared(sweep, progress)
-        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], shared)
+        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, shared)
         for number, row in zip(missing, made, strict=True):
             journal.write(f"row-{number:05d}", asdict(row))
             progress("sweep", number + 1, len(sweep.rows))
         rows = [row_from(journal.read(f"row-{number:05d}") or {}) for number in range(len(sweep.rows))]
         source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
-        report = SweepReport(tuple(dense), tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
+        values = tuple(one.perplexity for one in dense)
+        report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
         journal.weights.mkdir(exist_ok=True)
         for name, data in files_of(report):
             write_whole(journal.weights / name, data)
@@ -141,34 +143,36 @@ class Shared:
 
 
 def row_from(record: dict[str, Any]) -> SweepRow:
-    return SweepRow(**record | {"perplexity": tuple(Perplexity(**p) for p in record["perplexity"])})
+    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
+    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})
 
 
-def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], shared: Shared) -> Iterator[SweepRow]:
+def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
     """Each as a run of its own."""
     for recipe, plan in rows:
-        yield prune_row(job, recipe, plan, shared)
+        yield prune_row(job, recipe, plan, dense, shared)
 
 
-def prune_row(job: Job, recipe: Recipe, plan: Plan, shared: Shared) -> SweepRow:
+def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
     """Prune, measure, forget."""
     gradients, measured = shared.gradients(), shared.measured(plan)
     began = perf_counter()
     ratios = ratios_of(job, plan, measured, gradients)
     with job.stream.trial():
         blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
-        return row_of(job, recipe, plan, [row for block in blocks for row in block.rows], perf_counter() - began)
+        return row_of(recipe, plan, dense, [row for block in blocks for row in block.rows], perf_counter() - began)
 
 
-def row_of(job: Job, recipe: Recipe, plan: Plan, rows: list[Row], seconds: float) -> SweepRow:
+def row_of(recipe: Recipe, plan: Plan, dense: list[Dense], rows: list[Row], seconds: float) -> SweepRow:
     """The figures of the model as the stream holds it now."""
-    found = tuple(perplexity(job.stream, windows) for windows in job.data.evaluation)
+    found = [pruned_pass(one, one.flow.stream) for one in dense]
     sparsity = sum(row.zeros for row in rows) / sum(row.rows * row.columns for row in rows)
-    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, found, seconds)
+    values, moved = tuple(value for value, _ in found), tuple(divergence for _, divergence in found)
+    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, values, moved, seconds)
 
 
 @torch.no_grad()
-def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], shared: Shared) -> Iterator[SweepRow]:
+def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
     """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
     stream, gradients = job.stream, shared.gradients()
     assert isinstance(stream, CheckpointStream)
@@ -181,18 +185,18 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], shared: Shared) -> Ite
             statistics = survey(flow, index, block, matrices, needs)
             if gradients is not None:
                 gradients.add_to(index, statistics)
-            dense = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
+            weights = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
             for number, ((_, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
                 began = perf_counter()
-                for name, value in dense.items():
+                for name, value in weights.items():
                     block.get_parameter(name).copy_(value)
                 asked = ratios[number].asked
                 found[number] += [
                     prune_matrix(stream, index, block, m, statistics[m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
                 ]
                 with stream.trial(draft):
-                    stream.keep(index, dense)
+                    stream.keep(index, weights)
                 seconds[number] += perf_counter() - began
     for number, ((recipe, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
         with stream.trial(draft):
-            yield row_of(job, recipe, plan, found[number], seconds[number])
+            yield row_of(recipe, plan, dense, found[number], seconds[number])

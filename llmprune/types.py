@@ -245,3 +245,24 @@ class Perplexity:
             f"{self.value:.4g} ({self.dataset}, {self.split}, {self.windows} windows of {self.window}, "
             f"stride {self.window}, {self.tokens:,} targets, {self.dtype})"
         )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a pruned model's next-token distributions are from the dense one's, over the predictions that a perplexity counts: mean
+    KL(dense || pruned) in nats, and the share of predictions whose likeliest token is the same.
+    """
+
+    kl: float
+    top1: float
+    dataset: str
+    split: str
+    window: int
+    windows: int
+    tokens: int  # number of predictions
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"mean KL(dense || pruned) {self.kl:.4g} nats, likeliest token equal in {self.top1:.2%} of {self.tokens:,} predictions ({self.dataset})"
+        )

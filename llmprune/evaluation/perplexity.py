@@ -1,4 +1,7 @@
-"""Perplexity, streamed: exp of the mean negative log-likelihood over the L-1 targets of non-overlapping windows, tail dropped."""
+"""Perplexity, streamed: exp of the mean negative log-likelihood over the L-1 targets of non-overlapping windows, tail dropped.
+
+Shapes: N = windows, L = tokens of a window, V = vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks
-from llmprune.stream import Stream
+from llmprune.stream import Flow, Stream
 from llmprune.types import Perplexity
 
 TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
@@ -19,17 +23,37 @@ TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
 @torch.no_grad()
 def perplexity(stream: Stream, windows: Windows, progress: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
     """Perplexity of the model as the stream holds it now, one block in memory at a time."""
-    flow = after_blocks(stream, windows.ids_NL, progress)
+    return perplexity_of(after_blocks(stream, windows.ids_NL, progress), windows)
+
+
+def perplexity_of(flow: Flow, windows: Windows) -> Perplexity:
+    """Perplexity of windows that have gone through every block."""
     total = torch.zeros((), dtype=torch.float64)
     dtype = ""
-    for ids, logits in flow.logits():
-        dtype = str(logits.dtype).removeprefix("torch.")
-        targets = ids[0, 1:]
-        for a in range(0, len(targets), TARGETS_AT_ONCE):
-            b = min(a + TARGETS_AT_ONCE, len(targets))
-            total += F.cross_entropy(logits[0, a:b].float(), targets[a:b], reduction="sum").double().cpu()
+    for ids_1L, logits_1LV in flow.logits():
+        dtype = name_of(logits_1LV)
+        total += surprise(logits_1LV[0], ids_1L[0])
+    return defined(total, windows, dtype)
+
+
+def surprise(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
+    """Summed negative log-likelihood of a window's L-1 targets, float64 on the CPU."""
+    total = torch.zeros((), dtype=torch.float64)
+    targets = ids_L[1:]
+    for a in range(0, len(targets), TARGETS_AT_ONCE):
+        b = min(a + TARGETS_AT_ONCE, len(targets))
+        total += F.cross_entropy(logits_LV[a:b].float(), targets[a:b], reduction="sum").double().cpu()
+    return total
+
+
+def defined(total: Tensor, windows: Windows, dtype: str) -> Perplexity:
+    """The perplexity that a summed negative log-likelihood means, with its definition."""
     count, length = windows.ids_NL.shape
     tokens = count * (length - 1)
     mean = float(total) / tokens
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, windows.dataset, windows.split, length, count, tokens, dtype)
+
+
+def name_of(logits: Tensor) -> str:
+    return str(logits.dtype).removeprefix("torch.")

@@ -7,18 +7,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from llmprune.types import Perplexity
+from llmprune.types import Divergence, Perplexity
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One pruning: what was asked, the share of exact zeros that came out, and the perplexity on each evaluation set."""
+    """One pruning: what was asked, the share of exact zeros that came out, and what each evaluation set says of it."""
 
     method: str
     pattern: str
     asked: float
     sparsity: float
     perplexity: tuple[Perplexity, ...]
+    divergence: tuple[Divergence, ...]  # from the dense model, on the same windows
     seconds: float = field(compare=False)  # of the pruning, without what is shared
 
 

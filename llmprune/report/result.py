@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import RequestError
-from llmprune.types import BlockReport, Perplexity, Row
+from llmprune.types import BlockReport, Divergence, Perplexity, Row
 
 if TYPE_CHECKING:
     from llmprune.hub import Pushed
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity before and after, by the same definition."""
+    """A perplexity before and after, by the same definition, and how far the predictions behind it have moved."""
 
     dense: Perplexity
     pruned: Perplexity
+    divergence: Divergence
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Report:
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
     files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
+    sample: dict[str, Any] | None = None  # what the dense and the pruned model go on to write, or why there is none
     smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -100,6 +102,7 @@ class Report:
             "tried": self.tried,
             "frontier": self.frontier,
             "files": self.files,
+            "sample": self.sample,
             "notes": self.notes,
             "environment": self.environment,
             "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},
@@ -118,10 +121,6 @@ def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockRe
         for row in value["rows"]
     )
     return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
-
-
-def measured(dense: Sequence[Perplexity], pruned: Sequence[Perplexity]) -> tuple[Measured, ...]:
-    return tuple(Measured(d, p) for d, p in zip(dense, pruned, strict=True))
 
 
 def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:

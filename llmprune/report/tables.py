@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llmprune.evaluation.sparse24 import Kernel
 from llmprune.evaluation.speed import Spread
+from llmprune.report.compare import Entry, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
@@ -51,6 +54,7 @@ def print_report(report: Report, console: Console) -> None:
     for pair in report.perplexity:
         console.print(f"perplexity, dense:  {pair.dense}", soft_wrap=True)
         console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)
+        console.print(f"divergence: {pair.divergence}", soft_wrap=True)
     for note in report.notes[:MOST_NOTES]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if len(report.notes) > MOST_NOTES:
@@ -84,17 +88,33 @@ def units_of(block: BlockReport) -> str:
 
 def print_sweep(report: SweepReport, console: Console) -> None:
     """The frontier: one line a pruning."""
-    names = [f"perplexity, {dense.dataset}" for dense in report.dense]
+    names = [f"{kind}, {dense.dataset}" for dense in report.dense for kind in ("perplexity", "mean KL")]
     table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source['name']}")
-    table.add_row("dense", "", "0", *(f"{dense.value:.4g}" for dense in report.dense), "")
+    table.add_row("dense", "", "0", *(cell for dense in report.dense for cell in (f"{dense.value:.4g}", "")), "")
     for row in report.rows:
-        table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *(f"{p.value:.4g}" for p in row.perplexity), f"{row.seconds:.1f}")
+        found = zip(row.perplexity, row.divergence, strict=True)
+        cells = (cell for value, moved in found for cell in (f"{value.value:.4g}", f"{moved.kl:.4g}"))
+        table.add_row(row.method, row.pattern, f"{row.sparsity:.2%}", *cells, f"{row.seconds:.1f}")
     console.print(table)
     if report.quick:
         console.print(QUICK, soft_wrap=True)
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
     console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
+
+
+def print_comparison(found: list[Entry], console: Console) -> None:
+    """One line a result; then what the numbers are."""
+    value = compared(found)
+    table = Table(title="comparison", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, head in enumerate(value.heads):
+        figures = any(row[number].value is not None for row in value.rows)
+        table.add_column(head, justify="right" if figures else "left", no_wrap=figures, overflow="fold", min_width=len(head))
+    for row in value.rows:
+        table.add_row(*(escape(cell.text) for cell in row))
+    console.print(table)
+    for line in remarks(found):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def ratios_of(block: BlockReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,11 +23,13 @@ ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequ
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the one field that may differ, timings, is taken out."""
+    """Every file's bytes; the one field that may differ, timings, is taken out, and so is what the page makes of it."""
     found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
     report = json.loads((folder / "llmprune.json").read_text())
     del report["timings"]
-    return found | {"llmprune.json": report}
+    page, sections = re.subn(r'<section id="timings">.*?</section>', "", (folder / "report.html").read_text(), flags=re.DOTALL)
+    assert sections == 1
+    return found | {"llmprune.json": report, "report.html": page}
 
 
 class Stop(Exception):

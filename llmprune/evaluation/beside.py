@@ -1,0 +1,96 @@
+"""A pruned model beside the dense one on the same evaluation windows: both perplexities, and how far the predictions have moved.
+
+The dense model goes first and leaves its final hidden states behind (in memory, or a file where they are large), so that the pruned model needs one
+pass more and no second model.
+
+Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.checkpoint.journal import Journal
+from llmprune.data.windows import Windows
+from llmprune.evaluation.divergence import after_blocks, kl
+from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
+from llmprune.stream import Flow, Stream
+from llmprune.types import Divergence, Perplexity
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the dense model makes of one evaluation set. ``head_VD`` is its head's weight where the head is pruned too, else None."""
+
+    windows: Windows
+    perplexity: Perplexity
+    flow: Flow
+    head_VD: Tensor | None
+
+
+def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Progress) -> list[Dense]:
+    """The dense model on every evaluation set. Its hidden states do not outlive a process, so a resumed run computes them again."""
+    record = journal.read("dense") or {"perplexity": [None] * len(evaluation)}
+    known = [value and Perplexity(**value) for value in record["perplexity"]]
+    found = [dense_pass(stream, windows, prunes_head, value, progress) for windows, value in zip(evaluation, known, strict=True)]
+    journal.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
+    return found
+
+
+@torch.no_grad()
+def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, progress: Progress) -> Dense:
+    """Before anything is pruned. known: the perplexity, if an earlier process has measured it."""
+    flow = after_blocks(stream, windows.ids_NL, progress)
+    flow.rest()
+    head_VD = None
+    if prunes_head:
+        with stream.outer():
+            head_VD = _head(stream).data.clone()
+    return Dense(windows, known or perplexity_of(flow, windows), flow, head_VD)
+
+
+@torch.no_grad()
+def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
+    """Of the model as ``stream`` holds it now, on the same windows; embeddings, final norm and the way to the head are the dense model's own."""
+    windows = dense.windows
+    flow = after_blocks(stream, windows.ids_NL, progress)
+    lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    dtype = ""
+    with stream.outer():
+        for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), dense.flow.windows(), strict=True):
+            ours_LV = stream.walk.logits(ids_1L, ours_1LD)[0]
+            with _head_of(dense):
+                theirs_LV = stream.walk.logits(ids_1L, theirs_1LD)[0]
+            dtype = name_of(ours_LV)
+            lost += surprise(ours_LV, ids_1L[0])
+            for theirs_TV, ours_TV in zip(theirs_LV[:-1].split(TARGETS_AT_ONCE), ours_LV[:-1].split(TARGETS_AT_ONCE), strict=True):
+                apart += kl(theirs_TV, ours_TV).sum(dtype=torch.float64).cpu()
+                same += (theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum().cpu()
+    value = defined(lost, windows, dtype)
+    definition = (value.dataset, value.split, value.window, value.windows, value.tokens, value.dtype)
+    return value, Divergence(float(apart) / value.tokens, float(same) / value.tokens, *definition)
+
+
+@contextmanager
+def _head_of(dense: Dense) -> Iterator[None]:
+    """The dense head in its place, where the pruned one differs."""
+    if dense.head_VD is None:
+        yield
+        return
+    head = _head(dense.flow.stream)
+    pruned, head.data = head.data, dense.head_VD
+    try:
+        yield
+    finally:
+        head.data = pruned
+
+
+def _head(stream: Stream) -> nn.Parameter:
+    return stream.walk.head.get_parameter("weight")

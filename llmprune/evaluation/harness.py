@@ -1,0 +1,80 @@
+"""Tasks of the lm-evaluation-harness, the optional package lm-eval (https://github.com/EleutherAI/lm-evaluation-harness): its tasks, its prompts,
+its metrics, its numbers. The model is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import RequestError
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What lm-eval says of one task (or group of tasks): metrics by its names, such as ``acc,none`` and ``acc_stderr,none``."""
+
+    task: str
+    metrics: dict[str, float]
+    samples: int | None  # questions that counted
+    shots: int | None
+    task_version: str | None
+    lm_eval: str
+
+    def __str__(self) -> str:
+        said = []
+        for name, value in self.metrics.items():
+            metric, _, kept = name.partition(",")
+            error = self.metrics.get(f"{metric}_stderr,{kept}")
+            if not metric.endswith("_stderr"):
+                said.append(f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}") + ("" if kept in ("", "none") else f" ({kept})"))
+        how = [f"{self.samples} samples" if self.samples else "", "" if self.shots is None else f"{self.shots}-shot"]
+        how += [f"task version {self.task_version}" if self.task_version else "", f"lm-eval {self.lm_eval}"]
+        return f"{self.task}: {', '.join(said)} ({', '.join(h for h in how if h)})"
+
+
+def check_installed() -> None:
+    """Raises RequestError without lm-eval."""
+    if find_spec("lm_eval") is None:
+        raise RequestError("tasks need lm-eval, which is not installed", 'pip install "llmprune[eval]", or pip install "lm-eval>=0.4.9"')
+
+
+def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
+    """lm-eval's task manager, when it knows every name. folder: of the user's own task files, which are then the only ones: that works offline.
+
+    Raises RequestError.
+    """
+    check_installed()
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"task folder {folder.name}: no such folder", "give the folder that holds the task files (*.yaml)")
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        known = f"it has {', '.join(sorted(manager.all_tasks)[:20]) or 'none'}" if folder is not None else "lm-eval ls tasks lists them"
+        raise RequestError(f"task {unknown[0]!r}: lm-eval knows none of that name" + (f" in {folder.name}" if folder else ""), known)
+    return manager
+
+
+def run_tasks(model: Any, tokenizer: Any, manager: Any, names: Sequence[str], limit: int | None = None, batch: int = 8) -> list[TaskResult]:
+    """lm-eval's numbers for a model in memory. limit: the first so many questions of each task."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
+    found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
+    return [_result(name, metrics, found) for name, metrics in found["results"].items()]
+
+
+def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskResult:
+    numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
+    samples = found.get("n-samples", {}).get(name, {}).get("effective")
+    told = found.get("versions", {}).get(name)
+    return TaskResult(name, numbers, samples, found.get("n-shot", {}).get(name), None if told is None else str(told), version("lm-eval"))

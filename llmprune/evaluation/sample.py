@@ -1,0 +1,74 @@
+"""What a model goes on to write, greedily, after a prompt that is the same for every model: to be read beside another's, not to be measured.
+
+This needs the whole model at once, the one thing that pruning does not, so it is left out where that would be much.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from llmprune.checkpoint.source import Source
+from llmprune.model.skeleton import UNBUILDABLE, count_parameters
+from llmprune.stream import CheckpointStream, Flow, Stream
+from llmprune.whole import WholeStream
+
+PROMPT = "The first thing to know about a river is"  # nobody's data: the report may be published
+TOKENS = 32
+MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides alike
+TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt in a model's tokens."""
+
+    tokenizer: Any
+    ids: tuple[int, ...]
+
+
+def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt | str:
+    """The prompt, or why there will be no sample."""
+    size = count_parameters(stream.skeleton) * stream.dtype.itemsize
+    if stream.resumable and size > MOST_BYTES:
+        return f"the model takes {size / 1e9:,.1f} GB at once, and samples are written up to {MOST_BYTES / 1e9:.1f} GB"
+    if not any(path for pattern in TOKENIZERS for path in source.folder.glob(pattern)):
+        return "the checkpoint has no tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (*UNBUILDABLE, OSError):
+        return "transformers cannot load the tokenizer"
+    ids = tuple(tokenizer(PROMPT)["input_ids"])
+    config = stream.skeleton.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not ids or (positions and len(ids) + TOKENS > positions) or max(ids) >= config.vocab_size:
+        return "the prompt does not fit the model"
+    return Prompt(tokenizer, ids)
+
+
+@torch.no_grad()
+def written(stream: Stream, prompt: Prompt | str) -> str:
+    """The text that the model as the stream holds it now goes on with; empty where there is no prompt. One forward a token, without a cache: that
+    every model can do.
+    """
+    if isinstance(prompt, str):
+        return ""
+    ids_1L = torch.tensor([prompt.ids])
+    with ExitStack() as places:
+        blocks = [places.enter_context(stream.block(index)) for index in range(len(stream.names))]
+        for _ in range(TOKENS):
+            flow = Flow(stream, ids_1L)
+            for index, block in enumerate(blocks):
+                flow.through(index, block)
+            ((_, logits_1LV),) = flow.logits()
+            ids_1L = torch.cat([ids_1L, logits_1LV[:, -1:].argmax(-1).cpu()], 1)
+    return prompt.tokenizer.decode(ids_1L[0, len(prompt.ids) :].tolist(), skip_special_tokens=True)
+
+
+def to_json(prompt: Prompt | str, dense: str, pruned: str) -> dict[str, Any]:
+    """The sample as a report holds it: both texts, or the reason why there are none."""
+    return {"reason": prompt} if isinstance(prompt, str) else {"prompt": PROMPT, "tokens": TOKENS, "dense": dense, "pruned": pruned}

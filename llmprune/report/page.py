@@ -1,0 +1,44 @@
+"""report.html, and the page of a comparison: one file that needs nothing else, made from the content of llmprune.json (and of a
+benchmark) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import llmprune
+from llmprune.report import compare
+from llmprune.report.compare import Entry
+from llmprune.report.sections import sections, tiles
+
+
+def page(report: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> str:
+    """The whole page. Equal runs give equal bytes but for the section ``timings``, as llmprune.json does but for the field of that name."""
+    content, measured = dict(report), dict(bench) if bench else None
+    recipe = content["recipe"]
+    how = " · ".join(str(v) for v in (recipe["pattern"], recipe["method"] or recipe["quality"], f"{content['sparsity']['asked']:.4g} sparsity") if v)
+    return render(
+        title=f"{content['source']['name']}, pruned",
+        subtitle=how,
+        tiles=list(tiles(content)),
+        sections=list(sections(content, measured)),
+        version=content["environment"].get("llmprune", ""),
+    )
+
+
+def comparison(found: Sequence[Entry]) -> str:
+    """The page of ``llmprune compare --html``."""
+    title = "Comparison: " + ", ".join(dict.fromkeys(entry.source[0] for entry in found))
+    return render(title=title, subtitle=f"{len(found)} results", tiles=[], sections=list(compare.sections(found)), version=llmprune.__version__)
+
+
+def render(**content: Any) -> str:
+    """The template escapes every text; only pictures, which are made here, go in as they are."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["picture"] = Markup
+    return environment.get_template("report.html.j2").render(**content)

@@ -1,0 +1,101 @@
+"""llmprune eval --tasks: lm-eval's own numbers, offline, on task files of the user's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli.runner import Cli
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmprune.checkpoint.resolve import BUNDLED
+
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install llmprune[eval]")
+QUESTIONS = [
+    ("A river flows into the", ["sea", "loom", "thread"], 0),
+    ("The weaver works at a", ["storm", "loom", "river"], 1),
+    ("At night one sees the", ["weft", "warp", "stars"], 2),
+    ("Bread is made of", ["flour", "iron", "glass"], 0),
+    ("Ships sail on the", ["roof", "sea", "shed"], 1),
+    ("A horse has four", ["legs", "wings", "sails"], 0),
+]
+TASK = """
+task: little
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture
+def task_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [json.dumps({"q": q, "choices": choices, "gold": gold}) for q, choices, gold in QUESTIONS]
+    (folder / "little.jsonl").write_text("\n".join(rows))
+    (folder / "little.yaml").write_text(TASK.format(file=folder / "little.jsonl"))
+    return folder
+
+
+def direct(folder: Path, task_dir: Path) -> dict[str, float]:
+    """The numbers by lm-eval alone."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=2, device="cpu")
+    manager = TaskManager(include_path=str(task_dir), include_defaults=False)
+    return lm_eval.simple_evaluate(model=wrapped, tasks=["little"], task_manager=manager, log_samples=False)["results"]["little"]
+
+
+@needs_lm_eval
+def test_numbers_are_those_of_lm_eval_for_dense_and_pruned(cli: Cli, small: tuple[object, ...], task_dir: Path) -> None:
+    assert cli("--model", "llama", "--sparsity", 0.6, "--method", "magnitude", "--output", "out", *small).code == 0
+    for model, folder in (("llama", BUNDLED / "llama"), ("out", Path("out"))):
+        ran = cli("eval", model, "--tasks", "little", "--task-dir", task_dir, "--json")
+        assert ran.code == 0, ran.err
+        (found,) = json.loads(ran.out)["tasks"]
+        alone = direct(folder, task_dir)
+        assert found["task"] == "little"
+        assert found["samples"] == len(QUESTIONS)
+        for metric in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+            assert found["metrics"][metric] == pytest.approx(alone[metric], rel=1e-6)
+    printed = cli("eval", "out", "--tasks", "little", "--task-dir", task_dir).out
+    assert "little: acc 0." in printed
+    assert "6 samples" in printed
+
+
+@needs_lm_eval
+def test_an_unknown_task_is_refused_with_what_is_there(cli: Cli, task_dir: Path) -> None:
+    ran = cli("eval", "llama", "--tasks", "little,big", "--task-dir", task_dir)
+    assert ran.code == 2
+    assert "error: task 'big'" in ran.err
+    assert "it has little" in ran.err
+
+
+def test_without_lm_eval_the_hint_says_how_to_get_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.evaluation.harness.find_spec", lambda name: None)
+    ran = cli("eval", "llama", "--tasks", "piqa")
+    assert ran.code == 2
+    assert "lm-eval, which is not installed" in ran.err
+    assert 'pip install "llmprune[eval]"' in ran.err
+
+
+def test_a_task_folder_needs_tasks(cli: Cli) -> None:
+    ran = cli("eval", "llama", "--task-dir", ".")
+    assert ran.code == 2
+    assert "--tasks a,b" in ran.err
