@@ -209,6 +209,7 @@ def test_existing_outputs(cli, model):
         ("sparsity = ", "not valid TOML"),
         ("model = 3\nsparsity = 0.5", "model 3"),
         ('model = "llama"\nsparsity = true', "sparsity True"),
+        ('model = "llama"\nsparsity = 0.5\npush = "me/mine"', "recipe key 'push' is unknown"),
         ('model = "llama"\nsparsity = 0.5\ntrust_remote_code = true', "recipe key 'trust_remote_code' is unknown"),
     ],
 )
