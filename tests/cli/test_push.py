@@ -303,18 +303,19 @@ def test_prune_and_push(hub: Hub, cli, small, tmp_path):
     assert not any(CANARY.encode() in data or str(tmp_path).encode() in data for data in sent)
 
 
-def test_push_in_a_recipe(hub: Hub, cli):
-    """It is checked before any work as the flag is, also where the Hub does not answer; a sweep has nothing to push."""
-    Path("recipe.toml").write_text('model = "llama"\npush = "me/old"\n')
+def test_a_push_is_checked_before_any_work(hub: Hub, cli):
+    """Also where the Hub does not answer. A recipe may be a stranger's, so it cannot say where a model is sent."""
+    words = ("--model", "llama", "--sparsity", 0.5, "--output", "out", "--push", "me/old")
     hub.add("models/me/old", OLD, private=True)
-    assert "exists already" in cli("--recipe", "recipe.toml", "--sparsity", 0.5, "--output", "out").err
+    assert "exists already" in cli(*words).err
     hub.fail(1, "500", lasting=True)
-    silent = cli("--recipe", "recipe.toml", "--sparsity", 0.5, "--output", "out")
+    silent = cli(*words)
     assert (silent.code, len(silent.err.splitlines())) == (2, 2)
     hub.fail(None)
-    refused = cli("sweep", "--methods", "wanda", "--sparsities", "0.5", "--recipe", "recipe.toml", "--output", "out")
+    Path("recipe.toml").write_text('model = "llama"\npush = "me/new"\n')
+    refused = cli("--recipe", "recipe.toml", "--sparsity", 0.5, "--output", "out")
     assert refused.code == 2
-    assert "push of a sweep" in refused.err
+    assert "recipe key 'push' is unknown" in refused.err
     assert [path.name for path in Path.cwd().iterdir()] == ["recipe.toml"]
 
 
