@@ -103,6 +103,6 @@ def layer_reports(stream: Reshaped, structure: Structure, gone: dict[int, float]
     for index, name in enumerate(stream.names):
         kept = () if index in gone else (0,)
         size = structure.blocks[index]
-        row = Row(name, 1, size, sparsity, 0, gone.get(index), 0, (), None, 1, kept, size)
+        row = Row(name, 1, size, sparsity, 0, gone.get(index), 0, (), None, "layers", 1, kept, size)
         reports.append(BlockReport(name, 0.0, (row,)))
     return reports

@@ -202,6 +202,8 @@ def test_nothing_asked_nothing_changed(tmp_path):
         ("channels", 0.5, {"pad": True}, "leave --pad out"),
         ("channels", 0.5, {"permute": True}, "leave --permute out"),
         ("channels", 0.5, {"solver": "sparsegpt"}, "block_obs"),
+        ("row", 0.5, {"method": "sparsegpt"}, "slab by slab"),
+        ("unstructured", 0.5, {"criterion": "taylor"}, "structured patterns alone"),
         ("channels", 0.5, {"method": "sparsegpt"}, "magnitude, flap, taylor"),
         ("channels", None, {}, "add --sparsity"),
         ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
@@ -309,3 +311,16 @@ def test_flap_without_biases_is_refused(tmp_path):
     stored("llama", tmp_path / "model")
     with pytest.raises(RequestError, match="has no bias"):
         cut(tmp_path / "model", "channels", method="flap")
+
+
+@pytest.mark.parametrize(("pattern", "dim"), [("row", 1), ("column", 0)])
+def test_rows_and_columns_of_one_matrix_are_zeroed(pattern, dim, tmp_path):
+    """The matrix keeps its shape, and the model its config."""
+    model = stored("qwen2", tmp_path / "model")
+    report = cut(tmp_path / "model", pattern, 0.25, quality="fast")
+    assert report.sparsity == pytest.approx(0.25)
+    pruned = reloaded(tmp_path / "out")
+    assert parameters(pruned) == parameters(model)
+    for row in report.rows:
+        lines = (pruned.get_parameter(row.matrix) == 0).all(dim)
+        assert int(lines.sum()) == len(lines) // 4
