@@ -176,7 +176,8 @@ class Recipe(BaseModel):
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
         if self.pattern in COARSE:
             known = LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA
-            return Method(self.criterion or known[0], "mask_only", "matrix")
+            repaired = self.pattern == "layers" and self.target != "symmetric"
+            return Method(self.criterion or known[0], "mask_only", "matrix", asymmetric=repaired)
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:

@@ -21,7 +21,9 @@ def check_structured(recipe: Recipe) -> None:
     if recipe.uniform and recipe.allocation not in (None, "uniform"):
         raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
     if pattern in COARSE:
-        for name in ("quality", "method", "solver", "target", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
+        if pattern == "experts" and recipe.target == "asymmetric":
+            raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
+        for name in ("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
             if getattr(recipe, name):
                 raise RequestError(f"{name} with pattern {pattern}, which lets whole {pattern} go", f"leave {name} out")
         if recipe.criterion is not None:

@@ -198,7 +198,7 @@ def test_levels_stay_within_the_budget_and_leave_less_than_a_step(sparsity: floa
     sizes = {"a": 64, "b": 4096, "c": 1024, "d": 1024}
     wanted = {"a": 0.1, "b": 0.45, "c": 0.3, "d": 0.02}
     levels = (0.0, 0.25, 0.5)
-    ratios = on_levels(wanted, sizes, levels, sparsity)
+    ratios = on_levels(wanted, sizes, dict.fromkeys(sizes, levels), sparsity)
     assert set(ratios.values()) <= set(levels)
     left = sparsity * sum(sizes.values()) - sum(ratios[n] * sizes[n] for n in sizes)
     assert -0.5 <= left < 0.25 * min(size for name, size in sizes.items() if ratios[name] < 0.5) + 0.5
