@@ -120,9 +120,11 @@ def repair(
                 dense.through(index, block)
             if index not in finished:
                 on_block(index, report, {})
-        elif index in finished:
+        elif index in finished or index < min(stream.gone):  # before the first that goes there is nothing to make up for
             run_finished(flow, dense, index)
-            report = finished[index]
+            if index not in finished:
+                on_block(index, report, {})
+            report = finished.get(index, report)
         else:
             clock = Clock()
             with stream.block(index) as block:

@@ -327,13 +327,10 @@ def test_rows_and_columns_of_one_matrix_are_zeroed(pattern, dim, tmp_path):
         assert int(lines.sum()) == len(lines) // 4
 
 
-def test_layers_that_stay_make_up_for_those_that_go(tmp_path):
+def test_layers_that_stay_make_up_for_those_that_go(tmp_path, monkeypatch):
     """On the calibration windows the repaired model is nearer to the uncut one."""
     model = stored("qwen3", tmp_path / "model", num_hidden_layers=4)
-    for block in model.model.layers[1:]:  # the first layer does least
-        for matrix in (block.self_attn.o_proj, block.mlp.down_proj):
-            matrix.weight.data.mul_(4)
-    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(llmprune.smaller, "choose_layers", lambda *about: {0: 0.0})
     apart = []
     for target in ("symmetric", None):
         report = cut(tmp_path / "model", "layers", 0.25, target=target, overwrite=True)
