@@ -44,7 +44,7 @@ def prune(
     pattern: Annotated[
         Text,
         typer.Option(
-            help="unstructured, N:M such as 2:4, block:RxC such as block:4x4, or a smaller model: "
+            help="unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or a smaller model: "
             "channels, heads, kv-groups, kernel, layers, experts, structured (channels and KV groups)"
         ),
     ] = None,
@@ -159,7 +159,8 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Prune by many methods, patterns and sparsities under one calibration: a table and a plot of perplexity against sparsity."""
-    from llmprune.recipe import Recipe, listed, recipes
+    from llmprune.reading import listed
+    from llmprune.recipe import Recipe, recipes
 
     base = {k: v for k, v in locals().items() if k in Recipe.model_fields and k != "output" and not (v is None or v is False or v == [])}
     asked = recipes(Path(recipe) if recipe else None, base, listed(methods), listed(sparsities), listed(patterns))

@@ -5,12 +5,16 @@ Shapes: N = windows, L = tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from llmprune.clock import Clock
+from llmprune.engine import output_error, prune_block, run_again, run_finished
 from llmprune.errors import RequestError
 from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.reshaped import Reshaped
@@ -19,7 +23,7 @@ from llmprune.structured.counts import least_needed
 from llmprune.structured.layers import attends
 from llmprune.structured.scores import Mean, block_influence
 from llmprune.structured.structure import Structure
-from llmprune.types import BlockReport, Row
+from llmprune.types import BlockReport, Plan, Row
 
 Order = Literal["measured", "block_influence"]
 WINDOWS = 16  # on which blocks are left out for trial
@@ -97,12 +101,51 @@ def influences(stream: Reshaped, windows_NL: Tensor) -> dict[int, float]:
     return found
 
 
+@torch.no_grad()
+def repair(
+    stream: Reshaped,
+    windows_NL: Tensor,
+    plan: Plan,
+    reports: list[BlockReport],
+    finished: Mapping[int, BlockReport] = MappingProxyType({}),
+    on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
+) -> list[BlockReport]:
+    """Bring the matrices of the blocks that stay nearer to the dense path's outputs, so that they make up for those that have gone."""
+    flow = Flow(stream, windows_NL)
+    dense = flow.twin()
+    repaired = []
+    for index, report in enumerate(reports):
+        if index in stream.gone:
+            with stream.block(index, dense=True) as block:
+                dense.through(index, block)
+            if index not in finished:
+                on_block(index, report, {})
+        elif index in finished or index < min(stream.gone):  # before the first that goes there is nothing to make up for
+            run_finished(flow, dense, index)
+            if index not in finished:
+                on_block(index, report, {})
+            report = finished.get(index, report)
+        else:
+            clock = Clock()
+            with stream.block(index) as block:
+                matrices = stream.structure.repaired(index, block)
+                _, changed = prune_block(flow, dense, index, block, matrices, plan, {}, None, clock)
+                hashes = stream.keep(index, changed)
+                clock.lap("write")
+                error = output_error(run_again(flow, dense, index, block), report.block, plan)
+            names = tuple(f"{report.block}.{name}" for name in changed)
+            report = replace(report, output_error=error, changed=names, seconds=clock.seconds)
+            on_block(index, report, hashes)
+        repaired.append(report)
+    return repaired
+
+
 def layer_reports(stream: Reshaped, structure: Structure, gone: dict[int, float], sparsity: float) -> list[BlockReport]:
     """One row a block: it stays or goes as a whole."""
     reports = []
     for index, name in enumerate(stream.names):
         kept = () if index in gone else (0,)
         size = structure.blocks[index]
-        row = Row(name, 1, size, sparsity, 0, gone.get(index), 0, (), None, 1, kept, size)
+        row = Row(name, 1, size, sparsity, 0, gone.get(index), 0, (), None, "layers", 1, kept, size)
         reports.append(BlockReport(name, 0.0, (row,)))
     return reports

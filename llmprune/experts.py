@@ -119,4 +119,4 @@ def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ra
     silent = sum(mean.tokens == 0 for mean in routed.means)
     notes = (f"{silent} of {space.units} experts were never chosen: they go first",) if silent and drop else ()
     kept = tuple(keep_E.nonzero().flatten().tolist())
-    return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, space.units, kept, size)
+    return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)

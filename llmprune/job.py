@@ -183,7 +183,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         exact=recipe.sparsity is not None and recipe.pattern != "structured",
         padded=recipe.pad,
     )
-    readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)} if structure.cut else {}
+    readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)}
     return recipe.plan(structure), readers
 
 

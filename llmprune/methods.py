@@ -61,6 +61,7 @@ STRUCTURED_PATTERNS = {
     "structured": "channels and KV groups (or heads) under one budget of parameters; of attention and FFN",
 }
 STRUCTURED = tuple(STRUCTURED_PATTERNS)
+LINES = ("row", "column")  # of one matrix, zeroed
 COARSE = ("layers", "experts")
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
@@ -74,6 +75,7 @@ STRUCTURED_METHODS = {
     "taylor": Method("taylor", "mask_only", "matrix"),
     "wanda": Method("wanda", "mask_only", "matrix"),
 }
+UNITS_ONLY = ("taylor", "block_obs")  # a criterion and a solver that know whole columns alone
 STRUCTURED_SOLVERS = ("mask_only", "refit", "admm", "block_obs", "reconstruct")
 LAYER_CRITERIA = ("measured", "block_influence")
 EXPERT_CRITERIA = ("routed_norm",)
@@ -119,14 +121,21 @@ def build(kind: str, name: str, **options: Any) -> Any:
 
 
 def build_pattern(text: str, group: Group) -> Any:
-    """The pattern that ``text`` spells: "unstructured", N:M or block:RxC. Raises RequestError for anything else."""
+    """The pattern that ``text`` spells: "unstructured", N:M, block:RxC, row or column. Raises RequestError for anything else."""
     if text == "unstructured":
         return build("patterns", "unstructured", group=group)
+    if text in LINES:
+        return build("patterns", "vector", lines=text)
     if text.startswith("block:"):
         height, width = parse_block(text)
         return build("patterns", "block", height=height, width=width)
     n, m = parse_nm(text)
     return build("patterns", "nm", n=n, m=m)
+
+
+def in_groups(text: str) -> bool:
+    """Whether a pattern says by itself how much goes, as N:M does (or is none at all)."""
+    return text not in ("unstructured", *LINES, *STRUCTURED) and not text.startswith("block:")
 
 
 def parse_block(text: str) -> tuple[int, int]:
@@ -143,7 +152,7 @@ def parse_nm(text: str) -> tuple[int, int]:
     if not match:
         raise RequestError(
             f"pattern {text!r} is unknown",
-            f"there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4, {', '.join(STRUCTURED)}",
+            f"there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4, {', '.join(LINES + STRUCTURED)}",
         )
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:

@@ -42,3 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"recipe {path.name}: not valid TOML ({error})", 'write sparsity = 0.5 and pattern = "2:4"') from None
+
+
+def listed(text: str) -> list[str]:
+    """The parts of "a,b,c"."""
+    return [part.strip() for part in text.split(",") if part.strip()]

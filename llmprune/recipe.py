@@ -15,6 +15,7 @@ from llmprune.methods import (
     DEFAULT_QUALITY,
     EXPERT_CRITERIA,
     LAYER_CRITERIA,
+    LINES,
     METHODS,
     POLISH_STEPS,
     QUALITIES,
@@ -22,20 +23,20 @@ from llmprune.methods import (
     STRUCTURED,
     STRUCTURED_METHODS,
     STRUCTURED_QUALITIES,
-    STRUCTURED_SOLVERS,
     TRIED,
     Group,
     Method,
     build,
     build_pattern,
     check_name,
+    in_groups,
     names,
     parse_block,
     parse_nm,
     split_solver,
 )
 from llmprune.reading import read_count, read_share, read_toml
-from llmprune.refusals import check_structured, refuse_structured
+from llmprune.refusals import check_structured, check_units, refuse_structured
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
@@ -62,7 +63,7 @@ class Recipe(BaseModel):
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
     pattern: str = Field(
-        "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, or structured: {', '.join(STRUCTURED)}"
+        "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or structured: {', '.join(STRUCTURED)}"
     )
     round_to: int | None = Field(None, ge=1, description="structured: sizes are multiples of this (8 for channels and kernel, 1 otherwise)")
     uniform: bool = Field(False, description="structured: the same sizes in every layer")
@@ -137,7 +138,7 @@ class Recipe(BaseModel):
     @property
     def in_groups(self) -> bool:
         """N:M, which says by itself how much goes."""
-        return self.pattern != "unstructured" and not self.pattern.startswith("block:") and not self.structured
+        return in_groups(self.pattern)
 
     @property
     def structured(self) -> bool:
@@ -188,7 +189,8 @@ class Recipe(BaseModel):
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
         if self.pattern in COARSE:
             known = LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA
-            return Method(self.criterion or known[0], "mask_only", "matrix")
+            repaired = self.pattern == "layers" and self.target != "symmetric"
+            return Method(self.criterion or known[0], "mask_only", "matrix", asymmetric=repaired)
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
@@ -198,21 +200,20 @@ class Recipe(BaseModel):
         group = self.group or named.group
         steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
         asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
-        if self.pattern.startswith("block:") or self.structured:
+        if self.pattern.startswith("block:") or self.pattern in LINES or self.structured:
             group = "matrix"  # where blocks and units compete
+        allocation = named.allocation
+        if self.max_ppl_increase is not None and allocation in TRIED:
+            allocation = "fisher"  # a budget that is found by trials leaves none to an allocation
         one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
         return replace(
             named,
             group=group,
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
-            allocation=self.allocation or ("uniform" if one_size else self._untried(named.allocation)),
+            allocation=self.allocation or ("uniform" if one_size else allocation),
             fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
-
-    def _untried(self, allocation: str) -> str:
-        """A budget that is found by trials leaves none to an allocation."""
-        return "fisher" if self.max_ppl_increase is not None and allocation in TRIED else allocation
 
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
@@ -228,7 +229,8 @@ class Recipe(BaseModel):
         refuse_structured(self)
         if not self.in_groups:
             if self.pattern != "unstructured":
-                parse_block(self.pattern)
+                if self.pattern not in LINES:
+                    parse_block(self.pattern)
                 self._refuse_group()
             self._check_budget("add --sparsity 0.5, or --pattern 2:4")
             if self.permute:
@@ -311,8 +313,7 @@ class Recipe(BaseModel):
         if self.solver is not None:
             split_solver(self.solver)
         criterion, (solver, _) = self.parts.criterion, split_solver(self.parts.solver)
-        if (solver not in STRUCTURED_SOLVERS) if self.structured else solver == "block_obs":
-            raise RequestError(f"solver {solver!r} with pattern {self.pattern}", "take refit, or admm; block_obs is for structured patterns alone")
+        check_units(self, criterion, solver)
         own_score = build("solvers", solver).own_score
         if own_score and criterion is not None:
             raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
@@ -396,11 +397,6 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
 
 
-def listed(text: str) -> list[str]:
-    """The parts of "a,b,c"."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
     """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
     found = []
@@ -408,7 +404,7 @@ def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsi
         check_name("method", method, [*METHODS, *QUALITIES])
         kind = {"method" if method in METHODS else "quality": method}
         for pattern in patterns:
-            grouped = pattern != "unstructured" and not pattern.startswith("block:") and flags.get("allocation") in (None, "uniform")
+            grouped = in_groups(pattern) and flags.get("allocation") in (None, "uniform")
             shares: list[dict[str, Any]] = [{}] if grouped else [{"sparsity": s} for s in sparsities]
             found += [read_recipe(path, flags | kind | {"pattern": pattern} | share) for share in shares]
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmprune.errors import RequestError
-from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, STRUCTURED, check_name
+from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, UNITS_ONLY, check_name
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -23,7 +23,9 @@ def check_structured(recipe: Recipe) -> None:
     if pattern == "experts" and recipe.target_latency_ratio is not None:
         raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
     if pattern in COARSE:
-        for name in ("quality", "method", "solver", "target", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
+        if pattern == "experts" and recipe.target == "asymmetric":
+            raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
+        for name in ("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
             if getattr(recipe, name):
                 raise RequestError(f"{name} with pattern {pattern}, which lets whole {pattern} go", f"leave {name} out")
         if recipe.criterion is not None:
@@ -43,3 +45,16 @@ def refuse_structured(recipe: Recipe) -> None:
     given = [name for name in ("round_to", "uniform", "pad") if getattr(recipe, name)]
     if given:
         raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
+
+
+def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
+    """Raises RequestError for parts that do not go with the pattern's units, or are for units alone."""
+    pattern = recipe.pattern
+    if recipe.structured and solver not in STRUCTURED_SOLVERS:
+        raise RequestError(f"solver {solver!r} with pattern {pattern}", f"take one of {', '.join(STRUCTURED_SOLVERS)}")
+    if not recipe.structured:
+        for name in (criterion, solver):
+            if name in UNITS_ONLY:
+                raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
+    if pattern in LINES and solver == "sparsegpt":
+        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", "take refit, or admm")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.depth import Order, choose_layers, layer_reports, layers_to_drop
+from llmprune.depth import Order, choose_layers, layer_reports, layers_to_drop, repair
 from llmprune.errors import PromiseError
 from llmprune.evaluation.divergence import after_blocks
 from llmprune.experts import prune_experts
@@ -107,7 +107,8 @@ def coarse_blocks(
         write(record)
     gone = {int(index): cost for index, cost in record["gone"]}
     shown.gone = frozenset(gone)
-    return layer_reports(shown, structure, gone, plan.sparsity)
+    reports = layer_reports(shown, structure, gone, plan.sparsity)
+    return repair(shown, ids_NL, plan, reports, finished, on_block) if gone and plan.asymmetric else reports
 
 
 @torch.no_grad()

@@ -187,7 +187,8 @@ class Row:
     tokens: int
     notes: tuple[str, ...] = ()
     saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
-    units: int | None = None  # of a structured pattern, that could go
+    what: str = ""  # units of a structured pattern: its name
+    units: int | None = None  # that could go
     kept: tuple[int, ...] | None = None  # numbers of the units that stay
     parameters: int = 0  # that all units hold, in whatever writes and reads them
 

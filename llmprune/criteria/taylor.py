@@ -15,6 +15,7 @@ from llmprune.types import Stat, Stats
 @dataclass(frozen=True)
 class Taylor:
     needs: frozenset[Stat] = frozenset({"grad"})
+    units_only: bool = True  # of one column no weight scores less than another
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_RC is not None, "a criterion that needs gradients declares them"

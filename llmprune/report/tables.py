@@ -73,17 +73,15 @@ def print_smaller(report: Report, console: Console) -> None:
 
 
 def units_of(block: BlockReport) -> str:
-    """Units that stay of those that were there, as they are called; of many matrices alike, such as experts, in all."""
+    """Units that stay of those that were there; of many matrices alike, such as experts, in all."""
     found: dict[str, list[int]] = {}
     for row in block.rows:
-        if row.kept is not None:
-            name = row.matrix.removeprefix(f"{block.block}.").removesuffix(".weight").partition("[")[0]
-            both = found.setdefault(name, [0, 0])
-            both[0] += len(row.kept)
-            both[1] += row.units or 0
-    if list(found) == [block.block]:  # the block itself
-        return "stays" if found[block.block][0] else "goes"
-    return ", ".join(f"{name} {kept:,} of {units:,}" for name, (kept, units) in found.items())
+        both = found.setdefault(row.what, [0, 0])
+        both[0] += len(row.kept or ())
+        both[1] += row.units or 0
+    if "layers" in found:
+        return "stays" if found["layers"][0] else "goes"
+    return ", ".join(f"{kept:,} of {units:,} {what}" for what, (kept, units) in found.items())
 
 
 def print_sweep(report: SweepReport, console: Console) -> None:

@@ -114,7 +114,7 @@ class Structure:
     def told(self, row: Row, keep_RC: Tensor) -> Row:
         """A reader's row with what has become of its units."""
         cut = self.cut[row.matrix]
-        return replace(row, units=cut.space.units, kept=self.at(row.asked, row.matrix).kept(keep_RC), parameters=cut.size)
+        return replace(row, what=cut.space.pattern, units=cut.space.units, kept=self.at(row.asked, row.matrix).kept(keep_RC), parameters=cut.size)
 
     def mask(self, index: int, block: nn.Module, keeps: Keeps) -> list[str]:
         """Zero everything else that goes with the dropped units; names of the parameters that this has changed."""

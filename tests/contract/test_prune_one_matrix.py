@@ -119,6 +119,8 @@ def test_dead_inputs_change_no_count(combo: Combo) -> None:
 @ranked_by_inputs
 def test_weights_of_dead_inputs_go_first(combo: Combo) -> None:
     """Who ranks by what the inputs were lets go of what never met one."""
+    if vars(combo.pattern).get("lines") == "row":
+        pytest.skip("every row meets every input")
     unit = combo.pattern.unit
     rows, columns = rounded(16, combo.pattern.tall), 24 * unit
     gone = dead(columns) if combo.pattern.local or unit == 1 else torch.arange(columns) // unit % 3 == 1  # blocks are dead as a whole

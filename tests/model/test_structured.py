@@ -94,7 +94,8 @@ MORE = {"llama": {"num_hidden_layers": 4}, "qwen3_moe": {"num_hidden_layers": 4}
 @pytest.mark.parametrize(("family", "pattern"), CASES)
 def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
     dense = stored(family, tmp_path / "model", **MORE.get(family, {}))
-    report = cut(tmp_path / "model", pattern, method=None if pattern in ("layers", "experts") else "magnitude")
+    plain = {"layers": {"target": "symmetric"}, "experts": {}}.get(pattern, {"method": "magnitude"})
+    report = cut(tmp_path / "model", pattern, **plain)
     if pattern != "layers":  # which may differ
         assert report.sparsity == pytest.approx(HALF)
     smaller = reloaded(tmp_path / "out")
@@ -202,6 +203,8 @@ def test_nothing_asked_nothing_changed(tmp_path):
         ("channels", 0.5, {"pad": True}, "leave --pad out"),
         ("channels", 0.5, {"permute": True}, "leave --permute out"),
         ("channels", 0.5, {"solver": "sparsegpt"}, "block_obs"),
+        ("row", 0.5, {"method": "sparsegpt"}, "slab by slab"),
+        ("unstructured", 0.5, {"criterion": "taylor"}, "structured patterns alone"),
         ("channels", 0.5, {"method": "sparsegpt"}, "magnitude, flap, taylor"),
         ("channels", None, {}, "add --sparsity"),
         ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
@@ -269,7 +272,7 @@ def contents(folder: Path) -> dict[str, object]:
         ("olmo2", "heads", [("prune", 1)]),
         ("mixtral", "experts", [("prune", 1), ("prune", 2)]),
         ("mixtral", "channels", [("prune", 1)]),
-        ("llama", "layers", [("layers", 1), ("layers", 2)]),
+        ("llama", "layers", [("layers", 1), ("layers", 2), ("prune", 2), ("prune", 4)]),
     ],
 )
 def test_resumed_equals_uninterrupted(family, pattern, steps, tmp_path):
@@ -309,3 +312,29 @@ def test_flap_without_biases_is_refused(tmp_path):
     stored("llama", tmp_path / "model")
     with pytest.raises(RequestError, match="has no bias"):
         cut(tmp_path / "model", "channels", method="flap")
+
+
+@pytest.mark.parametrize(("pattern", "dim"), [("row", 1), ("column", 0)])
+def test_rows_and_columns_of_one_matrix_are_zeroed(pattern, dim, tmp_path):
+    """The matrix keeps its shape, and the model its config."""
+    model = stored("qwen2", tmp_path / "model")
+    report = cut(tmp_path / "model", pattern, 0.25, quality="fast")
+    assert report.sparsity == pytest.approx(0.25)
+    pruned = reloaded(tmp_path / "out")
+    assert parameters(pruned) == parameters(model)
+    for row in report.rows:
+        lines = (pruned.get_parameter(row.matrix) == 0).all(dim)
+        assert int(lines.sum()) == len(lines) // 4
+
+
+def test_layers_that_stay_make_up_for_those_that_go(tmp_path, monkeypatch):
+    """On the calibration windows the repaired model is nearer to the uncut one."""
+    model = stored("qwen3", tmp_path / "model", num_hidden_layers=4)
+    monkeypatch.setattr(llmprune.smaller, "choose_layers", lambda *about: {0: 0.0})
+    apart = []
+    for target in ("symmetric", None):
+        report = cut(tmp_path / "model", "layers", 0.25, target=target, overwrite=True)
+        with torch.no_grad():
+            apart.append(float((reloaded(tmp_path / "out")(IDS).logits - model(IDS).logits).square().mean()))
+    assert apart[1] < apart[0]
+    assert report.smaller["layers"] == (1, 2, 3)
