@@ -50,8 +50,6 @@ def prepare_sweep(
     asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None, quick: bool = False
 ) -> Sweep:
     """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
-    if any(recipe.push for recipe in asked):
-        raise RequestError("push of a sweep, which saves no model", "leave push out of the recipe")
     smaller = [recipe.pattern for recipe in asked if recipe.structured]
     if smaller:
         raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
