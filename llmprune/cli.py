@@ -199,7 +199,7 @@ def eval(
     from dataclasses import asdict
 
     from llmprune.api import evaluate, evaluate_tasks
-    from llmprune.recipe import listed
+    from llmprune.reading import listed
 
     shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
     # tasks go first: a name that lm-eval does not know is refused before any work
