@@ -3,6 +3,7 @@
     python scripts/bench_quality.py                      the bundled model
     python scripts/bench_quality.py --assets DIR         stories260K by its protocol: 128 x 256 calibration tokens, 200 evaluation windows
     python scripts/bench_quality.py --seeds 3            mean and spread over calibration draws
+    python scripts/bench_quality.py --structured         smaller models, as ratios to FLAP's (on a copy of the model with biases of zero)
     python scripts/bench_quality.py --families           other architectures, random weights: divergence from the dense model on unseen tokens
 
 Excess is the mean negative log-likelihood above the dense model's. CPU seconds are of the pruning alone: no import, no evaluation.
@@ -15,6 +16,7 @@ import math
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from llmprune.recipe import read_recipe
 Ask = dict[str, Any]
 REFERENCE = "sparsegpt"
 CHOICES: list[Ask] = [{"method": m} for m in ("magnitude", "wanda", "ria", REFERENCE, "alps")] + [{"quality": q} for q in ("fast", "balanced", "max")]
+FLAP = "flap"
+STRUCTURED: list[Ask] = [{"method": m} for m in (FLAP, "taylor")] + [{"quality": q} for q in ("fast", "balanced", "max")]
+CUTS: list[Ask] = [{"pattern": p, "sparsity": s} for p, s in (("channels", 0.25), ("channels", 0.5), ("kv-groups", None), ("structured", 0.25))]
 PERMUTED: list[Ask] = [{"quality": q, "permute": True} for q in ("balanced", "max")]
 WIDTH = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
 FFN = {"num_key_value_heads": 2, "intermediate_size": 128}
@@ -50,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", nargs="*", default=["2:4"], help="N:M patterns")
     parser.add_argument("--seeds", type=int, default=1, help="calibration draws; the first is the first windows of the text")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--structured", action="store_true", help="structured patterns instead")
     parser.add_argument("--families", action="store_true", help="other architectures instead")
     parser.add_argument("--plot", type=Path, help="picture of the ratios, such as quality.svg")
     return parser.parse_args()
@@ -69,7 +75,7 @@ def measure(ask: Ask, data: str, samples: int | None) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "out")
         job = prepare(read_recipe(None, ask | {"samples": 128, "sequence_length": 256, "output": output}))
-        job.evaluation.clear()
+        job = replace(job, data=replace(job.data, evaluation=()))
         began = time.process_time()
         run(job)
         seconds = time.process_time() - began
@@ -78,6 +84,48 @@ def measure(ask: Ask, data: str, samples: int | None) -> tuple[float, float]:
 
 def label(choice: Ask) -> str:
     return (choice.get("method") or choice["quality"]) + (" permuted" if choice.get("permute") else "")
+
+
+def with_biases(model: str, folder: Path) -> str:
+    """A copy of a Llama that has the biases which FLAP needs, of zero: it computes the same."""
+    from transformers import AutoTokenizer
+
+    from llmprune.checkpoint.resolve import open_source
+
+    source = str(open_source(model).folder)
+    plain = AutoModelForCausalLM.from_pretrained(source)
+    config = type(plain.config).from_pretrained(source, attention_bias=True, mlp_bias=True)
+    biased = AutoModelForCausalLM.from_config(config, dtype=plain.dtype)
+    absent = biased.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    for name in absent:
+        biased.get_parameter(name).data.zero_()
+    biased.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def structured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Excess of smaller models, as ratios to FLAP's with bias compensation."""
+    base, data, samples = setting(options.assets)
+    dense = math.log(llmprune.evaluate(str(base["model"]), data, window=256, samples=samples)[0].value)
+    print(f"| | pattern | perplexity | excess | to {FLAP} |\n|---|---|---|---|---|")
+    ratios: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        text = {} if options.assets else {"calibration": "bundled-calibration"}
+        biased = base | text | {"model": with_biases(str(base["model"]), Path(folder) / "biased")}
+        for cut in CUTS:
+            where = dict(cut) if cut["sparsity"] else cut | {"sparsity": 0.25 if options.assets else 0.5}  # one group of four, or of two
+            found = {}
+            for choice in STRUCTURED:
+                own = biased if choice.get("method") == FLAP else base
+                uniform = {"uniform": True} if choice.get("method") and where["pattern"] == "structured" else {}
+                draws: list[Ask] = [{"shuffle": seed > 0, "seed": seed} for seed in range(options.seeds)]
+                found[label(choice)] = statistics.mean(measure(own | where | choice | uniform | draw, data, samples)[0] for draw in draws) - dense
+                name, excess = label(choice), found[label(choice)]
+                place = f"{where['pattern']} {where['sparsity']}"
+                ratios.setdefault(place, {})[name] = excess / found[FLAP]
+                print(f"| {name} | {place} | {math.exp(dense + excess):.2f} | {excess:.3f} | {excess / found[FLAP]:.3f} |", flush=True)
+    return ratios
 
 
 def perplexities(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -158,7 +206,7 @@ def draw(ratios: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    ratios = families(options) if options.families else perplexities(options)
+    ratios = (families if options.families else structured if options.structured else perplexities)(options)
     if options.plot:
         draw(ratios, options.plot)
 
