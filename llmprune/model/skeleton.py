@@ -17,7 +17,10 @@ from llmprune.model.blocks import find_blocks
 # Keys of config.json that could make transformers fetch or choose code: never followed.
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # How layers of different sizes are stored (structured/export.py); the sizes are followed, the code beside them is not.
+MODULE = "modeling_pruned"
 OWN_SIZES = "per_layer_config"
+# Without it plain loading stops at the first reading of a size that differs. But configs check their head count against the hidden size
+# when they are read, whoever reads them; heads of another number stop plain loading by their shapes.
 READABLE = "allow_global_per_layer_attribute_access"
 MAX_LAYERS = 2_000
 # What transformers raises when a config makes no model.
@@ -40,8 +43,10 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
     try:
-        own = {int(i): dict(sizes) for i, sizes in (config.get(OWN_SIZES) or {}).items()}
-        left_out = (*NOT_FOLLOWED, OWN_SIZES, READABLE)
+        # other models store sizes by layer too, and read them by themselves
+        pruned = str((config.get("auto_map") or {}).get("AutoModelForCausalLM")).startswith(f"{MODULE}.")
+        own = {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
+        left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if pruned else ()))
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmprune.errors import RequestError
 from llmprune.model.families import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
+from llmprune.model.skeleton import MODULE, READABLE
 from llmprune.structured.layers import fewer_layers
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space, required
@@ -23,10 +24,6 @@ RENAMING = """from transformers.conversion_mapping import get_checkpoint_convers
 
 register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
 """
-# Without it plain loading stops at the first reading of a size that differs. But configs check their head count against the hidden size
-# when they are read, whoever reads them; heads of another number stop plain loading by their shapes.
-READABLE = "allow_global_per_layer_attribute_access"
-MODULE = "modeling_pruned"
 NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
 CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
 
