@@ -261,7 +261,9 @@ def contents(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
     report = json.loads((folder / "llmprune.json").read_text())
     del report["timings"]
-    return found | {"llmprune.json": report}
+    page, sections = re.subn(r'<section id="timings">.*?</section>', "", (folder / "report.html").read_text(), flags=re.DOTALL)
+    assert sections == 1
+    return found | {"llmprune.json": report, "report.html": page}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ FLOORS = [
     {"engine"},
     {"shares", "experts", "depth"},
     {"trials"},
-    {"recipe", "report", "preflight", "smaller", "refusals", "hub"},  # a report can push its output
+    {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
     {"job", "benchmark"},
     {"sweep"},
     {"cli", "api", "__init__", "__main__"},
