@@ -21,22 +21,9 @@ from llmprune.evaluation.harness import TaskResult, find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.evaluation.worker import Task
 from llmprune.evaluation.worker import load as load_whole
+from llmprune.gather import DEFAULT_SAMPLES, default_length, given_windows
 from llmprune.hub import check_destination
-from llmprune.job import (
-    DEFAULT_SAMPLES,
-    Progress,
-    default_length,
-    describe,
-    given_windows,
-    open_stream,
-    planned,
-    polish_to_json,
-    prepare,
-    quiet,
-    run,
-    with_budget,
-    with_latency,
-)
+from llmprune.job import Progress, describe, open_stream, planned, polish_to_json, prepare, quiet, run, with_budget, with_latency
 from llmprune.methods import COARSE
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters

@@ -14,23 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import llmprune
 from llmprune import heap, shares
 from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
-from llmprune.checkpoint.resolve import is_bundled, open_source
+from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import SIZES, Source
 from llmprune.data.store import load_windows, save_windows
-from llmprune.data.windows import RunData, Windows, read_windows
+from llmprune.data.windows import RunData, Windows
 from llmprune.depth import layers_to_drop
 from llmprune.engine import prune, selected
 from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
+from llmprune.gather import gather_windows
 from llmprune.gradients import LossGradients
 from llmprune.latency import sparsity_for
 from llmprune.methods import COARSE
@@ -38,7 +38,6 @@ from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
-    check_length,
     check_matrices,
     check_output,
     check_outside,
@@ -54,17 +53,12 @@ from llmprune.report.page import page
 from llmprune.report.result import Measured, Report, block_from_json, block_to_json
 from llmprune.reshaped import Reshaped
 from llmprune.shares import Ratios, dense_gradients, needs_of
-from llmprune.smaller import coarse_blocks, save_smaller
+from llmprune.smaller import Smaller, coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
 from llmprune.structured.structure import Structure, structure_of
 from llmprune.trials import Decision, Step, choose, decide
 from llmprune.types import BlockReport, Plan, Polished
 from llmprune.whole import WholeStream
-
-DEFAULT_SAMPLES = 128
-DEFAULT_LENGTH = 2048
-BUNDLED_LENGTH = 256
-HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 Progress = Callable[[str, int, int], None]
 
@@ -221,58 +215,11 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
         return WholeStream(source, dtype, device)
 
 
-def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, given: Tensor | None) -> RunData:
-    """The windows of a run, as the recipe and its defaults say."""
-    length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
-    check_length(length, stream.skeleton.config)
-    if given is not None and not recipe.eval:
-        return given_windows(recipe, given)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    evaluation = tuple(read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe))
-    if given is not None:
-        return replace(given_windows(recipe, given), evaluation=evaluation)
-    samples = recipe.samples or DEFAULT_SAMPLES
-    spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
-    windows = read_windows(spec, "calibration", tokenizer, length, samples + 2 * HELD_BACK, recipe.seed)
-    if recipe.shuffle:
-        windows = windows.shuffled(recipe.seed)
-    have = len(windows.ids_NL)
-    if recipe.samples and have < recipe.samples:
-        raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
-    held = None
-    if recipe.makes_trials:
-        windows, held = windows.held_back(HELD_BACK)
-        have = len(windows.ids_NL)
-    if not evaluation:
-        spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
-        samples = min(samples, have - min(spare, HELD_BACK))
-        evaluation = (windows.after(samples).first(HELD_BACK),) if have > samples else ()
-    return RunData(windows.first(samples), evaluation, held)
-
-
-def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:
-    windows, held = Windows(ids_NL.cpu(), "given token ids", "all"), None
-    if recipe.makes_trials:
-        windows, held = windows.held_back(HELD_BACK)
-    return RunData(windows, (), held)
-
-
-def evaluation_sets(recipe: Recipe) -> list[str]:
-    return recipe.eval or (["bundled-evaluation"] if is_bundled(recipe.model) else [])
-
-
-def default_length(model: str, config: Any) -> int:
-    if is_bundled(model):
-        return BUNDLED_LENGTH
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
-    return min(DEFAULT_LENGTH, positions)
-
-
 def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
     heap.steady()
-    data, ids_NL = job.data, job.data.calibration.ids_NL
+    data = job.data
     job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
@@ -280,71 +227,32 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         save_windows(journal.folder, data)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
-        finished, polish = finished_parts(journal, sink, len(job.matrices))
         job.stream.scratch = journal.folder
         dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, partial(progress, "perplexity, dense"))
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
-        gradients = None
-        if len(finished) < len(job.matrices):
-            gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
-        decision = decided(job, journal, gradients, progress)
-        plan = replace(job.plan, sparsity=decision.sparsity)
-        job.stream.write_to(sink)
-        progress("prune", len(finished), len(job.matrices))
-
-        def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
-            if not job.stream.resumable:
-                return progress("prune", index + 1, len(job.matrices))
-            record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
-            journal.write(f"block-{index:05d}", record)
-            progress("prune", index + 1, len(job.matrices))
-
-        def on_polish(done: Polished, hashes: dict[str, str]) -> None:
-            nonlocal polish
-            polish = polish_to_json(done, job.stream)
-            if job.stream.resumable:
-                journal.write("polished", {"report": polish, "hashes": hashes})
-
-        blocks = list(finished.values())
-        structure = plan.pattern if isinstance(plan.pattern, Structure) else None
-        shown = Reshaped(job.stream, structure) if structure else None
-        if shown is not None and structure is not None and structure.name in COARSE:
-            criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
-            layers = journal.read("layers"), partial(journal.write, "layers")
-            blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
-        elif len(finished) < len(job.matrices) or (job.plan.polish_steps and not polish):
-            steps = partial(progress, "polish")
-            blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
-        now = shown or job.stream
-        found = tuple(Measured(d.perplexity, *pruned_pass(d, now, partial(progress, "perplexity, pruned"))) for d in dense)
-        pruned_text = sample.written(now, prompt)
-        smaller = None
-        gone = any(row.gone for block in blocks for row in block.rows)
-        if gone and shown is not None and structure is not None and isinstance(job.stream, CheckpointStream):
-            smaller = save_smaller(job.stream, shown, structure, blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
-        else:
-            job.stream.finish()
-            sink.finish()
-        folder = journal.smaller if smaller else journal.weights
+        done = prune_job(job, journal, sink, progress)
+        found = tuple(Measured(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
+        pruned_text = sample.written(done.now, prompt)
+        folder, smaller = saved(job, journal, sink, done)
         report = Report(
             recipe=job.recipe.resolved(),
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
             calibration=describe(data.calibration),
-            blocks=tuple(blocks),
+            blocks=done.blocks,
             perplexity=found,
             parameters=count_parameters(job.stream.skeleton),
             environment=environment(job.stream),
             output=job.output,
-            polish=polish,
-            asked=decision.sparsity,
-            reasons=decision.ratios.reasons,
-            tried=decision.ratios.tried,
-            frontier=tuple(asdict(step) for step in decision.frontier),
+            polish=done.polish,
+            asked=done.decision.sparsity,
+            reasons=done.decision.ratios.reasons,
+            tried=done.decision.ratios.tried,
+            frontier=tuple(asdict(step) for step in done.decision.frontier),
             smaller=smaller.to_json() if smaller else None,
             files=hashes_of(folder),
             sample=sample.to_json(prompt, dense_text, pruned_text),
-            timings={"seconds": perf_counter() - began, "resumed_blocks": len(finished), "peak_memory": peak_resident()},
+            timings={"seconds": perf_counter() - began, "resumed_blocks": done.resumed, "peak_memory": peak_resident()},
         )
         write_card(folder, report, job.recipe, job.source)
         written = to_json(report.to_json())
@@ -354,6 +262,68 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         return report
     finally:
         journal.close()
+
+
+@dataclass(frozen=True)
+class Done:
+    """A pruned model on its way to the disk. now: the stream as it shows the model; structure: what was cut, if a structured pattern did it."""
+
+    blocks: tuple[BlockReport, ...]
+    polish: dict[str, Any] | None
+    decision: Decision
+    now: Stream
+    structure: Structure | None
+    resumed: int  # blocks that an earlier process had finished
+
+
+def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Done:
+    """Prune what an interrupted run has not finished, with a record of every block."""
+    ids_NL = job.data.calibration.ids_NL
+    finished, polish = finished_parts(journal, sink, len(job.matrices))
+    gradients = None
+    if len(finished) < len(job.matrices):
+        gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
+    decision = decided(job, journal, gradients, progress)
+    plan = replace(job.plan, sparsity=decision.sparsity)
+    job.stream.write_to(sink)
+    progress("prune", len(finished), len(job.matrices))
+
+    def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
+        if not job.stream.resumable:
+            return progress("prune", index + 1, len(job.matrices))
+        record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
+        journal.write(f"block-{index:05d}", record)
+        progress("prune", index + 1, len(job.matrices))
+
+    def on_polish(done: Polished, hashes: dict[str, str]) -> None:
+        nonlocal polish
+        polish = polish_to_json(done, job.stream)
+        if job.stream.resumable:
+            journal.write("polished", {"report": polish, "hashes": hashes})
+
+    blocks = list(finished.values())
+    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    shown = Reshaped(job.stream, structure) if structure else None
+    if shown is not None and structure is not None and structure.name in COARSE:
+        criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
+        layers = journal.read("layers"), partial(journal.write, "layers")
+        blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
+    elif len(finished) < len(job.matrices) or (plan.polish_steps and not polish):
+        steps = partial(progress, "polish")
+        blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)
+    return Done(tuple(blocks), polish, decision, shown or job.stream, structure, len(finished))
+
+
+def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Smaller | None]:
+    """(the folder of the finished checkpoint, what has become of it if units have been cut out)."""
+    gone = any(row.gone for block in done.blocks for row in block.rows)
+    if gone and done.structure is not None and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
+        ids_NL = job.data.calibration.ids_NL
+        smaller = save_smaller(job.stream, done.now, done.structure, done.blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
+        return journal.smaller, smaller
+    job.stream.finish()
+    sink.finish()
+    return journal.weights, None
 
 
 def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:

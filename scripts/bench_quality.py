@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
+from llmprune.errors import LlmpruneError
 from llmprune.job import prepare, run
 from llmprune.recipe import read_recipe
 
@@ -108,7 +109,7 @@ def structured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Excess of smaller models, as ratios to FLAP's with bias compensation."""
     base, data, samples = setting(options.assets)
     dense = math.log(llmprune.evaluate(str(base["model"]), data, window=256, samples=samples)[0].value)
-    print(f"| | pattern | perplexity | excess | to {FLAP} |\n|---|---|---|---|---|")
+    print(f"| | pattern | perplexity | excess | to {FLAP}, or the first |\n|---|---|---|---|---|")
     ratios: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         text = {} if options.assets else {"calibration": "bundled-calibration"}
@@ -120,11 +121,16 @@ def structured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 own = biased if choice.get("method") == FLAP else base
                 uniform = {"uniform": True} if choice.get("method") and where["pattern"] == "structured" else {}
                 draws: list[Ask] = [{"shuffle": seed > 0, "seed": seed} for seed in range(options.seeds)]
-                found[label(choice)] = statistics.mean(measure(own | where | choice | uniform | draw, data, samples)[0] for draw in draws) - dense
-                name, excess = label(choice), found[label(choice)]
-                place = f"{where['pattern']} {where['sparsity']}"
-                ratios.setdefault(place, {})[name] = excess / found[FLAP]
-                print(f"| {name} | {place} | {math.exp(dense + excess):.2f} | {excess:.3f} | {excess / found[FLAP]:.3f} |", flush=True)
+                name, place = label(choice), f"{where['pattern']} {where['sparsity']}"
+                try:
+                    excess = statistics.mean(measure(own | where | choice | uniform | draw, data, samples)[0] for draw in draws) - dense
+                except LlmpruneError as error:  # biases keep a Llama from being saved with any number of heads
+                    print(f"| {name} | {place} | {error.message} | | |")
+                    continue
+                reference = found.get(FLAP) or found.setdefault("first", excess)
+                ratios.setdefault(place, {})[name] = excess / reference
+                found[name] = excess
+                print(f"| {name} | {place} | {math.exp(dense + excess):.2f} | {excess:.3f} | {excess / reference:.3f} |", flush=True)
     return ratios
 
 

@@ -22,7 +22,8 @@ FLOORS = [
     {"shares", "experts", "depth"},
     {"trials"},
     {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
-    {"job", "benchmark"},
+    {"gather", "benchmark"},
+    {"job"},
     {"sweep"},
     {"cli", "api", "__init__", "__main__"},
 ]
