@@ -25,7 +25,9 @@ FLOORS = [
     {"gather", "benchmark"},
     {"job"},
     {"sweep"},
-    {"cli", "api", "__init__", "__main__"},
+    {"console", "api"},
+    {"commands"},
+    {"cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
