@@ -36,12 +36,11 @@ from llmprune.methods import (
     split_solver,
 )
 from llmprune.reading import read_count, read_share, read_toml
-from llmprune.refusals import check_structured, check_units, refuse_structured
+from llmprune.refusals import BUDGETS, check_budget, check_groups, check_structured, check_units, refuse_structured
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
-BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
 
@@ -218,7 +217,7 @@ class Recipe(BaseModel):
     def checked(self) -> Recipe:
         """Self, when the fields agree with each other; RequestError otherwise."""
         if self.structured:
-            self._check_budget("add --sparsity 0.25: the share of the pattern's own parameters that goes")
+            check_budget(self, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
             self._refuse_group()
             check_structured(self)
             self._check_names()
@@ -232,45 +231,16 @@ class Recipe(BaseModel):
                 if self.pattern not in LINES:
                     parse_block(self.pattern)
                 self._refuse_group()
-            self._check_budget("add --sparsity 0.5, or --pattern 2:4")
+            check_budget(self, "add --sparsity 0.5, or --pattern 2:4")
             if self.permute:
                 raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
         else:
-            self._check_groups()
+            check_groups(self)
             self._refuse_group()
         self._check_names()
         self._check_allocation()
         self._check_parts()
         return self
-
-    def _check_budget(self, hint: str) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if not given:
-            raise RequestError("no sparsity", hint)
-        if len(given) > 1:
-            raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
-        if self.max_ppl_increase is not None and self.allocation in TRIED:
-            raise RequestError(f"max_ppl_increase with allocation {self.allocation!r}, which makes trials of its own", "take fisher or uniform")
-
-    def _check_groups(self) -> None:
-        if self.mixed:
-            self._check_budget(f"{self.pattern} is the sparsest pattern of a matrix: say how much goes in all, such as --sparsity {self.most / 2:g}")
-            if self.sparsity is not None and self.sparsity >= self.most:
-                raise RequestError(
-                    f"pattern {self.pattern} mixed by allocation {self.allocation!r} at sparsity {self.sparsity:g}",
-                    f"{self.pattern} is the sparsest pattern of a matrix: ask for less than {self.most:g} in all, or leave --allocation out",
-                )
-            return
-        others = [name for name in BUDGETS[1:] if getattr(self, name) is not None]
-        if others:
-            raise RequestError(
-                f"{others[0]} with pattern {self.pattern}, which fixes the ratio", "add --allocation fisher to mix it with denser ones"
-            )
-        if self.sparsity is not None and abs(self.sparsity - self.most) > 1e-9:
-            raise RequestError(
-                f"pattern {self.pattern} means sparsity {self.most:g}, not {self.sparsity:g}",
-                "leave one of them out, or add --allocation fisher to mix it with denser ones",
-            )
 
     def _refuse_group(self) -> None:
         if self.group is not None:

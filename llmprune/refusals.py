@@ -1,14 +1,47 @@
-"""What a recipe cannot ask for together with a structured pattern, and what only such a pattern has a use for."""
+"""What a recipe cannot ask for together: budgets, N:M and structured patterns."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from llmprune.errors import RequestError
-from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, UNITS_ONLY, check_name
+from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
+
+BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
+
+
+def check_budget(recipe: Recipe, hint: str) -> None:
+    """Raises RequestError unless just one budget is given."""
+    given = [name for name in BUDGETS if getattr(recipe, name) is not None]
+    if not given:
+        raise RequestError("no sparsity", hint)
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
+    if recipe.max_ppl_increase is not None and recipe.allocation in TRIED:
+        raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials of its own", "take fisher or uniform")
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raises RequestError for a budget that N:M contradicts."""
+    if recipe.mixed:
+        check_budget(recipe, f"{recipe.pattern} is the sparsest pattern of a matrix: say how much goes in all, as in --sparsity {recipe.most / 2:g}")
+        if recipe.sparsity is not None and recipe.sparsity >= recipe.most:
+            raise RequestError(
+                f"pattern {recipe.pattern} mixed by allocation {recipe.allocation!r} at sparsity {recipe.sparsity:g}",
+                f"{recipe.pattern} is the sparsest pattern of a matrix: ask for less than {recipe.most:g} in all, or leave --allocation out",
+            )
+        return
+    others = [name for name in BUDGETS[1:] if getattr(recipe, name) is not None]
+    if others:
+        raise RequestError(f"{others[0]} with pattern {recipe.pattern}, which fixes the ratio", "add --allocation fisher to mix it with denser ones")
+    if recipe.sparsity is not None and abs(recipe.sparsity - recipe.most) > 1e-9:
+        raise RequestError(
+            f"pattern {recipe.pattern} means sparsity {recipe.most:g}, not {recipe.sparsity:g}",
+            "leave one of them out, or add --allocation fisher to mix it with denser ones",
+        )
 
 
 def check_structured(recipe: Recipe) -> None:
