@@ -41,6 +41,7 @@ from llmprune.refusals import BUDGETS, check_budget, check_groups, check_structu
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
+STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
 
@@ -308,7 +309,7 @@ class Recipe(BaseModel):
             pattern=structure or build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
-            allocation=build("allocation", parts.allocation, **({"ratios": tuple(self.ratios.items())} if self.ratios else {})),
+            allocation=build("allocation", parts.allocation, **self._allocation_options()),
             sparsity=self.most if self.ratio is None else self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
@@ -317,6 +318,11 @@ class Recipe(BaseModel):
             accept_damage=self.accept_damage,
             mean_bias=parts.mean_bias,
         )
+
+    def _allocation_options(self) -> dict[str, Any]:
+        if self.structured and self.parts.allocation == "auto":
+            return {"starts": STRUCTURED_STARTS}
+        return {"ratios": tuple(self.ratios.items())} if self.ratios else {}
 
     @property
     def default_output(self) -> str:
