@@ -37,7 +37,7 @@ def report_of(recipe: Recipe, source: Source, *values: Perplexity) -> Report:
         source={"name": source.name, "revision": source.revision, "files": {}},
         calibration={"dataset": "c4", "split": "train", "windows": 128, "window": 2048},
         blocks=(),
-        perplexity=tuple(Measured(v, v) for v in values),
+        perplexity=tuple(Measured(v, v, None) for v in values),
         parameters=1000,
         asked=0.5,
         environment={},
