@@ -30,11 +30,13 @@ def sparsity_for(stream: Reshaped, ids_NL: Tensor, ratio: float, progress: Calla
     """The least sparsity whose time is at most ``ratio`` of the dense model's. Raises RequestError where no sparsity reaches it."""
     timer = Timer(stream, ids_NL[:1])
     layers = len(stream.names)
-    if stream.structure.name == "layers":
-        return next((n / layers for n in range(1, layers) if timer.ratio(n / layers) <= ratio), MOST)
-    low, high, least = 0.0, MOST, timer.ratio(MOST)
+    most = 1 - 1 / layers if stream.structure.name == "layers" else MOST
+    least = timer.ratio(most)
     if least > ratio:
         raise RequestError(f"target_latency_ratio {ratio:g}: {least:.3g} is the least that {stream.structure.name} reach here", "ask for more")
+    if stream.structure.name == "layers":
+        return next((n / layers for n in range(1, layers) if timer.ratio(n / layers) <= ratio), most)
+    low, high = 0.0, MOST
     for step in range(STEPS):
         guess = (low + high) / 2
         low, high = (low, guess) if timer.ratio(guess) <= ratio else (guess, high)

@@ -186,9 +186,14 @@ def test_every_recipe_runs(cli, small, recipe):
     ran = cli("--recipe", recipe, "--output", "out", *small)
     assert ran.code == 0, ran.err
     report = json.loads(Path("out/llmprune.json").read_text())
+    if report["smaller"] is not None:
+        model = AutoModelForCausalLM.from_pretrained("out")
+        assert sum(p.numel() for p in model.parameters()) == report["smaller"]["parameters"] < report["sparsity"]["parameters"]
+        return
     for row in (row for block in report["blocks"] for row in block["rows"]):
         assert row["zeros"] == round(row["asked"] * row["rows"] * row["columns"])
-    assert report["sparsity"]["pruned_matrices"] == pytest.approx(report["sparsity"]["asked"], abs=1e-4)
+    mixed = "2of4-40" in recipe.stem  # whole matrices of one pattern: a little less than was asked for
+    assert report["sparsity"]["pruned_matrices"] == pytest.approx(report["sparsity"]["asked"], abs=0.01 if mixed else 1e-4)
 
 
 def test_flags_go_on_top_of_the_recipe(cli, small):

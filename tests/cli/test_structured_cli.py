@@ -54,3 +54,27 @@ def test_a_dry_run_and_the_list_of_methods_know_structured_patterns(cli):
     ran = cli("methods")
     assert "--pattern channels" in ran.out
     assert "block_obs" in ran.out
+
+
+def test_a_budget_of_time_is_measured_here(cli, small):
+    ran = cli("--model", "llama", "--pattern", "channels", "--target-latency-ratio", "0.8", "--output", "out", *small)
+    assert ran.code == 0, ran.err
+    stored = json.loads(Path("out/llmprune.json").read_text())
+    assert 0 < stored["sparsity"]["asked"] < 0.95
+    assert stored["smaller"]["parameters"] < stored["sparsity"]["parameters"]
+    assert stored["recipe"]["target_latency_ratio"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--target-latency-ratio", "0.8"), "target_latency_ratio with pattern unstructured: zeros take as long as others"),
+        (("--pattern", "channels", "--target-latency-ratio", "1.2"), "target_latency_ratio 1.2: "),
+        (("--pattern", "channels", "--target-latency-ratio", "0.8", "--sparsity", "0.5"), "sparsity together with target_latency_ratio"),
+        (("--pattern", "experts", "--target-latency-ratio", "0.8"), "a token goes through as many as before"),
+    ],
+)
+def test_budgets_of_time_that_make_no_sense(cli, words, says):
+    ran = cli("--model", "llama", *words)
+    assert ran.code == 2
+    assert says in ran.err
