@@ -102,7 +102,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         structure = plan.pattern if isinstance(plan.pattern, Structure) else None
         shown = Reshaped(stream, structure) if structure else None
         if shown is not None and structure is not None and structure.name in COARSE:
-            blocks = coarse_blocks(shown, structure, plan, ids_NL, recipe.parts.criterion, decision.ratios.asked)
+            blocks = coarse_blocks(shown, structure, plan, matrices, ids_NL, recipe.parts.criterion, decision.ratios.asked, gradients)
         else:
             blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, decision.ratios.asked, on_polish=on_polish)
     smaller = None

@@ -34,7 +34,7 @@ from llmprune.gather import gather_windows
 from llmprune.gradients import LossGradients
 from llmprune.latency import sparsity_for
 from llmprune.methods import COARSE
-from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.model.skeleton import count_parameters
 from llmprune.preflight import (
     check_ids,
@@ -177,7 +177,10 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         exact=recipe.sparsity is not None and recipe.pattern != "structured",
         padded=recipe.pad,
     )
-    readers = {i: structure.readers(i, block) for i, block in enumerate(stream.walk.blocks)}
+    touched = structure.repaired if structure.outer else structure.readers
+    readers = {i: touched(i, block) for i, block in enumerate(stream.walk.blocks)}
+    if structure.outer:
+        readers[len(stream.names)] = block_matrices(stream.walk.head) if stream.walk.head_free else []
     return recipe.plan(structure), readers
 
 
@@ -306,8 +309,8 @@ def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Don
     shown = Reshaped(job.stream, structure) if structure else None
     if shown is not None and structure is not None and structure.name in COARSE:
         criterion, asked = job.recipe.parts.criterion, decision.ratios.asked
-        layers = journal.read("layers"), partial(journal.write, "layers")
-        blocks = coarse_blocks(shown, structure, plan, ids_NL, criterion, asked, finished, on_block, layers, partial(progress, "layers"))
+        choice, steps = (journal.read("choice"), partial(journal.write, "choice")), partial(progress, structure.name)
+        blocks = coarse_blocks(shown, structure, plan, job.matrices, ids_NL, criterion, asked, gradients, finished, on_block, choice, steps)
     elif len(finished) < len(job.matrices) or (plan.polish_steps and not polish):
         steps = partial(progress, "polish")
         blocks = prune(job.stream, ids_NL, plan, job.matrices, gradients, decision.ratios.asked, None, finished, on_block, on_polish, steps)

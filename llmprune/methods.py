@@ -58,11 +58,12 @@ STRUCTURED_PATTERNS = {
     "kernel": "short convolutions with their inner channels (Mamba) or key heads (Qwen3-Next); of the mixer",
     "layers": "whole layers, those without which predictions change least (or --criterion block_influence)",
     "experts": "experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
+    "hidden": "residual channels, from every block, the embeddings and the head; of all that they hold",
     "structured": "channels and KV groups (or heads) under one budget of parameters; of attention and FFN",
 }
 STRUCTURED = tuple(STRUCTURED_PATTERNS)
 LINES = ("row", "column")  # of one matrix, zeroed
-COARSE = ("layers", "experts")
+COARSE = ("layers", "experts", "hidden")  # chosen for the whole model, or by measures of their own
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
     "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="auto"),
@@ -77,6 +78,7 @@ STRUCTURED_METHODS = {
 }
 UNITS_ONLY = ("taylor", "block_obs")  # a criterion and a solver that know whole columns alone
 STRUCTURED_SOLVERS = ("mask_only", "refit", "admm", "block_obs", "reconstruct")
+WIDTH_CRITERION = "wanda"
 LAYER_CRITERIA = ("measured", "block_influence")
 EXPERT_CRITERIA = ("routed_norm",)
 DEFAULT_QUALITY = "balanced"

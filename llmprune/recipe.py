@@ -24,6 +24,7 @@ from llmprune.methods import (
     STRUCTURED_METHODS,
     STRUCTURED_QUALITIES,
     TRIED,
+    WIDTH_CRITERION,
     Group,
     Method,
     build,
@@ -188,9 +189,9 @@ class Recipe(BaseModel):
     def parts(self) -> Method:
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
         if self.pattern in COARSE:
-            known = LAYER_CRITERIA if self.pattern == "layers" else EXPERT_CRITERIA
-            repaired = self.pattern == "layers" and self.target != "symmetric"
-            return Method(self.criterion or known[0], "mask_only", "matrix", asymmetric=repaired)
+            default = {"layers": LAYER_CRITERIA[0], "experts": EXPERT_CRITERIA[0], "hidden": WIDTH_CRITERION}[self.pattern]
+            repaired = self.pattern != "experts" and self.target != "symmetric"
+            return Method(self.criterion or default, "mask_only", "matrix", asymmetric=repaired)
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
@@ -305,7 +306,7 @@ class Recipe(BaseModel):
         parts = self.parts
         solver, reconstruct = split_solver(parts.solver)
         return Plan(
-            criterion=build("criteria", parts.criterion) if parts.criterion and self.pattern not in COARSE else None,
+            criterion=build("criteria", parts.criterion) if parts.criterion and (self.pattern == "hidden" or self.pattern not in COARSE) else None,
             pattern=structure or build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmprune.errors import RequestError
-from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name
+from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name, names
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -55,14 +55,19 @@ def check_structured(recipe: Recipe) -> None:
         raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
     if pattern == "experts" and recipe.target_latency_ratio is not None:
         raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
+    if pattern == "hidden":
+        for name in ("target_latency_ratio", "skip", "only"):
+            if getattr(recipe, name) is not None:
+                raise RequestError(f"{name} with pattern hidden: every matrix reads or writes the residual channels", f"leave {name} out")
     if pattern in COARSE:
         if pattern == "experts" and recipe.target == "asymmetric":
             raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
-        for name in ("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "round_to", "pad"):
+        for name in ("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "pad", *(() if pattern == "hidden" else ("round_to",))):
             if getattr(recipe, name):
-                raise RequestError(f"{name} with pattern {pattern}, which lets whole {pattern} go", f"leave {name} out")
+                raise RequestError(f"{name} with pattern {pattern}, which decides for the whole model", f"leave {name} out")
         if recipe.criterion is not None:
-            check_name("criterion", recipe.criterion, list(LAYER_CRITERIA if pattern == "layers" else EXPERT_CRITERIA))
+            known = {"layers": LAYER_CRITERIA, "experts": EXPERT_CRITERIA}.get(pattern) or names("criteria")
+            check_name("criterion", recipe.criterion, list(known))
     elif recipe.pad and recipe.one_size:
         raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
 

@@ -66,7 +66,7 @@ def print_report(report: Report, console: Console) -> None:
 def print_smaller(report: Report, console: Console) -> None:
     """What was saved, and what loading it again has shown."""
     found = report.smaller or {}
-    layers = f", {len(found['layers'])} of {len(report.blocks)} layers" if len(found["layers"]) < len(report.blocks) else ""
+    layers = f", {len(found['layers'])} of {len(report.blocks)} layers" if found["pattern"] == "layers" else ""
     console.print(f"smaller model: {found['parameters']:,} of {report.parameters:,} parameters{layers}, {found['bytes']:,} bytes of weights")
     if found["difference"] is not None:
         console.print(f"loaded again by transformers: logits within {found['difference']:.2g} of the pruned model's", soft_wrap=True)

@@ -19,35 +19,46 @@ from llmprune.checkpoint.source import DTYPES, INDEX
 from llmprune.errors import ConversionError
 from llmprune.structured.export import Export
 from llmprune.structured.slicing import Keeps, slice_parameters
-from llmprune.structured.spaces import Space
+from llmprune.structured.spaces import Space, tensors_of
 
+OuterOf = Callable[[], AbstractContextManager[None]]
 BlockOf = Callable[[int], AbstractContextManager[nn.Module]]
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Cutter:
-    """Cuts the blocks of a checkpoint and names what is left of them. keeps: of each block; kept: the blocks that stay."""
+    """Cuts the blocks of a checkpoint and names what is left of them. keeps: of each block; kept: the blocks that stay; outer: the space of the
+    residual channels outside the blocks, where those are cut.
+    """
 
-    def __init__(self, loader: Loader, path: str, spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps], kept: Sequence[int]) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        path: str,
+        spaces: Sequence[Sequence[Space]],
+        keeps: Sequence[Keeps],
+        kept: Sequence[int],
+        outer: Space | None = None,
+    ) -> None:
         self.loader = loader
         self.path = path
         self.spaces = spaces
         self.keeps = keeps
         self.kept = kept
+        self.outer = outer
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes all the same."""
-        entries = self.loader.source.tensors
-        found = {key: Shape(entries[key].dtype, entries[key].shape) for key in self.loader.outer_keys}
+        found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside().items()}
         for new, old in enumerate(self.kept):
             block = self.loader.skeleton.get_submodule(f"{self.path}.{old}")
             found |= {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.tensors(new, block).items()}
         return found
 
-    def fill(self, shards: Shards, block_of: BlockOf) -> None:
+    def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
         """Write every tensor, with one block in memory at a time."""
-        for key in self.loader.outer_keys:
-            shards.put(self.loader.source.read_many([key]))
+        with outer_of():
+            shards.put({key: tensor.cpu() for key, tensor in self.outside().items()})
         for new, old in enumerate(self.kept):
             with block_of(old) as block:
                 shards.put({key: tensor.cpu() for key, tensor in self.tensors(new, block).items()})
@@ -69,6 +80,18 @@ class Cutter:
                 merged[f"{self.path}.{new}.{name}"] = tensor.to(dtype)
         return plain | (self._reverted(merged) if merged else {})
 
+    def outside(self) -> dict[str, Tensor]:
+        """What is left outside the blocks, as checkpoint tensors in their stored dtype."""
+        space, model, found = self.outer, self.loader.skeleton, {}
+        cut: dict[str, Tensor] = {}
+        if space is not None:
+            cut = slice_parameters(model, [space], self.keeps[0], [axis.parameter for axis in space.axes])
+        for key in self.loader.outer_keys:
+            name = self.loader.parameter_of[key]
+            name = self.loader.tied.get(name, name)
+            found[key] = (cut[name] if name in cut else tensors_of(model)[name].detach()).to(DTYPES[self.loader.source.tensors[key].dtype])
+        return found
+
     def _reverted(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor.contiguous() for key, tensor in revert(self.loader.skeleton, merged).items()}
 
@@ -80,10 +103,10 @@ class Cutter:
         return changed
 
 
-def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: BlockOf) -> int:
+def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: BlockOf, outer_of: OuterOf) -> int:
     """The whole smaller checkpoint in an empty folder; bytes of its weight files."""
     shards = Shards(folder, cutter.shapes())
-    cutter.fill(shards, block_of)
+    cutter.fill(shards, block_of, outer_of)
     write_whole(folder / "config.json", to_json(exported.config))
     for name, text in exported.files.items():
         write_whole(folder / name, text.encode())

@@ -72,7 +72,7 @@ def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
     if family is None:
         return f"{config.model_type}: no table of its structure; there is one for {', '.join(sorted(TABLES))}"
     reason = _reason(family, pattern)
-    works = " and ".join(p for p in PATTERNS if p != "hidden" and _reason(family, p) is None)  # no run cuts the width yet
+    works = " and ".join(p for p in PATTERNS if _reason(family, p) is None)
     return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}; it can by {works}"
 
 

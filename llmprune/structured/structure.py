@@ -13,7 +13,7 @@ from llmprune.budget import on_levels
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
-from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, refusal, required, tensors_of
+from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, outer_space, refusal, required, tensors_of
 from llmprune.structured.units import Units
 from llmprune.types import Row
 
@@ -58,6 +58,8 @@ class Structure:
     exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
     padded: bool  # every layer is saved as wide as the widest
     others: tuple[tuple[str, ...], ...]  # of each block, matrices that lose no units, by their names in it
+    outer: Space | None = None  # the residual channels outside the blocks, where the width is cut
+    outside: int = 0  # numbers that they hold there
     unit: int = 1
     tall: int = 1
     local: bool = False
@@ -70,13 +72,15 @@ class Structure:
 
     @property
     def weights(self) -> int:
-        return sum(self.blocks) if self.name == "layers" else sum(self.sizes.values())
+        return sum(self.blocks) if self.name == "layers" else sum(self.sizes.values()) + self.outside
 
     @property
     def described(self) -> str:
         """What may go, counted."""
         if self.name == "layers":
             return f"{len(self.blocks)} layers"
+        if self.outer is not None:
+            return f"{self.outer.units} residual channels"
         counts: dict[str, int] = {}
         for c in self.cut.values():
             counts[c.space.pattern] = counts.get(c.space.pattern, 0) + c.space.units
@@ -106,10 +110,23 @@ class Structure:
         """The units that stay in each block after these rows; spaces that stay whole are left out."""
         found: list[dict[str, Tensor]] = [{} for _ in self.spaces]
         for row in rows:
-            cut = self.cut[row.matrix]
+            cut = self.cut.get(row.matrix)
+            if cut is None:  # outside the blocks
+                continue
             if row.kept is not None and len(row.kept) < cut.space.units:
                 found[cut.block][cut.space.name] = torch.tensor(row.kept)
         return found
+
+    @property
+    def outer_units(self) -> int:
+        """How wide the residual stream is."""
+        assert self.outer is not None
+        return self.outer.units
+
+    def width_at(self, asked: dict[str, float]) -> int:
+        """How many residual channels stay: as many in every block."""
+        (count,) = {round(c.kept(asked[name])) for name, c in self.cut.items()}
+        return count
 
     def told(self, row: Row, keep_RC: Tensor) -> Row:
         """A reader's row with what has become of its units."""
@@ -210,10 +227,17 @@ def structure_of(
         for space in spaces[-1]:
             name = f"{path}.{space.readers[0].matrix if space.readers else space.name}"
             if space.pattern in patterns and takes(name):
-                step = round_to if round_to is not None else 8 if space.pattern in ("channels", "kernel") else 1
+                step = round_to if round_to is not None else 8 if space.pattern in ROUNDED else 1
                 counts, native = (tuple(legal_counts(config, space, step, in_config)) for in_config in (False, True))
                 cut[name] = Cuttable(index, space, space.units * parameters_per_unit(block, space), counts, native)
         others.append(tuple(m.name for m in block_matrices(block) if f"{path}.{m.name}" not in cut and takes(f"{path}.{m.name}")))
     if not cut and pattern != "layers":
         raise RequestError(f"pattern {pattern}: nothing is selected", "check --skip and --only")
-    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded, tuple(others))
+    outer = outer_space(model) if pattern == "hidden" else None
+    outside = parameters_outside(model, outer) if outer else 0
+    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded, tuple(others), outer, outside)
+
+
+def parameters_outside(model: PreTrainedModel, outer: Space) -> int:
+    """How many numbers the residual channels hold outside the blocks."""
+    return sum(model.get_parameter(axis.parameter).numel() for axis in outer.axes)

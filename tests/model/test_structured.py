@@ -29,7 +29,7 @@ from llmprune.structured.live import save_sliced
 from llmprune.structured.spaces import refusal, spaces_of
 
 IDS = tiny_windows(8, 24)
-PATTERNS = ("channels", "heads", "kv-groups", "kernel", "layers", "experts")
+PATTERNS = ("channels", "heads", "kv-groups", "kernel", "layers", "experts", "hidden")
 ROUNDING = 1e-5
 HALF = 0.5
 
@@ -62,7 +62,7 @@ def stored(family: str, folder: Path, **values: Any) -> Any:
 
 
 def cut(folder: Path, pattern: str, sparsity: float | None = HALF, **options: Any) -> Report:
-    options = {"round_to": 1 if pattern in ("channels", "kernel", "structured") else None, "accept_damage": True} | options
+    options = {"round_to": 1 if pattern in ("channels", "kernel", "hidden", "structured") else None, "accept_damage": True} | options
     return llmprune.prune(folder, sparsity, pattern, calibration=IDS, output=str(folder.parent / "out"), **options)
 
 
@@ -70,8 +70,8 @@ def keeps_of(model: Any, report: Report) -> list[dict[str, Tensor]]:
     """What the report says of each block, by the names of its spaces."""
     rows = {row.matrix: row for row in report.rows}
     keeps: list[dict[str, Tensor]] = []
-    for block, path in zip(model.get_submodule(path_of(report)), (b.block for b in report.blocks), strict=True):
-        found = {}
+    for index, block in enumerate(model.get_submodule(path_of(report))):
+        path, found = report.blocks[index].block, {}
         for pattern in report.smaller["patterns"]:
             for space in spaces_of(model.config, 0, block, pattern):
                 row = rows[f"{path}.{space.readers[0].matrix if space.readers else space.name}"]
@@ -94,7 +94,7 @@ MORE = {"llama": {"num_hidden_layers": 4}, "qwen3_moe": {"num_hidden_layers": 4}
 @pytest.mark.parametrize(("family", "pattern"), CASES)
 def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
     dense = stored(family, tmp_path / "model", **MORE.get(family, {}))
-    plain = {"layers": {"target": "symmetric"}, "experts": {}}.get(pattern, {"method": "magnitude"})
+    plain = {"layers": {"target": "symmetric"}, "experts": {}, "hidden": {"target": "symmetric", "criterion": "magnitude"}}.get(pattern, {"method": "magnitude"})
     report = cut(tmp_path / "model", pattern, **plain)
     if pattern != "layers":  # which may differ
         assert report.sparsity == pytest.approx(HALF)
@@ -148,7 +148,7 @@ def test_every_quality_loads_as_it_was_measured(named, tmp_path):
     generates_alike(live.model)
 
 
-@pytest.mark.parametrize(("pattern", "family"), [("layers", "llama"), ("experts", "mixtral"), ("heads", "olmo2")])
+@pytest.mark.parametrize(("pattern", "family"), [("layers", "llama"), ("experts", "mixtral"), ("heads", "olmo2"), ("hidden", "llama"), ("hidden", "gemma2")])
 def test_live_models_are_cut_as_folders_are(pattern, family, tmp_path):
     model = stored(family, tmp_path / "model", **MORE.get(family, {}))
     cut(tmp_path / "model", pattern)
@@ -209,6 +209,8 @@ def test_nothing_asked_nothing_changed(tmp_path):
         ("channels", None, {}, "add --sparsity"),
         ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
         ("layers", 0.5, {"quality": "max"}, "leave quality out"),
+        ("hidden", 0.5, {"skip": "mlp"}, "every matrix reads or writes"),
+        ("hidden", 0.5, {"criterion": "measured"}, "magnitude"),
         ("unstructured", 0.5, {"pad": True}, "structured patterns"),
         ("unstructured", None, {"target_size": 1000}, "target-params"),
         ("unstructured", 0.5, {"solver": "block_obs"}, "structured patterns alone"),
@@ -274,6 +276,7 @@ def contents(folder: Path) -> dict[str, object]:
         ("olmo2", "heads", [("prune", 1)]),
         ("mixtral", "experts", [("prune", 1), ("prune", 2)]),
         ("mixtral", "channels", [("prune", 1)]),
+        ("llama", "hidden", [("hidden", 2), ("prune", 2), ("prune", 4)]),
         ("llama", "layers", [("layers", 1), ("layers", 2), ("prune", 2), ("prune", 4)]),
     ],
 )
