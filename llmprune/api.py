@@ -86,6 +86,8 @@ def prune(
 def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
     if recipe.push:
         raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
+    if recipe.rotate:
+        raise RequestError("a rotated residual stream of a live model", "prune its checkpoint instead, with output=...")
     with _as_for_inference(model):
         stream = LiveStream(model)
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))

@@ -36,6 +36,7 @@ def prune(
     ] = None,
     round_to: Annotated[Count, typer.Option(help="structured: sizes are multiples of this; 8 for channels and kernel by default")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="structured: the same sizes in every layer")] = False,
+    rotate: Annotated[bool, typer.Option("--rotate", help="hidden: turn the residual stream to its principal axes first, as SliceGPT does")] = False,
     pad: Annotated[bool, typer.Option("--pad", help="structured: zeros up to the widest layer, so that it loads without code of its own")] = False,
     quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,

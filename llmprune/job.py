@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
-from llmprune.checkpoint.source import SIZES, Source
+from llmprune.checkpoint.source import SIZES, Source, open_folder
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.depth import layers_to_drop
@@ -52,6 +53,7 @@ from llmprune.report.card import write_card
 from llmprune.report.page import page
 from llmprune.report.result import Measured, Report, block_from_json, block_to_json
 from llmprune.reshaped import Reshaped
+from llmprune.rotate import check_rotation, rotate
 from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.smaller import Smaller, coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
@@ -149,7 +151,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     plan, matrices = planned(recipe, stream, selection)
     plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    check_space(output, source, copies=1 + recipe.structured)
+    check_space(output, source, copies=1 + recipe.structured + recipe.rotate)
     stored = None if restart else load_windows(partial_folder(output))
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
@@ -178,6 +180,8 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         padded=recipe.pad,
     )
     touched = structure.repaired if structure.outer else structure.readers
+    if recipe.rotate:
+        check_rotation(stream.walk.model.config)
     readers = {i: touched(i, block) for i, block in enumerate(stream.walk.blocks)}
     if structure.outer:
         readers[len(stream.names)] = block_matrices(stream.walk.head) if stream.walk.head_free else []
@@ -228,16 +232,17 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     try:
         check_output(job.output, job.source.folder, job.overwrite)  # another run may have finished it meanwhile
         save_windows(journal.folder, data)
-        sink = Sink(journal.weights, job.source)
+        turned = rotated(job, journal, progress) if job.recipe.rotate else job
+        sink = Sink(journal.weights, turned.source)
         sink.lay_out()
         job.stream.scratch = journal.folder
         dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, partial(progress, "perplexity, dense"))
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
-        done = prune_job(job, journal, sink, progress)
+        done = prune_job(turned, journal, sink, progress)
         found = tuple(Measured(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
         pruned_text = sample.written(done.now, prompt)
-        folder, smaller = saved(job, journal, sink, done)
+        folder, smaller = saved(turned, journal, sink, done)
         report = Report(
             recipe=job.recipe.resolved(),
             source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
@@ -265,6 +270,24 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         return report
     finally:
         journal.close()
+
+
+def rotated(job: Job, journal: Journal, progress: Progress) -> Job:
+    """The same job for the model with its residual stream turned, which lies in the partial folder."""
+    folder = journal.folder / "rotated"
+    record = journal.read("rotated")
+    if record is None or hashes_of(folder) != record["files"]:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        assert isinstance(job.stream, CheckpointStream)
+        rotate(job.stream, job.data.calibration.ids_NL, folder, partial(progress, "rotate"))
+        journal.write("rotated", {"files": hashes_of(folder)})
+    source = open_folder(folder, job.source.name)
+    stream = CheckpointStream(source, job.stream.dtype, job.stream.device)
+    stream.scratch = journal.folder
+    plan, matrices = planned(job.recipe, stream, Selection())
+    return replace(job, source=source, stream=stream, plan=with_budget(job.recipe, plan, stream, matrices, source), matrices=matrices)
 
 
 @dataclass(frozen=True)

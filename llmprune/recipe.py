@@ -68,6 +68,7 @@ class Recipe(BaseModel):
     )
     round_to: int | None = Field(None, ge=1, description="structured: sizes are multiples of this (8 for channels and kernel, 1 otherwise)")
     uniform: bool = Field(False, description="structured: the same sizes in every layer")
+    rotate: bool = Field(False, description="hidden: turn the residual stream to its principal axes first, as SliceGPT does")
     pad: bool = Field(False, description="structured: zeros up to the widest layer, so that one size holds for all")
     quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")

@@ -55,6 +55,8 @@ def check_structured(recipe: Recipe) -> None:
         raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
     if pattern == "experts" and recipe.target_latency_ratio is not None:
         raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
+    if recipe.rotate and pattern != "hidden":
+        raise RequestError(f"a rotated residual stream with pattern {pattern}", "it is for hidden alone; leave --rotate out")
     if pattern == "hidden":
         for name in ("target_latency_ratio", "skip", "only"):
             if getattr(recipe, name) is not None:
@@ -62,7 +64,16 @@ def check_structured(recipe: Recipe) -> None:
     if pattern in COARSE:
         if pattern == "experts" and recipe.target == "asymmetric":
             raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
-        for name in ("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "pad", *(() if pattern == "hidden" else ("round_to",))):
+        for name in (
+            "quality",
+            "method",
+            "solver",
+            "polish",
+            "max_ppl_increase",
+            "allocation",
+            "pad",
+            *(() if pattern == "hidden" else ("round_to",)),
+        ):
             if getattr(recipe, name):
                 raise RequestError(f"{name} with pattern {pattern}, which decides for the whole model", f"leave {name} out")
         if recipe.criterion is not None:
@@ -80,7 +91,7 @@ def refuse_structured(recipe: Recipe) -> None:
         )
     if recipe.target_latency_ratio is not None:
         raise RequestError(f"target_latency_ratio with pattern {recipe.pattern}: zeros take as long as others", "take a structured pattern")
-    given = [name for name in ("round_to", "uniform", "pad") if getattr(recipe, name)]
+    given = [name for name in ("round_to", "uniform", "pad", "rotate") if getattr(recipe, name)]
     if given:
         raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.stream import Stream
-from llmprune.structured.slicing import Keeps, masked, rebuild
+from llmprune.structured.slicing import Keeps, rebuild
 from llmprune.structured.structure import Structure
 
 
@@ -26,8 +26,8 @@ class Passed(nn.Module):
 
 
 class Reshaped:
-    """Another stream's blocks, rebuilt with what ``keeps`` says of them; those that are ``gone`` pass on what enters them. Outside the blocks, zeros
-    for the residual channels that are not in ``width``; inside, they are the blocks' own.
+    """Another stream's blocks, rebuilt with what ``keeps`` says of them; those that are ``gone`` pass on what enters them.
+    ``width``: the residual channels that come from the embeddings; the others start as zeros, and the blocks write nothing to them.
     """
 
     def __init__(self, stream: Stream, structure: Structure) -> None:
@@ -38,7 +38,7 @@ class Reshaped:
         self.structure = structure
         self.keeps: dict[int, Keeps] = {}
         self.gone: frozenset[int] = frozenset()
-        self.width: Tensor | None = None  # residual channels that stay
+        self.width: Tensor | None = None
 
     def path_of(self, index: int) -> str:
         return self.stream.path_of(index)
@@ -59,14 +59,8 @@ class Reshaped:
         device = next(block.parameters()).device
         return rebuild(block, self.structure.config, index, self.structure.spaces[index], self.keeps[index]).to(device)
 
-    @contextmanager
-    def outer(self) -> Iterator[None]:
-        with self.stream.outer():
-            if self.width is None or self.structure.outer is None:
-                yield
-            else:
-                with masked(self.walk.model, self.structure.outer, self.width):
-                    yield
+    def outer(self) -> AbstractContextManager[None]:
+        return self.stream.outer()
 
     def whole(self) -> AbstractContextManager[None]:
         return self.stream.whole()

@@ -122,7 +122,7 @@ def coarse_blocks(
     record, write = choice
     if structure.name == "hidden":
         if record is None:
-            record = choose_width(shown, ids_NL, plan, structure.width_at(asked), gradients, progress)
+            record = choose_width(shown, ids_NL, plan, matrices, structure.width_at(asked), gradients, progress)
             write(record)
         return narrow(shown, ids_NL, plan, matrices, asked, record, finished, on_block)
     if record is None:

@@ -66,12 +66,14 @@ class Stream(Protocol):
     def device_of(self, index: int) -> torch.device: ...
 
     scratch: Path | None  # folder for hidden states that do not fit in memory
+    width: Tensor | None  # the residual channels that come from the embeddings, the others start as zeros; None: all
 
 
 class CheckpointStream:
     """Blocks come from safetensors and leave memory after use."""
 
     resumable = True
+    width: Tensor | None = None
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.source = source
@@ -168,6 +170,8 @@ class Draft:
 
 class LiveStream:
     """A model that is in memory already; its weights are changed in place."""
+
+    width: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -312,6 +316,9 @@ class Flow:
         with stream.outer():
             for j, ids_NL in enumerate(self.ids):
                 hidden_NLD, calls = stream.walk.record(ids_NL.to(device))
+                if stream.width is not None:
+                    places = stream.width.to(device)
+                    hidden_NLD = torch.zeros_like(hidden_NLD).index_copy_(-1, places, hidden_NLD[..., places])
                 if not stores:
                     self.size = hidden_NLD.nbytes * len(self.ids)
                     stores = [place_hidden(self.size, device, stream.scratch) for _ in range(2)]

@@ -35,7 +35,15 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def choose_width(stream: Reshaped, windows_NL: Tensor, plan: Plan, count: int, gradients: LossGradients | None, progress: Progress) -> dict[str, Any]:
+def choose_width(
+    stream: Reshaped,
+    windows_NL: Tensor,
+    plan: Plan,
+    matrices: dict[int, list[Matrix]],
+    count: int,
+    gradients: LossGradients | None,
+    progress: Progress,
+) -> dict[str, Any]:
     """``kept``: the ``count`` channels that stay, sorted; ``lost``: the share of all scores that goes with the others.
 
     A channel's score in one parameter is the sum over its column where it is read, over its row where it is written, as a share of all that
@@ -44,28 +52,28 @@ def choose_width(stream: Reshaped, windows_NL: Tensor, plan: Plan, count: int, g
     assert plan.criterion is not None
     needs = plan.criterion.needs
     flow = Flow(stream, windows_NL[:SURVEY_WINDOWS])
-    total_D, parts = torch.zeros(0, dtype=torch.float64), 0
+    shares: list[Tensor] = []
     for index in range(len(stream.names) + 1):
         head = index == len(stream.names)
         with stream.block(index) as block:
-            matrices = block_matrices(block) if head else width_matrices(stream.structure, index, block)
-            found = at_head(flow, None, block, matrices, needs) if head else at_once(flow, index, block, matrices, needs, Clock())
+            space = None if head else space_of(stream.structure, index)
+            found = at_head(flow, None, block, matrices[index], needs) if head else at_once(flow, index, block, matrices[index], needs, Clock())
             if gradients is not None:
                 gradients.add_to(index, found)
-            space = None if head else space_of(stream.structure, index)
             scores: dict[str, Tensor] = {}
-            for m in matrices:
+            for m in matrices[index]:
+                if space is not None and all(axis.parameter != m.parameter for axis in space.axes):  # neither reads nor writes the stream
+                    continue
                 if needs and found[m.name].tokens == 0:  # an expert that no token reached
                     continue
                 score_RC = plan.criterion.score(m.view(block).float(), found[m.name])
                 score_D = score_RC.sum(0 if space is None or reads(space, m) else 1, dtype=torch.float64).cpu()
                 scores[m.parameter] = scores.get(m.parameter, 0) + score_D
-        shares = [score_D / score_D.sum() for score_D in scores.values() if float(score_D.sum()) > 0]
-        total_D = sum(shares, total_D if parts else torch.zeros_like(shares[0]))
-        parts += len(shares)
+        shares += [score_D / score_D.sum() for score_D in scores.values() if float(score_D.sum()) > 0]
         if not head:
             flow.advance()
         progress(index + 1, len(stream.names) + 1)
+    total_D = torch.stack(shares).sum(0)
     keep_D = drop_smallest(total_D, len(total_D) - count)
     return {"kept": keep_D.nonzero().flatten().tolist(), "lost": float(total_D[~keep_D].sum() / total_D.sum())}
 
@@ -73,12 +81,6 @@ def choose_width(stream: Reshaped, windows_NL: Tensor, plan: Plan, count: int, g
 def space_of(structure: Structure, index: int) -> Space:
     """The residual channels of a block."""
     return next(space for space in structure.spaces[index] if space.pattern == "hidden")
-
-
-def width_matrices(structure: Structure, index: int, block: nn.Module) -> list[Matrix]:
-    """The matrices of a block that read or write the stream."""
-    touched = {axis.parameter for axis in space_of(structure, index).axes}
-    return [m for m in block_matrices(block) if m.parameter in touched]
 
 
 def reads(space: Space, matrix: Matrix) -> bool:
@@ -131,7 +133,7 @@ def narrow(
 
 def narrow_block(flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> list[str]:
     """Take both paths through a block; what leaves it waits in their ``outputs``. Names of the parameters that have changed."""
-    structure, keeps = plan.pattern, {"hidden": flow.stream.width}  # type: ignore[attr-defined]
+    structure, keeps = plan.pattern, {"hidden": flow.stream.width}
     assert isinstance(structure, Structure)
     changed: list[str] = []
     if plan.asymmetric:

@@ -19,8 +19,10 @@ from typing import Any
 from llmprune.checkpoint.files import lock_folder, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-RECORDS = r"(identity|dense|frontier|ratios|polished|choice|(block|row)-\d+)\.json"
-OWN = re.compile(rf"lock|output|smaller|modules|replaced|hidden-\d+|{RECORDS}(\.tmp)?|(windows|reload-ids|reload-logits)\.safetensors(\.tmp)?")
+RECORDS = r"(identity|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
+OWN = re.compile(
+    rf"lock|output|smaller|rotated|modules|replaced|hidden-\d+|{RECORDS}(\.tmp)?|(windows|reload-ids|reload-logits)\.safetensors(\.tmp)?"
+)
 
 
 class Journal:

@@ -9,7 +9,7 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -58,16 +58,18 @@ def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perpl
 
 @torch.no_grad()
 def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
-    """Of the model as ``stream`` holds it now, on the same windows; embeddings, final norm and the way to the head are the dense model's own."""
+    """Of the model as ``stream`` holds it now, on the same windows; what is outside the blocks is the dense model's own, but for a rotated
+    stream.
+    """
     windows = dense.windows
     flow = after_blocks(stream, windows.ids_NL, progress)
     lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    dtype = ""
-    with stream.outer():
+    dtype, walk = "", dense.flow.stream.walk
+    with stream.outer(), nullcontext() if walk is stream.walk else dense.flow.stream.outer():
         for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), dense.flow.windows(), strict=True):
             ours_LV = stream.walk.logits(ids_1L, ours_1LD)[0]
             with _head_of(dense):
-                theirs_LV = stream.walk.logits(ids_1L, theirs_1LD)[0]
+                theirs_LV = walk.logits(ids_1L, theirs_1LD)[0]
             dtype = name_of(ours_LV)
             lost += surprise(ours_LV, ids_1L[0])
             for theirs_TV, ours_TV in zip(theirs_LV[:-1].split(TARGETS_AT_ONCE), ours_LV[:-1].split(TARGETS_AT_ONCE), strict=True):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,21 +37,6 @@ def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
             tensor = tensors[axis.parameter].data
             tensor = tensor if axis.expert is None else tensor[axis.expert]
             tensor.index_fill_(axis.dim, axis.index_UK[dropped_N].flatten().to(tensor.device), 0)
-
-
-@contextmanager
-@torch.no_grad()
-def masked(module: nn.Module, space: Space, keep_K: Tensor) -> Iterator[None]:
-    """Zeros for the dropped units of a module, as long as it lasts."""
-    tensors, gone_N = tensors_of(module), _dropped(space, keep_K)
-    before = [(tensors[axis.parameter].data, axis.dim, axis.index_UK[gone_N].flatten()) for axis in space.axes]
-    held = [tensor.index_select(dim, places.to(tensor.device)) for tensor, dim, places in before]
-    try:
-        mask_block(module, [space], {space.name: keep_K})
-        yield
-    finally:
-        for (tensor, dim, places), values in zip(before, held, strict=True):
-            tensor.index_copy_(dim, places.to(tensor.device), values)
 
 
 @torch.no_grad()

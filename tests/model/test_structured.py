@@ -94,7 +94,9 @@ MORE = {"llama": {"num_hidden_layers": 4}, "qwen3_moe": {"num_hidden_layers": 4}
 @pytest.mark.parametrize(("family", "pattern"), CASES)
 def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
     dense = stored(family, tmp_path / "model", **MORE.get(family, {}))
-    plain = {"layers": {"target": "symmetric"}, "experts": {}, "hidden": {"target": "symmetric", "criterion": "magnitude"}}.get(pattern, {"method": "magnitude"})
+    plain = {"layers": {"target": "symmetric"}, "experts": {}, "hidden": {"target": "symmetric", "criterion": "magnitude"}}.get(
+        pattern, {"method": "magnitude"}
+    )
     report = cut(tmp_path / "model", pattern, **plain)
     if pattern != "layers":  # which may differ
         assert report.sparsity == pytest.approx(HALF)
@@ -148,7 +150,9 @@ def test_every_quality_loads_as_it_was_measured(named, tmp_path):
     generates_alike(live.model)
 
 
-@pytest.mark.parametrize(("pattern", "family"), [("layers", "llama"), ("experts", "mixtral"), ("heads", "olmo2"), ("hidden", "llama"), ("hidden", "gemma2")])
+@pytest.mark.parametrize(
+    ("pattern", "family"), [("layers", "llama"), ("experts", "mixtral"), ("heads", "olmo2"), ("hidden", "llama"), ("hidden", "gemma2")]
+)
 def test_live_models_are_cut_as_folders_are(pattern, family, tmp_path):
     model = stored(family, tmp_path / "model", **MORE.get(family, {}))
     cut(tmp_path / "model", pattern)
@@ -209,6 +213,7 @@ def test_nothing_asked_nothing_changed(tmp_path):
         ("channels", None, {}, "add --sparsity"),
         ("structured", 0.5, {"uniform": True, "allocation": "owl"}, "leave one"),
         ("layers", 0.5, {"quality": "max"}, "leave quality out"),
+        ("channels", 0.5, {"rotate": True}, "for hidden alone"),
         ("hidden", 0.5, {"skip": "mlp"}, "every matrix reads or writes"),
         ("hidden", 0.5, {"criterion": "measured"}, "magnitude"),
         ("unstructured", 0.5, {"pad": True}, "structured patterns"),

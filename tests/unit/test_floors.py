@@ -19,7 +19,7 @@ FLOORS = [
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
     {"methods", "stream", "statistics", "gradients", "polish", "whole", "evaluation", "reshaped", "reading", "cutting"},
     {"engine"},
-    {"shares", "experts", "depth"},
+    {"shares", "experts", "depth", "width", "rotate"},
     {"trials"},
     {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
     {"gather", "benchmark"},
