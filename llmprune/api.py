@@ -23,10 +23,11 @@ from llmprune.evaluation.worker import Task
 from llmprune.evaluation.worker import load as load_whole
 from llmprune.gather import DEFAULT_SAMPLES, default_length, given_windows
 from llmprune.hub import check_destination
-from llmprune.job import Progress, describe, open_stream, planned, polish_to_json, prepare, quiet, run, with_budget, with_latency
+from llmprune.job import Progress, describe, open_stream, polish_to_json, prepare, quiet, run
 from llmprune.methods import COARSE
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
+from llmprune.planning import planned, with_budget, with_latency
 from llmprune.preflight import (
     check_ids,
     check_length,

@@ -22,42 +22,38 @@ from llmprune.checkpoint.files import hashes_of, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
-from llmprune.checkpoint.source import SIZES, Source, open_folder
+from llmprune.checkpoint.source import Source, open_folder
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows
-from llmprune.depth import layers_to_drop
-from llmprune.engine import prune, selected
-from llmprune.errors import ConversionError, RequestError
+from llmprune.engine import prune
+from llmprune.errors import ConversionError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
 from llmprune.gather import gather_windows
 from llmprune.gradients import LossGradients
-from llmprune.latency import sparsity_for
 from llmprune.methods import COARSE
-from llmprune.model.matrices import Matrix, Selection, block_matrices
+from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
+from llmprune.planning import planned, with_budget, with_latency
 from llmprune.preflight import (
     check_ids,
-    check_matrices,
     check_output,
-    check_outside,
     check_plan,
     check_space,
     choose_device,
     choose_dtype,
-    share_for,
 )
 from llmprune.recipe import Recipe
 from llmprune.report.card import write_card
 from llmprune.report.page import page
 from llmprune.report.result import Measured, Report, block_from_json, block_to_json
 from llmprune.reshaped import Reshaped
-from llmprune.rotate import check_rotation, rotate
+from llmprune.rotate import rotate
 from llmprune.shares import Ratios, dense_gradients, needs_of
 from llmprune.smaller import Smaller, coarse_blocks, save_smaller
 from llmprune.stream import CheckpointStream, Stream
-from llmprune.structured.structure import Structure, structure_of
+from llmprune.structured.structure import Structure
 from llmprune.trials import Decision, Step, choose, decide
 from llmprune.types import BlockReport, Plan, Polished
 from llmprune.whole import WholeStream
@@ -158,58 +154,6 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
         check_ids(part, stream.skeleton)
     source.scan()
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
-
-
-def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
-    """The plan for a model, and the matrices that are pruned: for a structured pattern those that read the units. Raises RequestError."""
-    if not recipe.structured:
-        plan, matrices = recipe.plan(), selected(stream, selection)
-        check_outside(stream, selection)
-        check_matrices(matrices, stream, plan.pattern)
-        return plan, matrices
-    if isinstance(stream, WholeStream):
-        raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "take an unstructured or N:M pattern")
-    structure = structure_of(
-        stream.walk.model,
-        stream.names,
-        recipe.pattern,
-        selection.takes,
-        recipe.round_to,
-        recipe.one_size,
-        exact=recipe.sparsity is not None and recipe.pattern != "structured",
-        padded=recipe.pad,
-    )
-    touched = structure.repaired if structure.outer else structure.readers
-    if recipe.rotate:
-        check_rotation(stream.walk.model.config)
-    readers = {i: touched(i, block) for i, block in enumerate(stream.walk.blocks)}
-    if structure.outer:
-        readers[len(stream.names)] = block_matrices(stream.walk.head) if stream.walk.head_free else []
-    return recipe.plan(structure), readers
-
-
-def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], source: Source | None = None) -> Plan:
-    """The plan with the sparsity that a budget of parameters or bytes means."""
-    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
-    room = structure.weights if structure else sum(m.rows * m.columns for ms in matrices.values() for m in ms)
-    if recipe.target_params:
-        plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, count_parameters(stream.walk.model), room))
-    if recipe.target_size:
-        if source is None:
-            raise RequestError("target_size of a model in memory", "give --target-params")
-        each = max(SIZES[entry.dtype] for entry in source.tensors.values())
-        plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
-    if structure and structure.name == "layers" and recipe.target_latency_ratio is None:
-        layers_to_drop(structure, plan.sparsity, structure.exact)
-    return plan
-
-
-def with_latency(recipe: Recipe, plan: Plan, stream: Stream, ids_NL: Tensor, progress: Progress = quiet) -> Plan:
-    """The plan with the sparsity that a budget of time means on this machine, which is measured."""
-    if recipe.target_latency_ratio is None or not isinstance(plan.pattern, Structure):
-        return plan
-    sparsity = sparsity_for(Reshaped(stream, plan.pattern), ids_NL, recipe.target_latency_ratio, partial(progress, "latency"))
-    return replace(plan, sparsity=sparsity)
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -384,7 +328,7 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
 
         steps = tuple(Step(**step) for step in known["steps"])
         data, increase = job.data, job.recipe.max_ppl_increase
-        plan = with_latency(job.recipe, job.plan, job.stream, data.calibration.ids_NL, progress)
+        plan = with_latency(job.recipe, job.plan, job.stream, data.calibration.ids_NL, partial(progress, "latency"))
         found = decide(job.stream, data.calibration, data.held, plan, job.matrices, gradients, increase, steps, on_step, progress)
         record = asdict(found)
         journal.write("ratios", record)

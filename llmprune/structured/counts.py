@@ -5,7 +5,7 @@ Shapes: U = units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,21 +27,6 @@ def under_one_threshold(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
     size = torch.cat([torch.full((len(scores[name]),), sizes[name], dtype=torch.int64) for name in names])
     stay = _cheapest(pool, size, budget).split([len(scores[name]) for name in names])
     return {name: int(part.sum()) for name, part in zip(names, stay, strict=True)}
-
-
-def under_one_price(prices: Mapping[str, Sequence[float]], units: Mapping[str, int], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Units that each space keeps, when units go as long as what they cost the loss is under one price per parameter.
-
-    prices: of every space, what each unit costs in the order in which they go, as far as they may (``select.Chosen.prices`` of the dense model, rows
-    weighed by the Fisher information of their outputs, so that errors of different matrices compare). A unit counts as no cheaper than those that go
-    before it. units: of every space; sizes, budget, what is raised: as in ``under_one_threshold``.
-    Own combination: the Lagrangian of a quadratic model of the loss, with its Hessian a Kronecker product of Gram matrix and diagonal Fisher.
-    """
-    names = list(prices)
-    rising = [torch.tensor(list(prices[name]), dtype=torch.float64).cummax(0).values / sizes[name] for name in names]
-    size = torch.cat([torch.full((len(part),), sizes[name], dtype=torch.int64) for name, part in zip(names, rising, strict=True)])
-    stay = _cheapest(torch.cat(rising), size, budget).split([len(part) for part in rising])
-    return {name: units[name] - int((~part).sum()) for name, part in zip(names, stay, strict=True)}
 
 
 def _cheapest(pool: Tensor, size: Tensor, budget: int) -> Tensor:
@@ -79,18 +64,3 @@ def least_needed(cost: Mapping[int, float], remove: int, fixed: Iterable[int] = 
         raise RequestError(f"{remove} layers were to go of {len(layers)} that may", "ask for less sparsity")
     keep = drop_smallest(torch.tensor([cost[layer] for layer in layers], dtype=torch.float64), remove)
     return [layer for layer, stays in zip(layers, keep.tolist(), strict=True) if not stays]
-
-
-def one_by_one(measure: Callable[[frozenset[int]], float], layers: Iterable[int], remove: int) -> tuple[list[int], dict[frozenset[int], float]]:
-    """Let the layer go whose going costs least, measure the others anew without it, and so on; (layers in the order in which they went, all that was
-    measured). measure: the loss without a set of layers. Takes remove * (layers - remove / 2) measurements.
-    """
-    left = sorted(layers)
-    gone: list[int] = []
-    table: dict[frozenset[int], float] = {}
-    for _ in range(remove):
-        losses = {layer: measure(frozenset([*gone, layer])) for layer in left}
-        table |= {frozenset([*gone, layer]): loss for layer, loss in losses.items()}
-        gone += least_needed(losses, 1)
-        left.remove(gone[-1])
-    return gone, table

@@ -5,7 +5,6 @@ The smallest scores go. Shapes: U = units, K = rows or columns of a unit in one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.types import Stats
-
-
-def summed(readers: Iterable[tuple[Tensor, Tensor]], writers: Iterable[tuple[Tensor, Tensor]] = (), power: float = 1.0) -> Tensor:
-    """[U], float64: a criterion's scores, to a power, summed over all that goes with a unit.
-
-    readers: (score_RC, columns_UK) of every matrix that loses the unit's columns; writers: (score_RC, rows_UK) of those that lose its rows. Leave the
-    writers out to judge a unit by its readers alone. power: 1 for L1 sums, 2 for L2 (the square of Wanda's score is an error, and errors add up).
-    """
-    parts = [score_RC.double().pow(power).sum(0)[columns_UK].sum(1) for score_RC, columns_UK in readers]
-    parts += [score_RC.double().pow(power).sum(1)[rows_UK].sum(1) for score_RC, rows_UK in writers]
-    return torch.stack(parts).sum(0)
 
 
 def variance(stats: Stats) -> Tensor:
@@ -49,15 +37,6 @@ def standardised(score_U: Tensor) -> Tensor:
         return torch.zeros_like(score_U, dtype=torch.float64)
     score_U = score_U.double()
     return (score_U - score_U.mean()) / score_U.std().clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def taylor(weight_RC: Tensor, grad_RC: Tensor, columns_UK: Tensor) -> Tensor:
-    """[U] = sum over the reader's columns c of a unit of |sum_r w_rc dL/dw_rc|, what the loss changes by to first order when the unit goes.
-
-    dL/dw_rc = sum_t (dL/dy_tr) x_tc, so sum_r w_rc dL/dw_rc = sum_t x_tc sum_r w_rc dL/dy_tr = sum_t x_tc dL/dx_tc: of an input that this matrix
-    alone reads, the criterion of Molchanov et al., https://arxiv.org/abs/1611.06440.
-    """
-    return (weight_RC.double() * grad_RC).sum(0).abs()[columns_UK].sum(1)
 
 
 @dataclass(frozen=True)

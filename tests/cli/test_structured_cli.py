@@ -35,7 +35,8 @@ def test_flat_words_and_a_default_name(cli, small):
     [
         (("--pattern", "heads", "--sparsity", 0.25), "legal sparsities: 0.5"),
         (("--pattern", "experts", "--sparsity", 0.5), "it has no experts"),
-        (("--pattern", "hidden", "--sparsity", 0.5), "there are: unstructured"),
+        (("--pattern", "hidden", "--sparsity", 0.5, "--only", "mlp"), "every matrix reads or writes"),
+        (("--pattern", "width", "--sparsity", 0.5), "there are: unstructured"),
         (("--pattern", "channels", "--sparsity", 0.1, "--round-to", 512), "none of the 384 can go"),
         (("--pattern", "unstructured", "--target-size", "1MB"), "zeros take as much room"),
     ],

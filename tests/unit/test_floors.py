@@ -22,7 +22,7 @@ FLOORS = [
     {"shares", "experts", "depth", "width", "rotate"},
     {"trials"},
     {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
-    {"gather", "benchmark"},
+    {"gather", "benchmark", "planning"},
     {"job"},
     {"sweep"},
     {"console", "api"},

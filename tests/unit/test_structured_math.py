@@ -12,6 +12,7 @@ import torch
 from contract.cases import generator, make_inputs, make_weight
 from torch import Tensor
 
+from llmprune.criteria.taylor import Taylor
 from llmprune.errors import RequestError, StoppedError
 from llmprune.structured import counts, scores
 from llmprune.structured.refit import mean_bias, refit_kept
@@ -183,18 +184,6 @@ def test_the_bias_restores_the_mean_output(refit: bool) -> None:
 # Scores ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_sums_over_all_that_goes_with_a_unit() -> None:
-    down_RC, gate_RC = random(3, 4).abs(), random(4, 5, seed=1).abs()
-    units_UK = torch.tensor([[0, 2], [3, 1]])
-    for power in (1.0, 2.0):
-        got_U = scores.summed([(down_RC, units_UK)], [(gate_RC, units_UK)], power)
-        for u, (a, b) in enumerate(units_UK.tolist()):
-            wanted = sum((down_RC[:, c] ** power).sum() + (gate_RC[c] ** power).sum() for c in (a, b))
-            assert float(got_U[u]) == pytest.approx(float(wanted))
-    reader_only_U = scores.summed([(down_RC, units_UK)])
-    assert float(reader_only_U[0]) == pytest.approx(float(down_RC[:, [0, 2]].sum()))
-
-
 @pytest.mark.parametrize("width", [1, 3])
 def test_flap_is_the_fluctuation_times_the_columns_norm(width: int) -> None:
     weight_RC, value_TC = make_weight(5, 12).double(), make_inputs(12) + 2
@@ -203,15 +192,14 @@ def test_flap_is_the_fluctuation_times_the_columns_norm(width: int) -> None:
     assert got_U.tolist() == pytest.approx([sum(each[a : a + width]) for a in range(0, 12, width)])
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_taylor_is_the_gradient_of_closing_a_channel(width: int) -> None:
+def test_taylor_is_the_gradient_of_closing_a_channel() -> None:
     """By autograd: gates z = 1 on the inputs of a matrix; dL/dz_c is what L changes by to first order when channel c goes."""
     weight_RC, value_TC = make_weight(5, 8).double().requires_grad_(), make_inputs(8)
     gate_C = torch.ones(8, dtype=torch.float64, requires_grad=True)
     loss = torch.nn.functional.cross_entropy((value_TC * gate_C) @ weight_RC.T, torch.arange(len(value_TC)) % 5, reduction="sum")
     by_gate_C, grad_RC = torch.autograd.grad(loss, [gate_C, weight_RC])
-    got_U = scores.taylor(weight_RC.detach(), grad_RC, runs(8 // width, width))
-    assert got_U.tolist() == pytest.approx(by_gate_C.abs().view(-1, width).sum(1).tolist())
+    score_RC = Taylor().score(weight_RC.detach(), Stats(grad_RC=grad_RC))
+    assert score_RC.sum(0).tolist() == pytest.approx(by_gate_C.abs().tolist())
 
 
 def test_block_influence_is_a_mean_over_tokens_by_micro_batches() -> None:
@@ -266,17 +254,6 @@ def test_what_has_to_stay_stays() -> None:
         counts.under_one_threshold({"a": torch.tensor([1.0, 2, 3, 50])}, {"a": 1}, {"a": 1}, 4)
 
 
-def test_one_price_takes_the_cheapest_parameters() -> None:
-    prices = {"a": [1.0, 2.0, 1.5, 9.0], "b": [30.0, 31.0]}  # a's third costs no less than its second
-    units, sizes = {"a": 5, "b": 3}, {"a": 1, "b": 20}
-    assert counts.under_one_price(prices, units, sizes, 1) == {"a": 4, "b": 3}
-    assert counts.under_one_price(prices, units, sizes, 21) == {"a": 4, "b": 2}
-    assert counts.under_one_price(prices, units, sizes, 43) == {"a": 2, "b": 1}
-    assert counts.under_one_price(prices, units, sizes, 44) == {"a": 1, "b": 1}
-    with pytest.raises(RequestError, match="45 parameters were to go, but the units that may go hold 44"):
-        counts.under_one_price(prices, units, sizes, 45)
-
-
 def test_layers_of_least_cost_go() -> None:
     cost = {0: 0.5, 1: 0.1, 2: 0.3, 3: 0.1, 4: 0.9}
     assert counts.least_needed(cost, 1) == [1]
@@ -284,12 +261,3 @@ def test_layers_of_least_cost_go() -> None:
     assert counts.least_needed(cost, 2, fixed=[1]) == [2, 3]
     with pytest.raises(RequestError, match="5 layers were to go of 4 that may"):
         counts.least_needed(cost, 5, fixed=[0])
-
-
-def test_layers_that_replace_each_other_do_not_both_go() -> None:
-    def measure(gone: frozenset[int]) -> float:
-        return sum({0: 5.0, 1: 1.0, 2: 1.1, 3: 2.0}[layer] for layer in gone) + 10 * (gone >= {1, 2})
-
-    gone, table = counts.one_by_one(measure, range(4), 2)
-    assert gone == [1, 3]
-    assert counts.least_needed({layer: table[frozenset([layer])] for layer in range(4)}, 2) == [1, 2]
