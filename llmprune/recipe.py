@@ -36,11 +36,12 @@ from llmprune.methods import (
     split_solver,
 )
 from llmprune.reading import read_count, read_share, read_toml
-from llmprune.refusals import BUDGETS, check_budget, check_groups, check_structured, check_units, refuse_structured
+from llmprune.refusals import BUDGETS, check_allocation, check_budget, check_groups, check_structured, check_units, refuse_structured
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
+NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
@@ -223,7 +224,7 @@ class Recipe(BaseModel):
             check_structured(self)
             self._check_names()
             if self.pattern not in COARSE:
-                self._check_allocation()
+                check_allocation(self)
                 self._check_parts()
             return self
         refuse_structured(self)
@@ -239,7 +240,7 @@ class Recipe(BaseModel):
             check_groups(self)
             self._refuse_group()
         self._check_names()
-        self._check_allocation()
+        check_allocation(self)
         self._check_parts()
         return self
 
@@ -262,21 +263,6 @@ class Recipe(BaseModel):
                     f"method {self.method!r} with pattern {self.pattern}",
                     f"there are: {', '.join(STRUCTURED_METHODS if self.structured else METHODS)}",
                 )
-
-    def _check_allocation(self) -> None:
-        if self.allocation is not None:
-            check_name("allocation", self.allocation, names("allocation"))
-        if self.in_groups and self.allocation == "explicit":
-            raise RequestError(f"allocation 'explicit' with pattern {self.pattern}", "name what stays dense with --skip")
-        if self.in_groups and self.allocation == "search":
-            raise RequestError(f"allocation 'search' with pattern {self.pattern}", "it moves single weights; take auto or sensitivity")
-        if bool(self.ratios) != (self.parts.allocation == "explicit"):
-            raise RequestError(
-                "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'
-            )
-        odd = [r for r in self.ratios.values() if not 0 <= r < 1]
-        if odd:
-            raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
 
     def _check_parts(self) -> None:
         if self.criterion is not None:
@@ -331,10 +317,12 @@ class Recipe(BaseModel):
         return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.budget}"
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as it is saved: paths as their last name, what only names places left out."""
+        """The recipe as it is saved: paths as their last name, the quality by its name, what only names places left out."""
         value = self.model_dump(exclude={"output", "push"})
         parts = self.parts
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
+        if not any(getattr(self, name) for name in NAMED) and self.pattern not in COARSE:
+            value["quality"] = DEFAULT_QUALITY
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
         value["allocation"] = parts.allocation
@@ -352,14 +340,13 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     stored = read_toml(path) if path else {}
     for key in stored:
         check_name("recipe key", key, [name for name in Recipe.model_fields if name != "push"])  # what leaves the machine is said by hand
-    named = ("quality", "method", "criterion", "solver")
-    parts = {flag: tuple(n for n in named if n != flag and {n, flag} != {"criterion", "solver"}) for flag in named}
+    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}
     if flags.keys() & set(BUDGETS):  # one budget at a time
         stored = {k: v for k, v in stored.items() if k not in BUDGETS}
-    if flags.keys() & set(named) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
+    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
         stored.pop("polish_steps", None)
     values = stored | flags
     if "model" not in values:

@@ -1,11 +1,11 @@
-"""What a recipe cannot ask for together: budgets, N:M and structured patterns."""
+"""What a recipe cannot ask for together: budgets, N:M, allocations and structured patterns."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from llmprune.errors import RequestError
-from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name
+from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name, names
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -42,6 +42,21 @@ def check_groups(recipe: Recipe) -> None:
             f"pattern {recipe.pattern} means sparsity {recipe.most:g}, not {recipe.sparsity:g}",
             "leave one of them out, or add --allocation fisher to mix it with denser ones",
         )
+
+
+def check_allocation(recipe: Recipe) -> None:
+    """Raises RequestError for an allocation that is none, or that pattern or ratios contradict."""
+    if recipe.allocation is not None:
+        check_name("allocation", recipe.allocation, names("allocation"))
+    if recipe.in_groups and recipe.allocation == "explicit":
+        raise RequestError(f"allocation 'explicit' with pattern {recipe.pattern}", "name what stays dense with --skip")
+    if recipe.in_groups and recipe.allocation == "search":
+        raise RequestError(f"allocation 'search' with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
+    if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
+        raise RequestError("ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe')
+    odd = [r for r in recipe.ratios.values() if not 0 <= r < 1]
+    if odd:
+        raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
 
 
 def check_structured(recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import MAX_JSON, Source, read_json
 from llmprune.data.sources import KNOWN
 from llmprune.methods import COARSE, DEFAULT_QUALITY, document, names
-from llmprune.recipe import Recipe
+from llmprune.recipe import NAMED, Recipe
 from llmprune.report.result import Measured, Report
 from llmprune.types import Perplexity
 
@@ -29,7 +29,6 @@ CARD = "README.md"
 PLACE = "path/to/this/model"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what goes
-NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 
 
 def write_card(folder: Path, report: Report, recipe: Recipe, source: Source) -> None:
