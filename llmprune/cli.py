@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmprune import commands  # noqa: F401  they are added to the application
+from llmprune import commands, recipe_commands  # noqa: F401  they are added to the application
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
 from llmprune.errors import LlmpruneError, RequestError
 

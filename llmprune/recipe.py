@@ -100,7 +100,7 @@ class Recipe(BaseModel):
     output: str | None = Field(None, description="folder of the result")
     push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
 
-    @field_validator("sparsity", mode="before")
+    @field_validator("sparsity", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_sparsity(cls, value: Any) -> Any:
         value = read_share(value)
@@ -108,17 +108,17 @@ class Recipe(BaseModel):
             raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
         return value
 
-    @field_validator("target_params", "target_size", mode="before")
+    @field_validator("target_params", "target_size", mode="before", json_schema_input_type=int | str)
     @classmethod
     def _read_count(cls, value: Any) -> Any:
         return read_count(value)
 
-    @field_validator("target_latency_ratio", mode="before")
+    @field_validator("target_latency_ratio", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_ratio(cls, value: Any) -> Any:
         return read_share(value)
 
-    @field_validator("max_ppl_increase", mode="before")
+    @field_validator("max_ppl_increase", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_increase(cls, value: Any) -> Any:
         value = read_share(value)
@@ -338,8 +338,7 @@ class Recipe(BaseModel):
 def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
     stored = read_toml(path) if path else {}
-    for key in stored:
-        check_name("recipe key", key, [name for name in Recipe.model_fields if name != "push"])  # what leaves the machine is said by hand
+    _check_keys(stored)
     parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
@@ -354,10 +353,28 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**values).checked()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
+        raise _refusal(error) from None
+
+
+def keys() -> list[str]:
+    """What a recipe file may say: what leaves the machine is said by hand."""
+    return [name for name in Recipe.model_fields if name != "push"]
+
+
+def _check_keys(stored: dict[str, Any]) -> None:
+    """Raises RequestError for keys that are none, all of them at once."""
+    unknown = [key for key in stored if key not in keys()]
+    if len(unknown) > 1:
+        raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
+    for key in unknown:
+        check_name("recipe key", key, keys())
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """All values that a field cannot take."""
+    found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
+    hints = [f"{field}: {_description(field)}" for field in found]
+    return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
 
 
 def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:

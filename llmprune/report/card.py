@@ -5,9 +5,7 @@ It cannot know where it will be published, so ``PLACE`` stands for that, until a
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import MAX_JSON, Source, read_json
 from llmprune.data.sources import KNOWN
 from llmprune.methods import COARSE, DEFAULT_QUALITY, document, names
+from llmprune.reading import as_toml
 from llmprune.recipe import NAMED, Recipe
 from llmprune.report.result import Measured, Report
 from llmprune.types import Perplexity
@@ -215,22 +214,6 @@ def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     if report.source["revision"]:
         chosen["revision"] = report.source["revision"]
     return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}
-
-
-def as_toml(values: dict[str, Any]) -> Iterator[str]:
-    """Lines of TOML. Its strings, numbers and lists are spelt as JSON's are; tables come last."""
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    for key, value in values.items():
-        if key not in tables:
-            yield f"{key} = {spelt(value)}"
-    for key, table in tables.items():
-        if table:
-            yield f"\n[{key}]"
-            yield from (f"{spelt(name)} = {spelt(value)}" for name, value in table.items())
-
-
-def spelt(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # JSON's escapes of characters beyond 16 bits are none of TOML's
 
 
 def limits(recipe: Recipe) -> str:

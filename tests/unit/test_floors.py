@@ -21,12 +21,12 @@ FLOORS = [
     {"engine"},
     {"shares", "experts", "depth"},
     {"trials"},
-    {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
+    {"recipe", "recipe_files", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
     {"gather", "benchmark"},
     {"job"},
     {"sweep"},
     {"console", "api"},
-    {"commands"},
+    {"commands", "recipe_commands"},
     {"cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
