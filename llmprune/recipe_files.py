@@ -10,6 +10,7 @@ from llmprune.methods import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QU
 from llmprune.reading import spelt
 from llmprune.recipe import Recipe, keys, read_recipe
 from llmprune.refusals import BUDGETS
+from llmprune.user_criterion import refuse_code
 
 HEAD = """\
 # Run it: llmprune --recipe FILE, with flags on top of what stands here. Check it: llmprune recipe check FILE
@@ -33,6 +34,7 @@ def draft(given: dict[str, Any]) -> str:
 
     Raises RequestError as a run of it would.
     """
+    refuse_code("a recipe", given.get("criterion"))
     values = {"model": "llama"} | given
     pattern = values.get("pattern", "unstructured")
     if not values.keys() & set(BUDGETS) and pattern in ("unstructured", *LINES, *STRUCTURED):
