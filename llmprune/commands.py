@@ -60,7 +60,7 @@ def eval(
     answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
     sets = data or ([] if tasks else ["bundled-evaluation"])
     with progress_bars() as progress:
-        found = evaluate(model, sets, window=window, progress=progress, **shared) if sets else []
+        found = evaluate(model, sets, window=window, on_progress=progress, **shared) if sets else []
     if as_json:
         values = [asdict(p) for p in found]
         print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
