@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 SHOWN = 16  # digits of the hash
 ROWS, COLUMNS = 3, 8  # of the matrix that it is tried on
-# What a mistake in somebody's code raises. Anything stranger keeps its traceback.
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, ImportError, OSError, RuntimeError, SyntaxError)
-MISTAKES += (TypeError, ValueError)  # type: ignore[assignment]
+# What a mistake in somebody's code raises. Anything stranger keeps its traceback, which leads into that code.
+MISTAKES: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
