@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,16 @@ def prune(
     restart: bool = False,
     public: bool = False,
     existing: bool = False,
-    progress: Progress = quiet,
+    on_progress: Progress = quiet,
     **options: Any,
 ) -> Report:
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
     one; the model itself keeps its shape, with zeros (but not for layers and experts).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
-    tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. options: every other
-    field of a recipe (``llmprune.recipe.Recipe``).
+    tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. on_progress: called with
+    (step, done, total) as the command line's bars are. options: every other field of a recipe (``llmprune.recipe.Recipe``); criterion may be a
+    function of (weight_RC, stats), see ``llmprune.user_criterion``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
     windows = calibration if isinstance(calibration, Tensor) else None
@@ -74,17 +76,17 @@ def prune(
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
     if isinstance(model, nn.Module):
         recipe = read_recipe(None, {"model": type(model).__name__} | values)
-        return _prune_live(model, recipe, windows, tokenizer)
+        return _prune_live(model, recipe, windows, tokenizer, on_progress)
     recipe = read_recipe(None, {"model": str(model)} | values)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    report = run(prepare(recipe, windows, overwrite, restart), progress)
+    report = run(prepare(recipe, windows, overwrite, restart), on_progress)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report
 
 
-def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> Report:
+def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any, on_progress: Progress) -> Report:
     if recipe.push:
         raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
     if recipe.rotate:
@@ -96,18 +98,21 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         check_plan(plan, stream, matrices, model.dtype)
         data = _live_windows(model, recipe, given, tokenizer)
         ids_NL = data.calibration.ids_NL
-        plan = with_latency(recipe, plan, stream, ids_NL)
-        gradients = dense_gradients(stream, ids_NL, matrices, needs_of(plan), lambda done, total: None)
-        decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase)
+        plan = with_latency(recipe, plan, stream, ids_NL, partial(on_progress, "latency"))
+        gradients = dense_gradients(stream, ids_NL, matrices, needs_of(plan), partial(on_progress, "gradients"))
+        decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase, progress=on_progress)
         plan = replace(plan, sparsity=decision.sparsity)
         polished: list[Polished] = []
         on_polish = lambda done, hashes: polished.append(done)  # noqa: E731
+        on_block = lambda index, done, hashes: on_progress("prune", index + 1, len(matrices))  # noqa: E731
         structure = plan.pattern if isinstance(plan.pattern, Structure) else None
         shown = Reshaped(stream, structure) if structure else None
         if shown is not None and structure is not None and structure.name in COARSE:
-            blocks = coarse_blocks(shown, structure, plan, matrices, ids_NL, recipe.parts.criterion, decision.ratios.asked, gradients)
+            criterion, steps, asked = recipe.parts.criterion, partial(on_progress, structure.name), decision.ratios.asked
+            blocks = coarse_blocks(shown, structure, plan, matrices, ids_NL, criterion, asked, gradients, on_block=on_block, progress=steps)
         else:
-            blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, decision.ratios.asked, on_polish=on_polish)
+            asked, steps = decision.ratios.asked, partial(on_progress, "polish")
+            blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, asked, None, {}, on_block, on_polish, steps)
     smaller = None
     if shown is not None and structure is not None:
         smaller = slice_model(model, cuts(structure, blocks, recipe.pad), kept_layers(shown))
@@ -169,11 +174,12 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
-    progress: Progress = quiet,
+    on_progress: Progress = quiet,
 ) -> list[Perplexity]:
     """Perplexity of a checkpoint on each data set, one block in memory at a time.
 
-    window: tokens of a window. samples: the first so many windows instead of all. Raises RequestError when something cannot be read.
+    window: tokens of a window. samples: the first so many windows instead of all. on_progress: called with (step, done, total).
+    Raises RequestError when something cannot be read.
     """
     source = open_source(str(model), revision)
     chosen = choose_device(device)
@@ -186,7 +192,7 @@ def evaluate(
         windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)
         windows = windows.first(samples) if samples else windows
         check_ids(windows, stream.skeleton)
-        found.append(perplexity(stream, windows, lambda d, t: progress("perplexity", d, t)))
+        found.append(perplexity(stream, windows, lambda d, t: on_progress("perplexity", d, t)))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmprune import commands  # noqa: F401  they are added to the application
+from llmprune import commands, recipe_commands  # noqa: F401  they are added to the application
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
 from llmprune.errors import LlmpruneError, RequestError
 
@@ -40,7 +40,7 @@ def prune(
     pad: Annotated[bool, typer.Option("--pad", help="structured: zeros up to the widest layer, so that it loads without code of its own")] = False,
     quality: Annotated[Text, typer.Option(help="one of our own recipes: fast, balanced (the default) or max")] = None,
     method: Annotated[Text, typer.Option(help="a paper's own recipe, unimproved, for comparison; see llmprune methods")] = None,
-    criterion: Annotated[Text, typer.Option(help="what scores the weights")] = None,
+    criterion: Annotated[Text, typer.Option(help="what scores the weights; a function of your own is my.py:score")] = None,
     solver: Annotated[Text, typer.Option(help="what chooses the mask and repairs the rest")] = None,
     target: Annotated[Text, typer.Option(help="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)")] = None,
     polish: Annotated[Text, typer.Option(help="kd: distillation of the whole pruned model at the end, which has to fit in memory; none")] = None,

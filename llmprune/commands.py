@@ -44,7 +44,8 @@ def eval(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory."""
+    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory, which go into the
+    llmprune.json of a result."""
     if task_dir and not tasks:
         raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
     if not data and not tasks and model != "llama":
@@ -54,21 +55,24 @@ def eval(
 
     from llmprune.api import evaluate, evaluate_tasks
     from llmprune.reading import listed
+    from llmprune.report.stored import add_tasks, result_of
 
+    result = result_of(model) if tasks else None
     shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
     # tasks go first: a name that lm-eval does not know is refused before any work
     answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
     sets = data or ([] if tasks else ["bundled-evaluation"])
     with progress_bars() as progress:
-        found = evaluate(model, sets, window=window, progress=progress, **shared) if sets else []
+        found = evaluate(model, sets, window=window, on_progress=progress, **shared) if sets else []
     if as_json:
         values = [asdict(p) for p in found]
         print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
-        return
-    for value in found:
-        out.print(f"perplexity: {value}", soft_wrap=True)
-    for answer in answers:
-        out.print(str(answer), markup=False, soft_wrap=True)
+    else:
+        for said in (*(f"perplexity: {value}" for value in found), *map(str, answers)):
+            out.print(said, markup=False, soft_wrap=True)
+    if result:
+        add_tasks(result, answers)
+        err.print(f"added to {model}/llmprune.json; llmprune report {model} puts it into the page", markup=False, soft_wrap=True)
 
 
 @app.command()

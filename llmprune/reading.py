@@ -1,9 +1,11 @@
-"""Values of a recipe out of text: shares, counts, and TOML files."""
+"""Values of a recipe out of text and back: shares, counts, and TOML files."""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"recipe {path.name}: not valid TOML ({error})", 'write sparsity = 0.5 and pattern = "2:4"') from None
+
+
+def as_toml(values: dict[str, Any]) -> Iterator[str]:
+    """Lines of TOML. Its strings, numbers and lists are spelt as JSON's are; tables come last."""
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    for key, value in values.items():
+        if key not in tables:
+            yield f"{key} = {spelt(value)}"
+    for key, table in tables.items():
+        if table:
+            yield f"\n[{key}]"
+            yield from (f"{spelt(name)} = {spelt(value)}" for name, value in table.items())
+
+
+def spelt(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # JSON's escapes of characters beyond 16 bits are none of TOML's
 
 
 def listed(text: str) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
 
 from llmprune.errors import RequestError
 from llmprune.methods import (
@@ -31,20 +31,27 @@ from llmprune.methods import (
     build_pattern,
     check_name,
     in_groups,
-    names,
     parse_block,
     parse_nm,
     split_solver,
 )
 from llmprune.reading import read_count, read_share, read_toml
-from llmprune.refusals import BUDGETS, check_budget, check_groups, check_structured, check_units, refuse_structured
+from llmprune.refusals import BUDGETS, check_allocation, check_budget, check_groups, check_names, check_parts, check_structured, refuse_structured
+from llmprune.user_criterion import UserCriterion, read_criterion, refuse_code
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
+NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
+
+
+def _read_criterion(value: Any) -> Any:
+    if value is None or isinstance(value, str | UserCriterion):
+        return value
+    raise ValueError("is no name")
 
 
 class Recipe(BaseModel):
@@ -72,7 +79,7 @@ class Recipe(BaseModel):
     pad: bool = Field(False, description="structured: zeros up to the widest layer, so that one size holds for all")
     quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
     method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
-    criterion: str | None = Field(None, description="what scores the weights")
+    criterion: Annotated[Any, PlainValidator(_read_criterion, str | None)] = Field(None, description="what scores the weights")
     solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay; +reconstruct goes over blocks after it")
     target: Literal["symmetric", "asymmetric"] | None = Field(
         None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
@@ -101,7 +108,7 @@ class Recipe(BaseModel):
     output: str | None = Field(None, description="folder of the result")
     push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
 
-    @field_validator("sparsity", mode="before")
+    @field_validator("sparsity", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_sparsity(cls, value: Any) -> Any:
         value = read_share(value)
@@ -109,17 +116,17 @@ class Recipe(BaseModel):
             raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
         return value
 
-    @field_validator("target_params", "target_size", mode="before")
+    @field_validator("target_params", "target_size", mode="before", json_schema_input_type=int | str)
     @classmethod
     def _read_count(cls, value: Any) -> Any:
         return read_count(value)
 
-    @field_validator("target_latency_ratio", mode="before")
+    @field_validator("target_latency_ratio", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_ratio(cls, value: Any) -> Any:
         return read_share(value)
 
-    @field_validator("max_ppl_increase", mode="before")
+    @field_validator("max_ppl_increase", mode="before", json_schema_input_type=float | str)
     @classmethod
     def _read_increase(cls, value: Any) -> Any:
         value = read_share(value)
@@ -187,16 +194,21 @@ class Recipe(BaseModel):
         return f"{self.target_params}-parameters" if self.target_params else f"ppl-{self.max_ppl_increase:g}"
 
     @property
+    def criterion_name(self) -> str | None:
+        """The criterion in a word, a function of the user's own by its file's last name and hash."""
+        return None if self.criterion is None else str(self.criterion)
+
+    @property
     def parts(self) -> Method:
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
         if self.pattern in COARSE:
             default = {"layers": LAYER_CRITERIA[0], "experts": EXPERT_CRITERIA[0], "hidden": WIDTH_CRITERION}[self.pattern]
             repaired = self.pattern != "experts" and self.target != "symmetric"
-            return Method(self.criterion or default, "mask_only", "matrix", asymmetric=repaired)
+            return Method(self.criterion_name or default, "mask_only", "matrix", asymmetric=repaired)
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
-            named = Method(self.criterion, self.solver or "mask_only", "row")
+            named = Method(self.criterion_name, self.solver or "mask_only", "row")
         else:
             named = (STRUCTURED_QUALITIES if self.structured else QUALITIES)[self.quality or DEFAULT_QUALITY]
         group = self.group or named.group
@@ -223,10 +235,10 @@ class Recipe(BaseModel):
             check_budget(self, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
             self._refuse_group()
             check_structured(self)
-            self._check_names()
+            check_names(self)
             if self.pattern not in COARSE:
-                self._check_allocation()
-                self._check_parts()
+                check_allocation(self)
+                check_parts(self)
             return self
         refuse_structured(self)
         if not self.in_groups:
@@ -240,63 +252,14 @@ class Recipe(BaseModel):
         else:
             check_groups(self)
             self._refuse_group()
-        self._check_names()
-        self._check_allocation()
-        self._check_parts()
+        check_names(self)
+        check_allocation(self)
+        check_parts(self)
         return self
 
     def _refuse_group(self) -> None:
         if self.group is not None:
             raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
-
-    def _check_names(self) -> None:
-        given = [name for name in ("quality", "method") if getattr(self, name) is not None]
-        if self.criterion is not None or self.solver is not None:
-            given.append("criterion or solver")
-        if len(given) > 1:
-            raise RequestError(f"{given[0]} together with {given[1]}", "give a quality, a method, or a method's parts")
-        if self.quality is not None:
-            check_name("quality", self.quality, list(QUALITIES))
-        if self.method is not None:
-            check_name("method", self.method, list(METHODS | STRUCTURED_METHODS))
-            if self.method not in (STRUCTURED_METHODS if self.structured else METHODS):
-                raise RequestError(
-                    f"method {self.method!r} with pattern {self.pattern}",
-                    f"there are: {', '.join(STRUCTURED_METHODS if self.structured else METHODS)}",
-                )
-
-    def _check_allocation(self) -> None:
-        if self.allocation is not None:
-            check_name("allocation", self.allocation, names("allocation"))
-        if self.in_groups and self.allocation == "explicit":
-            raise RequestError(f"allocation 'explicit' with pattern {self.pattern}", "name what stays dense with --skip")
-        if self.in_groups and self.allocation == "search":
-            raise RequestError(f"allocation 'search' with pattern {self.pattern}", "it moves single weights; take auto or sensitivity")
-        if bool(self.ratios) != (self.parts.allocation == "explicit"):
-            raise RequestError(
-                "ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe'
-            )
-        odd = [r for r in self.ratios.values() if not 0 <= r < 1]
-        if odd:
-            raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
-
-    def _check_parts(self) -> None:
-        if self.criterion is not None:
-            check_name("criterion", self.criterion, names("criteria"))
-        if self.solver is not None:
-            split_solver(self.solver)
-        criterion, (solver, _) = self.parts.criterion, split_solver(self.parts.solver)
-        check_units(self, criterion, solver)
-        own_score = build("solvers", solver).own_score
-        if own_score and criterion is not None:
-            raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
-        if not own_score and criterion is None:
-            raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
-        if self.parts.asymmetric and self.parts.solver == "mask_only":
-            raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
-
-        if self.polish_steps is not None and self.polish is None and not self.parts.polish_steps:
-            raise RequestError(f"{self.polish_steps} polish steps of no polish", "add --polish kd")
 
     def plan(self, structure: Any = None) -> Plan:
         """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
@@ -307,7 +270,7 @@ class Recipe(BaseModel):
         parts = self.parts
         solver, reconstruct = split_solver(parts.solver)
         return Plan(
-            criterion=build("criteria", parts.criterion) if parts.criterion and (self.pattern == "hidden" or self.pattern not in COARSE) else None,
+            criterion=self._criterion(parts.criterion),
             pattern=structure or build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
             reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
@@ -321,6 +284,11 @@ class Recipe(BaseModel):
             mean_bias=parts.mean_bias,
         )
 
+    def _criterion(self, name: str | None) -> Any:
+        if isinstance(self.criterion, UserCriterion):
+            return self.criterion
+        return build("criteria", name) if name and (self.pattern == "hidden" or self.pattern not in COARSE) else None
+
     def _allocation_options(self) -> dict[str, Any]:
         if self.structured and self.parts.allocation == "auto":
             return {"starts": STRUCTURED_STARTS}
@@ -333,10 +301,12 @@ class Recipe(BaseModel):
         return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.budget}"
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as it is saved: paths as their last name, what only names places left out."""
+        """The recipe as it is saved: paths as their last name, the quality by its name, what only names places left out."""
         value = self.model_dump(exclude={"output", "push"})
         parts = self.parts
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
+        if not any(getattr(self, name) for name in NAMED) and self.pattern not in COARSE:
+            value["quality"] = DEFAULT_QUALITY
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
         value["allocation"] = parts.allocation
@@ -352,16 +322,16 @@ class Recipe(BaseModel):
 def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
     stored = read_toml(path) if path else {}
-    for key in stored:
-        check_name("recipe key", key, [name for name in Recipe.model_fields if name != "push"])  # what leaves the machine is said by hand
-    named = ("quality", "method", "criterion", "solver")
-    parts = {flag: tuple(n for n in named if n != flag and {n, flag} != {"criterion", "solver"}) for flag in named}
+    _check_keys(stored)
+    refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
+    flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
+    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
     for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}
     if flags.keys() & set(BUDGETS):  # one budget at a time
         stored = {k: v for k, v in stored.items() if k not in BUDGETS}
-    if flags.keys() & set(named) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
+    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
         stored.pop("polish_steps", None)
     values = stored | flags
     if "model" not in values:
@@ -369,10 +339,28 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**values).checked()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{field} {first['input']!r}: {message}", f"{field}: {_description(field)}") from None
+        raise _refusal(error) from None
+
+
+def keys() -> list[str]:
+    """What a recipe file may say: what leaves the machine is said by hand."""
+    return [name for name in Recipe.model_fields if name != "push"]
+
+
+def _check_keys(stored: dict[str, Any]) -> None:
+    """Raises RequestError for keys that are none, all of them at once."""
+    unknown = [key for key in stored if key not in keys()]
+    if len(unknown) > 1:
+        raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
+    for key in unknown:
+        check_name("recipe key", key, keys())
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """All values that a field cannot take."""
+    found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
+    hints = [f"{field}: {_description(field)}" for field in found]
+    return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
 
 
 def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:

@@ -1,11 +1,27 @@
-"""What a recipe cannot ask for together: budgets, N:M and structured patterns."""
+"""What a recipe cannot ask for together: budgets, N:M, methods and their parts, allocations, structured patterns."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from llmprune.errors import RequestError
-from llmprune.methods import COARSE, EXPERT_CRITERIA, LAYER_CRITERIA, LINES, STRUCTURED, STRUCTURED_SOLVERS, TRIED, UNITS_ONLY, check_name, names
+from llmprune.methods import (
+    COARSE,
+    EXPERT_CRITERIA,
+    LAYER_CRITERIA,
+    LINES,
+    METHODS,
+    QUALITIES,
+    STRUCTURED,
+    STRUCTURED_METHODS,
+    STRUCTURED_SOLVERS,
+    TRIED,
+    UNITS_ONLY,
+    build,
+    check_name,
+    names,
+    split_solver,
+)
 
 if TYPE_CHECKING:
     from llmprune.recipe import Recipe
@@ -44,6 +60,21 @@ def check_groups(recipe: Recipe) -> None:
         )
 
 
+def check_allocation(recipe: Recipe) -> None:
+    """Raises RequestError for an allocation that is none, or that pattern or ratios contradict."""
+    if recipe.allocation is not None:
+        check_name("allocation", recipe.allocation, names("allocation"))
+    if recipe.in_groups and recipe.allocation == "explicit":
+        raise RequestError(f"allocation 'explicit' with pattern {recipe.pattern}", "name what stays dense with --skip")
+    if recipe.in_groups and recipe.allocation == "search":
+        raise RequestError(f"allocation 'search' with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
+    if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
+        raise RequestError("ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe')
+    odd = [r for r in recipe.ratios.values() if not 0 <= r < 1]
+    if odd:
+        raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
+
+
 def check_structured(recipe: Recipe) -> None:
     """Raises RequestError for what a structured pattern has no use for."""
     pattern = recipe.pattern
@@ -76,9 +107,9 @@ def check_structured(recipe: Recipe) -> None:
         ):
             if getattr(recipe, name):
                 raise RequestError(f"{name} with pattern {pattern}, which decides for the whole model", f"leave {name} out")
-        if recipe.criterion is not None:
-            known = {"layers": LAYER_CRITERIA, "experts": EXPERT_CRITERIA}.get(pattern) or names("criteria")
-            check_name("criterion", recipe.criterion, list(known))
+        known = {"layers": LAYER_CRITERIA, "experts": EXPERT_CRITERIA}.get(pattern) or names("criteria")
+        if recipe.criterion_name is not None and (isinstance(recipe.criterion, str) or pattern != "hidden"):
+            check_name("criterion", recipe.criterion_name, list(known))
     elif recipe.pad and recipe.one_size:
         raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
 
@@ -107,3 +138,38 @@ def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
                 raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
     if pattern in LINES and solver == "sparsegpt":
         raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", "take refit, or admm")
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises RequestError for a quality, a method and parts that are none, or stand against each other."""
+    given = [name for name in ("quality", "method") if getattr(recipe, name) is not None]
+    if recipe.criterion is not None or recipe.solver is not None:
+        given.append("criterion or solver")
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} together with {given[1]}", "give a quality, a method, or a method's parts")
+    if recipe.quality is not None:
+        check_name("quality", recipe.quality, list(QUALITIES))
+    if recipe.method is not None:
+        check_name("method", recipe.method, list(METHODS | STRUCTURED_METHODS))
+        known = STRUCTURED_METHODS if recipe.structured else METHODS
+        if recipe.method not in known:
+            raise RequestError(f"method {recipe.method!r} with pattern {recipe.pattern}", f"there are: {', '.join(known)}")
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raises RequestError for a criterion, a solver, a target and a polish that do not go together."""
+    if isinstance(recipe.criterion, str):
+        check_name("criterion", recipe.criterion, names("criteria"))
+    if recipe.solver is not None:
+        split_solver(recipe.solver)
+    criterion, (solver, _) = recipe.parts.criterion, split_solver(recipe.parts.solver)
+    check_units(recipe, criterion, solver)
+    own_score = build("solvers", solver).own_score
+    if own_score and criterion is not None:
+        raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
+    if not own_score and criterion is None:
+        raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
+    if recipe.parts.asymmetric and recipe.parts.solver == "mask_only":
+        raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
+    if recipe.polish_steps is not None and recipe.polish is None and not recipe.parts.polish_steps:
+        raise RequestError(f"{recipe.polish_steps} polish steps of no polish", "add --polish kd")

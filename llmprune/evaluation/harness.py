@@ -25,6 +25,7 @@ class TaskResult:
     shots: int | None
     task_version: str | None
     lm_eval: str
+    dtype: str
 
     def __str__(self) -> str:
         said = []
@@ -34,7 +35,7 @@ class TaskResult:
             if not metric.endswith("_stderr"):
                 said.append(f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}") + ("" if kept in ("", "none") else f" ({kept})"))
         how = [f"{self.samples} samples" if self.samples else "", "" if self.shots is None else f"{self.shots}-shot"]
-        how += [f"task version {self.task_version}" if self.task_version else "", f"lm-eval {self.lm_eval}"]
+        how += [f"task version {self.task_version}" if self.task_version else "", self.dtype, f"lm-eval {self.lm_eval}"]
         return f"{self.task}: {', '.join(said)} ({', '.join(h for h in how if h)})"
 
 
@@ -70,11 +71,12 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, names: Sequence[str], li
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, device=str(model.device))
     found: Any = lm_eval.simple_evaluate(model=wrapped, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
-    return [_result(name, metrics, found) for name, metrics in found["results"].items()]
+    return [_result(name, metrics, found, str(model.dtype).removeprefix("torch.")) for name, metrics in found["results"].items()]
 
 
-def _result(name: str, metrics: dict[str, Any], found: dict[str, Any]) -> TaskResult:
+def _result(name: str, metrics: dict[str, Any], found: dict[str, Any], dtype: str) -> TaskResult:
     numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
     samples = found.get("n-samples", {}).get(name, {}).get("effective")
     told = found.get("versions", {}).get(name)
-    return TaskResult(name, numbers, samples, found.get("n-shot", {}).get(name), None if told is None else str(told), version("lm-eval"))
+    shots = found.get("n-shot", {}).get(name)
+    return TaskResult(name, numbers, samples, shots, None if told is None else str(told), version("lm-eval"), dtype)

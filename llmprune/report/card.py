@@ -5,9 +5,7 @@ It cannot know where it will be published, so ``PLACE`` stands for that, until a
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import MAX_JSON, Source, read_json
 from llmprune.data.sources import KNOWN
 from llmprune.methods import COARSE, DEFAULT_QUALITY, document, names
-from llmprune.recipe import Recipe
+from llmprune.reading import as_toml
+from llmprune.recipe import NAMED, Recipe
 from llmprune.report.result import Measured, Report
 from llmprune.types import Perplexity
 
@@ -29,7 +28,6 @@ CARD = "README.md"
 PLACE = "path/to/this/model"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what goes
-NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 
 
 def write_card(folder: Path, report: Report, recipe: Recipe, source: Source) -> None:
@@ -70,7 +68,7 @@ def is_bundled(source: Source) -> bool:
 
 def method_of(recipe: Recipe) -> str:
     """The word for what was done: a quality, a method, or a method's parts."""
-    named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion, recipe.solver) if p)
+    named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion_name, recipe.solver) if p)
     return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
 
 
@@ -212,26 +210,10 @@ def said(kind: str, name: str) -> str:
 def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     """What was asked for, places left out and the source's revision pinned; read as a recipe, it asks for the same again."""
     chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
-    chosen |= {key: report.recipe[key] for key in ("model", "calibration", "eval") if key in chosen}  # paths are their last names there
+    chosen |= {key: report.recipe[key] for key in ("model", "criterion", "calibration", "eval") if key in chosen}  # paths are their last names there
     if report.source["revision"]:
         chosen["revision"] = report.source["revision"]
     return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}
-
-
-def as_toml(values: dict[str, Any]) -> Iterator[str]:
-    """Lines of TOML. Its strings, numbers and lists are spelt as JSON's are; tables come last."""
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    for key, value in values.items():
-        if key not in tables:
-            yield f"{key} = {spelt(value)}"
-    for key, table in tables.items():
-        if table:
-            yield f"\n[{key}]"
-            yield from (f"{spelt(name)} = {spelt(value)}" for name, value in table.items())
-
-
-def spelt(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # JSON's escapes of characters beyond 16 bits are none of TOML's
 
 
 def limits(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from llmprune.report.layers import grid_of, short_blocks
 from llmprune.report.pictures import curves
 from llmprune.report.sections import Section
 from llmprune.report.stored import RUN, read_any
+from llmprune.report.summary import named
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ def _of_run(name: str, source: tuple[str, str], value: dict[str, Any]) -> Entry:
         for pair in value["perplexity"]
     }
     dense = {definition(pair["dense"]): pair["dense"]["value"] for pair in value["perplexity"]}
-    parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
     left = smaller["parameters"] if smaller else sparsity["parameters"] - sparsity["zeros"]
-    method = recipe["method"] or recipe["quality"] or parts
-    return Entry(name, source, method, recipe["pattern"], sparsity["pruned_matrices"], left, found, dense, value)
+    return Entry(name, source, named(recipe), recipe["pattern"], sparsity["pruned_matrices"], left, found, dense, value)
 
 
 def _distinct(found: list[Entry]) -> list[Entry]:

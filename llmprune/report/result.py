@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import RequestError
+from llmprune.report import summary
 from llmprune.types import BlockReport, Divergence, Perplexity, Row
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from llmprune.hub import Pushed
 
 
@@ -23,9 +26,9 @@ class Measured:
     divergence: Divergence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The outcome of a run.
+    """The outcome of a run. A notebook shows it as a small table, and so does rich; ``to_json`` has everything.
 
     ``parameters`` counts the whole model. ``output`` is None for a live model.
     """
@@ -48,6 +51,15 @@ class Report:
     smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return summary.line(self)
+
+    def __rich__(self) -> Table:
+        return summary.table(self)
+
+    def _repr_html_(self) -> str:
+        return summary.html(self)
 
     @property
     def rows(self) -> list[Row]:

@@ -53,6 +53,8 @@ def sections(report: dict[str, Any], bench: dict[str, Any] | None = None) -> Ite
     yield asked_and_got(report)
     if report["perplexity"]:
         yield quality(report)
+    if report.get("tasks"):  # what llmprune eval has added
+        yield tasks(report["tasks"])
     if grid:
         yield sparsity(grid)
     if report["blocks"]:
@@ -110,6 +112,22 @@ def quality(report: dict[str, Any]) -> Section:
         *(f"Measured on {definition(pair['pruned'])}." for pair in found),
     )
     return Section("quality", "Quality", said, table=Table(("", *(pair["dense"]["dataset"] for pair in found)), rows))
+
+
+def tasks(found: list[dict[str, Any]]) -> Section:
+    """A row a metric, with its standard error."""
+    rows = []
+    for task in found:
+        for key, value in task["metrics"].items():
+            metric, _, kept = key.partition(",")
+            if not metric.endswith("_stderr"):
+                error = number(task["metrics"].get(f"{metric}_stderr,{kept}"))
+                name = metric if kept in ("", "none") else f"{metric} ({kept})"
+                how = (count(task["samples"]), count(task["shots"]), say(task["task_version"]), say(task["dtype"]), say(task["lm_eval"]))
+                rows.append((say(task["task"]), say(name), number(value), error, *how))
+    heads = ("task", "metric", "value", "standard error", "questions", "few-shot", "version", "dtype", "lm-eval")
+    said = "Of the pruned model, by lm-evaluation-harness. Numbers of different versions, shots or questions are no numbers of one thing."
+    return Section("tasks", "Tasks", (said,), table=Table(heads, tuple(rows)))
 
 
 def sparsity(grid: Grid) -> Section:

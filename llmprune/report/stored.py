@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.resolve import is_bundled
 from llmprune.errors import RequestError
+
+if TYPE_CHECKING:
+    from llmprune.evaluation.harness import TaskResult
 
 RUN, SWEEP = "llmprune.json", "sweep.json"
 OF_RUN = frozenset({"recipe", "source", "calibration", "sparsity", "perplexity", "blocks", "smaller", "sample", "notes", "environment", "timings"})
@@ -17,6 +24,22 @@ OF_BENCH = frozenset({"setting", "models", "ratios", "notes"})
 def read_run(path: Path) -> dict[str, Any]:
     """The content of a run's llmprune.json. path: the file, or its folder. Raises RequestError."""
     return read(path / RUN if path.is_dir() else path, OF_RUN, "a run's llmprune.json")
+
+
+def result_of(model: str) -> Path | None:
+    """The folder that a model's name means, where a run has made it; None for any other model. Raises RequestError for a damaged llmprune.json."""
+    folder = Path(model).expanduser()
+    if is_bundled(model) or not (folder / RUN).is_file():
+        return None
+    read_run(folder)
+    return folder
+
+
+def add_tasks(folder: Path, answers: Sequence[TaskResult]) -> None:
+    """Put what lm-eval says into a result's llmprune.json, in the place of older answers to the same: task, few-shot, number of questions."""
+    content = read_run(folder)
+    held = {(one["task"], one["shots"], one["samples"]): one for one in [*content.get("tasks", []), *map(asdict, answers)]}
+    write_whole(folder / RUN, to_json(content | {"tasks": list(held.values())}))
 
 
 def read_bench(path: Path) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def test_every_number_is_that_of_the_run(cli: Cli, small: tuple[object, ...], wo
     result = cli(*words, "--output", "out", *small)
     assert result.code == 0, result.err
     report = json.loads(Path("out/llmprune.json").read_text())
+    assert report["recipe"]["quality"] == "balanced"  # by its name, where nothing was named
+    assert json.loads(cli("compare", "out", "--json").out)[0]["method"] == "balanced"
     found = read_page(Path("out/report.html").read_text())
     numbers = [*leaves(report), *follows(report)]
     assert len(found.numbers) > 40

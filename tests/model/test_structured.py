@@ -261,7 +261,7 @@ def run_until(step: str, done: int, folder: Path, pattern: str, options: dict[st
             raise Stop
 
     with pytest.raises(Stop):
-        cut(folder, pattern, progress=progress, **options)
+        cut(folder, pattern, on_progress=progress, **options)
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -17,16 +17,16 @@ FLOORS = [
     {"errors", "types", "clock", "heap"},
     {"linalg", "budget", "data", "checkpoint", "training"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
-    {"methods", "stream", "statistics", "gradients", "polish", "whole", "evaluation", "reshaped", "reading", "cutting"},
+    {"methods", "user_criterion", "stream", "statistics", "gradients", "polish", "whole", "evaluation", "reshaped", "reading", "cutting"},
     {"engine"},
     {"shares", "experts", "depth", "width", "rotate"},
     {"trials"},
-    {"recipe", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
+    {"recipe", "recipe_files", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
     {"gather", "benchmark", "planning"},
     {"job"},
     {"sweep"},
     {"console", "api"},
-    {"commands"},
+    {"commands", "recipe_commands"},
     {"cli", "__init__", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,154 @@
+"""Recipe files: each that is shipped runs, they agree with their schema, and the commands that check and begin them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from cli.runner import ROOT, Cli
+from families import FAMILIES, uneven
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.recipe import read_recipe
+from llmprune.recipe_files import schema
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SCHEMA = ROOT / "recipes" / "recipe.schema.json"
+MIXTURES = [recipe for recipe in RECIPES if recipe.stem.startswith("mixtral")]
+KINDS = {"string": str, "number": (int, float), "integer": int, "boolean": bool, "array": list, "object": dict}
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    """A tiny random Mixtral with the bundled model's tokenizer."""
+    kind, values = FAMILIES["mixtral"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values | {"vocab_size": 2048, "max_position_embeddings": 512}))
+    uneven(model)
+    model.save_pretrained(tmp_path / "mixtral")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / "llama" / name, tmp_path / "mixtral" / name)
+    return tmp_path / "mixtral"
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in MIXTURES], ids=lambda p: p.stem)
+def test_every_recipe_runs(cli: Cli, small: tuple[object, ...], recipe: Path) -> None:
+    ran = cli("--recipe", recipe, "--output", "out", *small)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("out/llmprune.json").read_text())
+    if report["smaller"] is not None:
+        model = AutoModelForCausalLM.from_pretrained("out")
+        assert sum(p.numel() for p in model.parameters()) == report["smaller"]["parameters"] < report["sparsity"]["parameters"]
+        return
+    for row in (row for block in report["blocks"] for row in block["rows"]):
+        assert row["zeros"] == round(row["asked"] * row["rows"] * row["columns"])
+    mixed = "2of4-40" in recipe.stem  # whole matrices of one pattern: a little less than was asked for
+    assert report["sparsity"]["pruned_matrices"] == pytest.approx(report["sparsity"]["asked"], abs=0.01 if mixed else 1e-4)
+
+
+@pytest.mark.parametrize("recipe", MIXTURES, ids=lambda p: p.stem)
+def test_every_recipe_for_mixtures_leaves_what_it_says(cli: Cli, small: tuple[object, ...], mixtral: Path, recipe: Path) -> None:
+    words = ("--model", mixtral, "--calibration", BUNDLED / "calibration.txt", "--output", "out")
+    ran = cli("--recipe", recipe, *words, *small)
+    assert ran.code == 0, ran.err
+    before, after = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (mixtral, "out"))
+    if "half-experts" in recipe.stem:
+        assert 2 * after.config.num_local_experts == before.config.num_local_experts
+        return
+    dense = before.state_dict()
+    for name, value in after.state_dict().items():
+        if "experts" in name:
+            assert int((value.reshape(-1, 4) != 0).sum(1).max()) == 2, name
+        else:
+            assert torch.equal(value, dense[name]), name
+
+
+def test_the_schema_is_up_to_date() -> None:
+    assert json.loads(SCHEMA.read_text()) == schema(), "llmprune recipe schema > recipes/recipe.schema.json"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_names_the_schema_and_keeps_to_it(recipe: Path) -> None:
+    assert recipe.read_text().splitlines()[0] == f"#:schema ./{SCHEMA.name}"
+    known = json.loads(SCHEMA.read_text())["properties"]
+    for key, value in tomllib.loads(recipe.read_text()).items():
+        kinds = known[key].get("anyOf", [known[key]])
+        assert any(isinstance(value, KINDS[kind["type"]]) if "type" in kind else True for kind in kinds), key
+        assert value in known[key].get("enum", [value]), key
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jsonschema") is None, reason="jsonschema is not installed")
+def test_the_schema_takes_what_a_run_takes() -> None:
+    import jsonschema
+
+    checker = jsonschema.Draft7Validator(json.loads(SCHEMA.read_text()))
+    jsonschema.Draft7Validator.check_schema(checker.schema)
+    for recipe in RECIPES:
+        checker.validate(tomllib.loads(recipe.read_text()))
+    for good in ({"sparsity": "50%"}, {"target_params": "900M"}, {"pattern": "block:4x4"}, {"solver": "admm+reconstruct"}, {"ratios": {"a": 0.5}}):
+        assert checker.is_valid(good), good
+    for bad in ({"push": "me/mine"}, {"sparsty": 0.5}, {"pattern": "2-4"}, {"samples": 0}, {"quality": "best"}, {"shuffle": "yes"}):
+        assert not checker.is_valid(bad), bad
+
+
+def test_check_has_a_line_for_every_file(cli: Cli) -> None:
+    ran = cli("recipe", "check", *RECIPES)
+    assert (ran.code, ran.err) == (0, "")
+    assert [line.endswith(".toml: fine") for line in ran.out.splitlines()] == [True] * len(RECIPES)
+    Path("keys.toml").write_text("sparsty = 1\nmodle = 2\n")
+    Path("values.toml").write_text("model = 2\nsparsity = 1.5\nsamples = 0\n")
+    Path("torn.toml").write_text("model = ")
+    ran = cli("recipe", "check", RECIPES[0], "keys.toml", "values.toml", "torn.toml", "absent.toml")
+    assert ran.code == 2
+    assert "4 of 5 recipes would be refused, first keys.toml" in ran.err
+    fine, keys, values, torn, absent = ran.out.splitlines()
+    assert fine.endswith("fine")
+    assert "keys 'sparsty', 'modle' are unknown" in keys
+    assert all(said in values for said in ("model 2: ", "sparsity 1.5: is outside", "samples 0: "))
+    assert "not valid TOML" in torn
+    assert "No such file" in absent
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--pattern", "2:4", "--quality", "max", "--model", "org/name"),
+        ("--pattern", "channels"),
+        ("--sparsity", "60%", "--criterion", "wanda", "--solver", "refit", "--allocation", "owl", "--samples", 32),
+        ("--method", "sparsegpt", "--calibration", 'a "quoted" \\ name.txt'),
+    ],
+    ids=["plain", "2of4", "channels", "parts", "quotes"],
+)
+def test_new_begins_a_recipe_that_asks_for_what_was_said(cli: Cli, words: tuple[object, ...]) -> None:
+    assert cli("recipe", "new", "mine.toml", *words).code == 0
+    assert cli("recipe", "check", "mine.toml").code == 0
+    text = Path("mine.toml").read_text()
+    assert cli("recipe", "new", *words).out == text
+    flags = {str(flag)[2:]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    found = read_recipe(Path("mine.toml"), {})
+    assert found == read_recipe(None, {"model": "llama"} | ({} if found.sparsity is None else {"sparsity": found.sparsity}) | flags)
+    assert all(f"{key} = " in text for key in schema()["properties"])
+    again = cli("recipe", "new", "mine.toml", "--pattern", "4:8")
+    assert again.code == 2
+    assert "mine.toml: exists already" in again.err
+    assert Path("mine.toml").read_text() == text
+
+
+def test_new_refuses_what_a_run_refuses(cli: Cli) -> None:
+    ran = cli("recipe", "new", "mine.toml", "--quality", "best")
+    assert (ran.code, "quality 'best' is unknown" in ran.err) == (2, True)
+    ran = cli("recipe", "new", "absent/mine.toml")
+    assert (ran.code, "cannot be written" in ran.err) == (2, True)
+    assert not list(Path().iterdir())
+
+
+def test_the_schema_is_printed(cli: Cli) -> None:
+    assert json.loads(cli("recipe", "schema").out) == schema()
