@@ -237,7 +237,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         folder, smaller = saved(job, journal, sink, done)
         report = Report(
             recipe=job.recipe.resolved(),
-            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
+            source=described(job.source),
             calibration=describe(data.calibration),
             blocks=done.blocks,
             perplexity=found,
@@ -375,6 +375,12 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
     value = asdict(polished)
     value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
     return value
+
+
+def described(source: Source) -> dict[str, Any]:
+    """What a report says of the source; bytes: of its plain weights."""
+    value = {"name": source.name, "revision": source.revision, "files": source.hashes, "bytes": source.bytes}
+    return value | ({"quantised": source.decoder.method} if source.decoder else {})
 
 
 def describe(windows: Windows) -> dict[str, Any]:
