@@ -17,8 +17,9 @@ from torch import Tensor
 
 import llmprune
 from llmprune import heap, shares
-from llmprune.checkpoint.files import hashes_of, to_json, write_whole
+from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
+from llmprune.checkpoint.manifest import check_source, manifest_of
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import SIZES, Source
@@ -155,6 +156,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     for part in data.all():
         check_ids(part, stream.skeleton)
     source.scan()
+    check_source(source)
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
 
 
@@ -235,6 +237,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         found = tuple(Measured(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
         pruned_text = sample.written(done.now, prompt)
         folder, smaller = saved(job, journal, sink, done)
+        manifest = manifest_of(folder)
         report = Report(
             recipe=job.recipe.resolved(),
             source=described(job.source),
@@ -250,7 +253,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             tried=done.decision.ratios.tried,
             frontier=tuple(asdict(step) for step in done.decision.frontier),
             smaller=smaller.to_json() if smaller else None,
-            files=hashes_of(folder),
+            files=manifest.files,
+            tensors=manifest.tensors,
             sample=sample.to_json(prompt, dense_text, pruned_text),
             timings={"seconds": perf_counter() - began, "resumed_blocks": done.resumed, "peak_memory": peak_resident()},
         )

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +123,17 @@ class Source:
                 os.close(handle)
         return out
 
+    def pieces(self, file: str) -> Iterator[tuple[str, Entry, bytearray]]:
+        """All data of a file in order, in pieces of one tensor each."""
+        entries = sorted((e for e in self.tensors.items() if e[1].file == file), key=lambda item: item[1].start)
+        handle = os.open(self.folder / file, os.O_RDONLY)
+        try:
+            for name, entry in entries:
+                for start in range(entry.start, entry.end, CHUNK):
+                    yield name, entry, read_range(handle, start, min(CHUNK, entry.end - start), file)
+        finally:
+            os.close(handle)
+
     def scan(self) -> None:
         """One pass over all weights before anything is computed: file hashes, and every float finite.
 
@@ -130,29 +142,21 @@ class Source:
         if self.decoder is not None:
             self.hashes = self.decoder.scan()
             return
-        bad = []
+        bad: dict[str, int] = {}
         for file in self.headers:
             digest = hashlib.sha256(self.headers[file])
-            entries = sorted((e for e in self.tensors.items() if e[1].file == file), key=lambda item: item[1].start)
-            handle = os.open(self.folder / file, os.O_RDONLY)
-            try:
-                for name, entry in entries:
-                    count = 0
-                    for start in range(entry.start, entry.end, CHUNK):
-                        data = read_range(handle, start, min(CHUNK, entry.end - start), file)
-                        digest.update(data)
-                        dtype = DTYPES.get(entry.dtype)
-                        if dtype is not None and dtype.is_floating_point:
-                            values = torch.frombuffer(data, dtype=dtype)
-                            count += 0 if all_finite(values) else int((~torch.isfinite(values)).sum())
-                    if count:
-                        bad.append(f"{name} ({count})")
-            finally:
-                os.close(handle)
+            for name, entry, data in self.pieces(file):
+                digest.update(data)
+                dtype = DTYPES.get(entry.dtype)
+                if dtype is not None and dtype.is_floating_point:
+                    values = torch.frombuffer(data, dtype=dtype)
+                    if not all_finite(values):
+                        bad[name] = bad.get(name, 0) + int((~torch.isfinite(values)).sum())
             self.hashes[file] = digest.hexdigest()
         if bad:
             more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
-            raise RequestError(f"{self.name}: NaN or infinite weights in {', '.join(bad[:3])}{more}", "repair or re-download the checkpoint")
+            first = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:3])
+            raise RequestError(f"{self.name}: NaN or infinite weights in {first}{more}", "repair or re-download the checkpoint")
 
 
 def read_tensor(handle: int, entry: Entry) -> Tensor:
