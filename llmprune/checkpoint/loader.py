@@ -67,7 +67,7 @@ class Loader:
         """All that the headers say against the model is said at once. Raises RequestError."""
         stored = self.source.tensors
         numbers = {k for k, p in self.parameter_of.items() if self.empty[p].is_floating_point()}
-        odd = sorted(k for k in self.parameter_of if stored[k].dtype not in DTYPES or (k in numbers and stored[k].dtype in ("I8", "U8")))
+        odd = sorted(k for k in self.parameter_of if (d := DTYPES.get(stored[k].dtype)) is None or (k in numbers and not d.is_floating_point))
         wrong = [
             f"{k} is {list(stored[k].shape)}, the config says {list(self.empty[p].shape)}"
             for k, p in self.parameter_of.items()

@@ -203,8 +203,11 @@ def check_places(folder: Path) -> None:
     own = folder.resolve()
     homes = (own, own.parent.parent / "blobs") if own.parent.name == "snapshots" else (own,)
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.is_dir() and path.resolve().parent not in homes:
+        place = Path(os.path.realpath(path))  # which a loop of links does not stop
+        if path.is_symlink() and not path.is_dir() and place.parent not in homes:
             raise RequestError(f"{folder.name}/{path.name}: a link that leads out of the folder", "put the file itself there, or give its own folder")
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise RequestError(f"{folder.name}/{path.name}: is no file, but a pipe or a device", "remove it")
         if path.suffix == ".json" and path.is_file():
             check_size(path)
 

@@ -177,7 +177,7 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, method: Any) -> None:
     refused(folder, "already quantised")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn], ids=str)
 def test_codes_without_a_config_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_tiny("llama", tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
