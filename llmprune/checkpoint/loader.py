@@ -93,7 +93,8 @@ class Loader:
     def _beyond(self) -> list[str]:
         """Checkpoint tensors of blocks after the last one, but for those that the model itself leaves out (multi-token prediction)."""
         stems = {found[1] for key in self._in_block[0] if (found := FIRST_NUMBER.match(key)) and found[2] == "0"}
-        blocks = len(self._prefixes) + getattr(self.skeleton.config.get_text_config(decoder=True), "num_nextn_predict_layers", 0)
+        more = getattr(self.skeleton.config.get_text_config(decoder=True), "num_nextn_predict_layers", 0)
+        blocks = len(self._prefixes) + (more if type(more) is int else 0)
         left_out = self.skeleton._keys_to_ignore_on_load_unexpected or ()
         return [
             key
