@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
-from llmprune.errors import PromiseError, RequestError
+from llmprune.errors import PromiseError, RequestError, at_home
 
 
 @app.command()
@@ -164,7 +164,7 @@ def report(
     made = page(read_run(path), read_bench(Path(bench).expanduser()) if bench else None)
     target = Path(html).expanduser() if html else (path if path.is_dir() else path.parent) / "report.html"
     write_whole(target, made.encode())
-    out.print(f"saved: {target}", markup=False, soft_wrap=True)
+    out.print(f"saved: {at_home(target)}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -189,7 +189,7 @@ def compare(
         return
     print_comparison(found, out)
     if html:
-        out.print(f"saved: {html}", markup=False, soft_wrap=True)
+        out.print(f"saved: {at_home(html)}", markup=False, soft_wrap=True)
 
 
 @app.command()

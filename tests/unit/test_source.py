@@ -218,10 +218,13 @@ def test_links_inside_the_folder_and_into_the_hubs_blobs_are_followed(tmp_path: 
     assert open_folder(snapshot, "m").tensors.keys() == {"a", "b"}
 
 
-def test_other_json_of_insane_size_is_refused_unread(tmp_path: Path) -> None:
-    path = folder(tmp_path / "m", {"model.safetensors": GOOD, "tokenizer.json": b""})
-    os.truncate(path / "tokenizer.json", 500 << 20)
-    refused(path, f"tokenizer.json: {500 << 20} bytes, more than {MAX_JSON}")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json", "vocab.txt", "chat_template.jinja"])
+def test_other_files_of_insane_size_are_refused_unread(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "m", {"model.safetensors": GOOD, name: b"", "log.json": b""})
+    os.truncate(path / "log.json", 500 << 20)  # nobody reads it
+    open_folder(path, "m")
+    os.truncate(path / name, 500 << 20)
+    refused(path, f"{name}: {500 << 20} bytes, more than {MAX_JSON}")
 
 
 def test_a_million_tensors_are_refused_within_two_seconds(tmp_path: Path) -> None:
