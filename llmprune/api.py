@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, read_windows
@@ -179,6 +180,8 @@ def evaluate(
     length = window or default_length(str(model), stream.skeleton.config)
     check_length(length, stream.skeleton.config)
     tokenizer = load_tokenizer(source.folder)
+    source.scan()
+    check_source(source)
     found = []
     for spec in [data] if isinstance(data, str) else data:
         windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)

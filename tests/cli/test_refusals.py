@@ -140,6 +140,7 @@ def test_nan_weight(cli, model):
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4:6] = torch.nan
     save_file(tensors, model / "model.safetensors")
     damaged(cli, model, "NaN or infinite weights in model.layers.2.mlp.up_proj.weight (2)")
+    refused(cli, "eval", model, "--data", TEXT, says="NaN or infinite weights in model.layers.2.mlp.up_proj.weight (2)")
 
 
 def test_missing_tensor(cli, model):
