@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
+from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
@@ -186,7 +188,9 @@ def evaluate(
     stream = open_stream(source, choose_dtype(dtype, chosen, source), chosen)
     length = window or default_length(str(model), stream.skeleton.config)
     check_length(length, stream.skeleton.config)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.folder)
+    source.scan()
+    check_source(source)
     found = []
     for spec in [data] if isinstance(data, str) else data:
         windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)
@@ -217,7 +221,7 @@ def evaluate_tasks(
     chosen = choose_device(device)
     dtype = str(choose_dtype(dtype, chosen, source)).removeprefix("torch.")
     loaded = load_whole(Task(str(source.folder), dtype, str(chosen), 0, 0, 1, trust_remote_code=trust_remote_code))
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     return run_tasks(loaded, tokenizer, manager, names, samples)
 
 

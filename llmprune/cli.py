@@ -14,7 +14,7 @@ import typer
 
 from llmprune import commands, recipe_commands  # noqa: F401  they are added to the application
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
-from llmprune.errors import LlmpruneError, RequestError
+from llmprune.errors import LlmpruneError, RequestError, at_home
 
 
 @app.command()
@@ -88,7 +88,7 @@ def prune(
         check_destination(request.push, public, existing)
     job = prepare(request, overwrite=overwrite, restart=restart)
     if not as_json:
-        out.print(str(job), soft_wrap=True, markup=False)
+        out.print(at_home(job), soft_wrap=True, markup=False)
     if dry_run:
         if as_json:
             print(json.dumps({"recipe": job.recipe.resolved(), "matrices": sum(map(len, job.matrices.values()))}))
@@ -139,7 +139,7 @@ def sweep(
 
     prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
     if not as_json:
-        out.print(str(prepared), soft_wrap=True, markup=False)
+        out.print(at_home(prepared), soft_wrap=True, markup=False)
     with progress_bars() as progress:
         report = run_sweep(prepared, progress)
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_sweep(report, out)
@@ -185,9 +185,9 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _say(message: str, hint: str, code: int) -> int:
-    err.print(f"error: {message}", markup=False, soft_wrap=True)
+    err.print(f"error: {at_home(message)}", markup=False, soft_wrap=True)
     if hint:
-        err.print(f"hint: {hint}", markup=False, soft_wrap=True)
+        err.print(f"hint: {at_home(hint)}", markup=False, soft_wrap=True)
     return code
 
 

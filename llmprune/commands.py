@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
-from llmprune.errors import PromiseError, RequestError
+from llmprune.errors import PromiseError, RequestError, at_home
 
 
 @app.command()
@@ -81,9 +81,16 @@ def inspect(
     verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise")] = None,
     skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out")] = None,
     only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at")] = None,
+    manifest: Annotated[
+        bool, typer.Option("--manifest", help="check an output against the hashes in its llmprune.json instead; exit 1 otherwise")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Count the zeros of every block matrix, and check an N:M pattern group by group."""
+    """Count the zeros of every block matrix, and check an N:M pattern group by group; or check the hashes of every file and tensor."""
+    if manifest:
+        if verify or skip or only:
+            raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; ask one after the other")
+        return check_hashes(Path(model).expanduser(), as_json)
     from llmprune.methods import parse_nm
 
     asked = parse_nm(verify) if verify else None
@@ -104,6 +111,20 @@ def inspect(
                 f"{verify}: broken in {groups:,} groups of {len(broken)} matrices, first {broken[0].matrix}", "prune with --pattern " + verify
             )
         err.print(f"{verify}: kept by every group of all {len(found)} matrices")
+
+
+def check_hashes(folder: Path, as_json: bool) -> None:
+    """Say whether an output is as its run left it. Raises PromiseError naming every file and tensor that is not."""
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.manifest import check_manifest
+
+    listed, checked = check_manifest(folder)
+    if as_json:
+        print(json.dumps(asdict(checked), indent=1))
+    if str(checked):
+        raise PromiseError(f"manifest of {folder.name}: {checked}", "prune again, or fetch the output again")
+    err.print(f"manifest of {folder.name}: all {len(listed.files)} files and {len(listed.tensors)} tensors are as the run left them", soft_wrap=True)
 
 
 @app.command()
@@ -147,7 +168,7 @@ def report(
     made = page(read_run(path), read_bench(Path(bench).expanduser()) if bench else None)
     target = Path(html).expanduser() if html else (path if path.is_dir() else path.parent) / "report.html"
     write_whole(target, made.encode())
-    out.print(f"saved: {target}", markup=False, soft_wrap=True)
+    out.print(f"saved: {at_home(target)}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -172,7 +193,7 @@ def compare(
         return
     print_comparison(found, out)
     if html:
-        out.print(f"saved: {html}", markup=False, soft_wrap=True)
+        out.print(f"saved: {at_home(html)}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+
+def at_home(text: object) -> str:
+    """What is printed, with the home folder, which names its owner, as ~: output is shown to others."""
+    home = os.path.expanduser("~")  # noqa: PTH111  it gives an answer where there is no home
+    return str(text).replace(home, "~") if len(home) > 1 else str(text)
+
 
 class LlmpruneError(Exception):
     """An expected failure: one line of message, one line of hint, and the exit code of the command."""

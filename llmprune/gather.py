@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from llmprune.checkpoint.resolve import is_bundled
 from llmprune.checkpoint.source import Source
+from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, Windows, read_windows
 from llmprune.errors import RequestError
 from llmprune.preflight import check_length
@@ -29,7 +29,7 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
     check_length(length, stream.skeleton.config)
     if given is not None and not recipe.eval:
         return given_windows(recipe, given)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.folder)
     evaluation = tuple(read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe))
     if given is not None:
         return replace(given_windows(recipe, given), evaluation=evaluation)

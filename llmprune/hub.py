@@ -18,7 +18,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -26,9 +26,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from llmprune.checkpoint.files import REPORT, UNHASHED, hash_file, to_json, write_whole
+from llmprune.checkpoint.files import UNHASHED, hash_file, to_json, write_whole
+from llmprune.checkpoint.manifest import read_manifest
 from llmprune.checkpoint.sink import COMPANIONS
-from llmprune.checkpoint.source import open_folder, read_json
+from llmprune.checkpoint.source import open_folder
 from llmprune.errors import LlmpruneError, RequestError, StoppedError
 from llmprune.report.card import CARD, PLACE
 
@@ -222,17 +223,9 @@ def is_ours(mark: Path, repo: str) -> bool:
 def finished_files(folder: Path) -> dict[str, Path]:
     """The files of a finished output that are to be published, each as the run has left it. Raises RequestError for anything else."""
     place = folder.resolve()
-    hint = "give the output folder of a finished run"
     if any(part.name.endswith(".partial") for part in (place, place.parent)):
         raise RequestError(f"{folder.name}: is unfinished", "repeat the command that began it, then push its output")
-    if not (folder / REPORT).is_file():
-        raise RequestError(f"{folder.name}: holds no {REPORT}, so it is no finished output", hint)
-    hashes = read_json(folder / REPORT).get("files")
-    if not isinstance(hashes, dict) or "config.json" not in hashes:
-        raise RequestError(f"{folder.name}/{REPORT}: lists no files, so nothing can be verified", "prune again with this version")
-    strange = [name for name in hashes if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if strange:
-        raise RequestError(f"{folder.name}/{REPORT}: {strange[0]!r} lies outside the folder", hint)
+    hashes = read_manifest(folder).files
     missing = [name for name in hashes if not (folder / name).is_file()]
     if missing:
         raise RequestError(f"{folder.name}: {len(missing)} of {len(hashes)} files are missing, first {missing[0]!r}", "prune again")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import llmprune
 from llmprune import heap, shares
-from llmprune.checkpoint.files import hashes_of, to_json, write_whole
+from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
+from llmprune.checkpoint.manifest import check_source, file_hashes, manifest_of
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source, open_folder
@@ -153,6 +154,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     for part in data.all():
         check_ids(part, stream.skeleton)
     source.scan()
+    check_source(source)
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
 
 
@@ -187,9 +189,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         found = tuple(Measured(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
         pruned_text = sample.written(done.now, prompt)
         folder, smaller = saved(turned, journal, sink, done)
+        manifest = manifest_of(folder)
         report = Report(
             recipe=job.recipe.resolved(),
-            source={"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes, "bytes": job.source.bytes},
+            source=described(job.source),
             calibration=describe(data.calibration),
             blocks=done.blocks,
             perplexity=found,
@@ -202,7 +205,8 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             tried=done.decision.ratios.tried,
             frontier=tuple(asdict(step) for step in done.decision.frontier),
             smaller=smaller.to_json() if smaller else None,
-            files=hashes_of(folder),
+            files=manifest.files,
+            tensors=manifest.tensors,
             sample=sample.to_json(prompt, dense_text, pruned_text),
             timings={"seconds": perf_counter() - began, "resumed_blocks": done.resumed, "peak_memory": peak_resident()},
         )
@@ -220,13 +224,13 @@ def rotated(job: Job, journal: Journal, progress: Progress) -> Job:
     """The same job for the model with its residual stream turned, which lies in the partial folder."""
     folder = journal.folder / "rotated"
     record = journal.read("rotated")
-    if record is None or hashes_of(folder) != record["files"]:
+    if record is None or file_hashes(folder) != record["files"]:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
         assert isinstance(job.stream, CheckpointStream)
         rotate(job.stream, job.data.calibration.ids_NL, folder, partial(progress, "rotate"))
-        journal.write("rotated", {"files": hashes_of(folder)})
+        journal.write("rotated", {"files": file_hashes(folder)})
     source = open_folder(folder, job.source.name)
     stream = CheckpointStream(source, job.stream.dtype, job.stream.device)
     stream.scratch = journal.folder
@@ -345,6 +349,12 @@ def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
     value = asdict(polished)
     value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
     return value
+
+
+def described(source: Source) -> dict[str, Any]:
+    """What a report says of the source; bytes: of its plain weights."""
+    value = {"name": source.name, "revision": source.revision, "files": source.hashes, "bytes": source.bytes}
+    return value | ({"quantised": source.decoder.method} if source.decoder else {})
 
 
 def describe(windows: Windows) -> dict[str, Any]:

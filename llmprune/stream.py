@@ -79,7 +79,7 @@ class CheckpointStream:
         self.source = source
         self.device = device
         self.dtype = dtype
-        self.skeleton: PreTrainedModel = build_skeleton(source.config, dtype)
+        self.skeleton: PreTrainedModel = build_skeleton(source.config, dtype, source.blocks)
         self.walk = Walk(self.skeleton)
         self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
         self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names))

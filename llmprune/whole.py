@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import DTYPES, Source, open_folder
-from llmprune.errors import StoppedError
+from llmprune.errors import RequestError, StoppedError
 from llmprune.model.skeleton import NOT_FOLLOWED
 from llmprune.stream import LiveStream
 
@@ -26,6 +26,8 @@ class WholeStream(LiveStream):
     resumable = False
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        if source.decoder is not None:
+            raise RequestError(f"{source.name}: {source.decoder.method}, and its tensors cannot be converted block by block", "dequantise it first")
         chosen = [key for key in NOT_FOLLOWED if "implementation" in key and key in source.config]
         if chosen:
             raise StoppedError(f"config.json: names its own {chosen[0]}, which is not followed", "remove the key")

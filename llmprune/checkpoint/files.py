@@ -45,12 +45,6 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hashes_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a finished checkpoint, by name. What a crash may have left beside them is not looked at."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {name: hash_file(folder / name) for name in names if name not in UNHASHED and not name.endswith(".tmp")}
-
-
 def read_range(handle: int, start: int, size: int, name: str) -> bytearray:
     """Exactly ``size`` bytes at ``start``; StoppedError when the file ends early (it changed under the run)."""
     data = bytearray(size)

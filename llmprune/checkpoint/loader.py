@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 from typing import Protocol
 
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.checkpoint.names import convert, natural, parameter_names, revert
-from llmprune.checkpoint.source import DTYPES, Source
+from llmprune.checkpoint.source import DTYPES, FIRST_NUMBER, Source
 from llmprune.errors import ConversionError, RequestError
+
+MOST_NAMED = 20
+HINT_QUANTISED = "give the checkpoint in float16, bfloat16 or float32; which scales would turn these numbers into weights is not known"
+HINT_MISSING = "the checkpoint is incomplete; fetch it again"
+HINT_SHAPES = "config.json and weights do not belong together"
 
 
 class Finished(Protocol):
@@ -58,26 +64,43 @@ class Loader:
         return self._outer
 
     def _check(self) -> None:
-        dtypes = {k: self.source.tensors[k].dtype for k in self.parameter_of}
-        odd = sorted(k for k, d in dtypes.items() if d not in DTYPES)
-        odd += sorted(k for k, d in dtypes.items() if d in ("I8", "U8") and self.empty[self.parameter_of[k]].is_floating_point())
-        if odd:
-            raise RequestError(f"{odd[0]}: stored as {dtypes[odd[0]]}, a quantised format ({len(odd)} tensors)", "prune the unquantised checkpoint")
+        """All that the headers say against the model is said at once. Raises RequestError."""
+        stored = self.source.tensors
+        numbers = {k for k, p in self.parameter_of.items() if self.empty[p].is_floating_point()}
+        odd = sorted(k for k in self.parameter_of if (d := DTYPES.get(stored[k].dtype)) is None or (k in numbers and not d.is_floating_point))
         wrong = [
-            f"{k} is {list(self.source.tensors[k].shape)}, the config says {list(self.empty[p].shape)}"
+            f"{k} is {list(stored[k].shape)}, the config says {list(self.empty[p].shape)}"
             for k, p in self.parameter_of.items()
-            if k not in self.converted and self.source.tensors[k].shape != tuple(self.empty[p].shape)
+            if k not in self.converted and stored[k].shape != tuple(self.empty[p].shape)
         ]
-        if wrong:
-            raise RequestError(f"{len(wrong)} tensors of another shape: {wrong[0]}", "config.json and weights do not belong together")
         filled_by_conversion = {self.parameter_of[k].rpartition(".")[0] for k in self.converted}
         missing = [
             p
             for p in self.empty
             if p not in self.keys_of and p not in self.tied and not any(p.startswith(path) for path in filled_by_conversion if path)
         ]
-        if missing:
-            raise RequestError(f"{len(missing)} tensors missing: {', '.join(missing[:4])}", "the checkpoint is incomplete; fetch it again")
+        beyond = self._beyond()
+        found = {
+            f"{len(odd)} tensors in a quantised format without a word of it in config.json": [f"{k} ({stored[k].dtype})" for k in odd],
+            f"{len(missing)} tensors missing": missing,
+            f"{len(beyond)} tensors of blocks that the config does not have": beyond,
+            f"{len(wrong)} tensors of another shape": wrong,
+        }
+        said = "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)
+        if said:
+            raise RequestError(said, HINT_QUANTISED if odd else HINT_MISSING if missing else HINT_SHAPES)
+
+    def _beyond(self) -> list[str]:
+        """Checkpoint tensors of blocks after the last one, but for those that the model itself leaves out (multi-token prediction)."""
+        stems = {found[1] for key in self._in_block[0] if (found := FIRST_NUMBER.match(key)) and found[2] == "0"}
+        more = getattr(self.skeleton.config.get_text_config(decoder=True), "num_nextn_predict_layers", 0)
+        blocks = len(self._prefixes) + (more if type(more) is int else 0)
+        left_out = self.skeleton._keys_to_ignore_on_load_unexpected or ()
+        return [
+            key
+            for key in sorted(self.source.tensors.keys() - self.parameter_of.keys(), key=natural)
+            if (found := FIRST_NUMBER.match(key)) and found[1] in stems and int(found[2]) >= blocks and not any(re.search(p, key) for p in left_out)
+        ]
 
     def try_conversion(self) -> None:
         """Load one block that needs conversion and turn it back. Raises ConversionError when that does not give what was read."""
@@ -193,3 +216,7 @@ class Loader:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[leaf] = self._meta[id(module), leaf]
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llmprune.checkpoint.aliases import ALIASES
+from llmprune.checkpoint.quantised import plain
 from llmprune.checkpoint.source import Source, open_folder
 from llmprune.errors import RequestError
 
@@ -27,7 +28,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
         return open_folder(BUNDLED / model, model)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return open_folder(folder, folder.resolve().name)
+        return plain(open_folder(folder, folder.resolve().name))
     target = ALIASES.get(model) or model
     if not HUB_ID.fullmatch(target):
         raise RequestError(f"model {model!r}: no such folder and no alias", f"aliases: {', '.join(ALIASES)}; or a Hub id such as org/name")
@@ -46,4 +47,4 @@ def _download(repo: str, revision: str | None) -> Source:
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub says: {first[:160]}", hint) from None
     except OSError as error:
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub cannot be reached ({error})"[:300], hint) from None
-    return open_folder(folder, repo, folder.name)  # the snapshot folder is named for its commit
+    return plain(open_folder(folder, repo, folder.name))  # the snapshot folder is named for its commit

@@ -65,25 +65,31 @@ class Shards:
                 os.close(handle)
 
     def _lay_out(self, file: str, keys: list[str]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        starts, at = {}, 0
-        for key in keys:
-            shape = self.shapes[key]
-            header[key] = {"dtype": shape.dtype, "shape": list(shape.shape), "data_offsets": [at, at + shape.bytes]}
-            starts[key] = at
-            at += shape.bytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
+        header, starts = header_of({key: self.shapes[key] for key in keys})
+        size = len(header) + sum(self.shapes[key].bytes for key in keys)
         handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            os.posix_fallocate(handle, 0, 8 + len(raw) + at)
-            write_range(handle, 0, struct.pack("<Q", len(raw)) + raw)
+            os.posix_fallocate(handle, 0, size)
+            write_range(handle, 0, header)
         except OSError as error:
-            raise RequestError(f"{self.folder.parent.name}: {error.strerror} for {at:,} bytes", "free some space") from None
+            raise RequestError(f"{self.folder.parent.name}: {error.strerror} for {size:,} bytes", "free some space") from None
         finally:
             os.close(handle)
         for key in keys:
-            self._places[key] = (file, 8 + len(raw) + starts[key])
+            self._places[key] = (file, starts[key])
+
+
+def header_of(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int]]:
+    """The leading bytes of a file that holds these tensors in this order, and the byte at which each of them starts."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, at = {}, 0
+    for key, shape in shapes.items():
+        header[key] = {"dtype": shape.dtype, "shape": list(shape.shape), "data_offsets": [at, at + shape.bytes]}
+        starts[key] = at
+        at += shape.bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw, {key: 8 + len(raw) + start for key, start in starts.items()}
 
 
 def _runs(shapes: Mapping[str, Shape]) -> Iterable[list[str]]:

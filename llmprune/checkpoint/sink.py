@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, write_range, write_whole
-from llmprune.checkpoint.source import Source, read_tensor
+from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, to_json, write_range, write_whole
+from llmprune.checkpoint.source import INDEX, Source, read_tensor
 from llmprune.errors import RequestError
 
 COMPANIONS = (
@@ -99,6 +99,8 @@ class Sink:
 
     def finish(self) -> None:
         """Copy every other tensor byte for byte, and the files that belong to the weights."""
+        if self.source.decoder is not None:
+            return self._finish_decoded()
         for file in self.source.headers:
             source = os.open(self.source.folder / file, os.O_RDONLY)
             target = os.open(self.folder / file, os.O_RDWR)
@@ -113,6 +115,15 @@ class Sink:
                 os.close(source)
                 os.close(target)
         copy_companions(self.source.folder, self.folder)
+
+    def _finish_decoded(self) -> None:
+        """The same of a source that is stored otherwise: its config and index are those of the plain weights."""
+        for key in self.source.tensors.keys() - self.written.keys():
+            self.write(self.source.read_many([key]))
+        write_whole(self.folder / "config.json", to_json(self.source.config))
+        if self.source.headers.keys() != {"model.safetensors"}:
+            write_whole(self.folder / INDEX, to_json(self.source.index))
+        copy_companions(self.source.folder, self.folder, ("config.json", INDEX))
 
     def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}

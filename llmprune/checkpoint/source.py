@@ -8,9 +8,11 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +23,14 @@ from llmprune.linalg import all_finite
 
 MAX_JSON = 64 << 20
 MAX_HEADER = 100 << 20
+MAX_TENSORS = 400_000  # of a checkpoint; the largest mixtures, with scales of their own for every expert, hold half of that
+# Files beside the weights that are read whole, by us or by the tokenizer's library.
+READ_WHOLE = (
+    *("*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "*.tiktoken", "chat_template*"),
+)
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
+FIRST_NUMBER = re.compile(r"(|.*?\.)(\d{1,9})(?:\.|$)")  # in model.layers.7.mlp.experts.3.weight: the block's
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
@@ -35,7 +44,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+CODES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}  # numbers only with their scales
+SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | CODES).items()} | {"U16": 2, "U32": 4, "U64": 8}
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,22 @@ class Entry:
     end: int
 
 
+class Reader(Protocol):
+    """Reads tensors that are stored otherwise than they are shown (quantised.py)."""
+
+    method: str
+
+    def read_many(self, names: list[str]) -> dict[str, Tensor]: ...
+
+    def scan(self) -> dict[str, str]: ...
+
+
 @dataclass
 class Source:
     """An opened checkpoint folder.
 
-    ``config`` is config.json as stored; ``tensors`` all entries of all weight files; ``headers`` the raw leading bytes of each file.
+    ``config`` is config.json as stored; ``tensors`` all entries of all weight files; ``headers`` the raw leading bytes of each file. With a
+    ``decoder`` they say how the checkpoint is shown, and would be written.
     """
 
     folder: Path
@@ -64,10 +85,26 @@ class Source:
     headers: dict[str, bytes]
     states: dict[str, tuple[int, int]]  # size and mtime of each file when it was opened
     hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each file, after scan()
+    decoder: Reader | None = None
 
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.states.values())
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What the index says of a checkpoint in several files."""
+        size = sum(entry.end - entry.start for entry in self.tensors.values())
+        return {"metadata": {"total_size": size}, "weight_map": {key: entry.file for key, entry in self.tensors.items()}}
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks that the names of the tensors speak of: different first numbers behind one prefix."""
+        numbers: dict[str, set[str]] = {}
+        for name in self.tensors:
+            if found := FIRST_NUMBER.match(name):
+                numbers.setdefault(found[1], set()).add(found[2])
+        return max(map(len, numbers.values()), default=0)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, in memory of its own."""
@@ -75,6 +112,8 @@ class Source:
 
     def read_many(self, names: list[str]) -> dict[str, Tensor]:
         """Several tensors, each file opened once. Raises StoppedError when a file changed since it was opened."""
+        if self.decoder is not None:
+            return self.decoder.read_many(names)
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -90,39 +129,45 @@ class Source:
                 os.close(handle)
         return out
 
+    def pieces(self, file: str) -> Iterator[tuple[str, Entry, bytearray]]:
+        """All data of a file in order, in pieces of one tensor each."""
+        entries = sorted((e for e in self.tensors.items() if e[1].file == file), key=lambda item: item[1].start)
+        handle = os.open(self.folder / file, os.O_RDONLY)
+        try:
+            for name, entry in entries:
+                for start in range(entry.start, entry.end, CHUNK):
+                    yield name, entry, read_range(handle, start, min(CHUNK, entry.end - start), file)
+        finally:
+            os.close(handle)
+
     def scan(self) -> None:
         """One pass over all weights before anything is computed: file hashes, and every float finite.
 
         Raises RequestError naming the tensors that hold NaN or infinity.
         """
-        bad = []
+        if self.decoder is not None:
+            self.hashes = self.decoder.scan()
+            return
+        bad: dict[str, int] = {}
         for file in self.headers:
             digest = hashlib.sha256(self.headers[file])
-            entries = sorted((e for e in self.tensors.items() if e[1].file == file), key=lambda item: item[1].start)
-            handle = os.open(self.folder / file, os.O_RDONLY)
-            try:
-                for name, entry in entries:
-                    count = 0
-                    for start in range(entry.start, entry.end, CHUNK):
-                        data = read_range(handle, start, min(CHUNK, entry.end - start), file)
-                        digest.update(data)
-                        dtype = DTYPES.get(entry.dtype)
-                        if dtype is not None and dtype.is_floating_point:
-                            values = torch.frombuffer(data, dtype=dtype)
-                            count += 0 if all_finite(values) else int((~torch.isfinite(values)).sum())
-                    if count:
-                        bad.append(f"{name} ({count})")
-            finally:
-                os.close(handle)
+            for name, entry, data in self.pieces(file):
+                digest.update(data)
+                dtype = DTYPES.get(entry.dtype)
+                if dtype is not None and dtype.is_floating_point:
+                    values = torch.frombuffer(data, dtype=dtype)
+                    if not all_finite(values):
+                        bad[name] = bad.get(name, 0) + int((~torch.isfinite(values)).sum())
             self.hashes[file] = digest.hexdigest()
         if bad:
             more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
-            raise RequestError(f"{self.name}: NaN or infinite weights in {', '.join(bad[:3])}{more}", "repair or re-download the checkpoint")
+            first = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:3])
+            raise RequestError(f"{self.name}: NaN or infinite weights in {first}{more}", "repair or re-download the checkpoint")
 
 
 def read_tensor(handle: int, entry: Entry) -> Tensor:
     """The tensor at an entry's byte range of an open file."""
-    dtype = DTYPES[entry.dtype]
+    dtype = (DTYPES | CODES)[entry.dtype]
     if entry.start == entry.end:
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(read_range(handle, entry.start, entry.end - entry.start, entry.file), dtype=dtype).view(entry.shape)
@@ -135,6 +180,7 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
     """
     if not folder.is_dir():
         raise RequestError(f"{name}: no such folder", "give a folder, a Hub id such as org/name, or an alias (llmprune methods aliases)")
+    check_places(folder)
     config = read_json(folder / "config.json")
     files, index = _weight_files(folder)
     tensors: dict[str, Entry] = {}
@@ -145,6 +191,8 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
         if twice:
             raise RequestError(f"{file}: {sorted(twice)[0]!r} is in another file too", "the checkpoint is inconsistent; fetch it again")
         tensors |= entries
+        if len(tensors) > MAX_TENSORS:
+            raise RequestError(f"{name}: more than {MAX_TENSORS} tensors", "this is no sane checkpoint")
     if index is not None:
         wrong = sorted(k for k, f in index.items() if k not in tensors or tensors[k].file != f)
         wrong += sorted(tensors.keys() - index.keys())
@@ -153,12 +201,34 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
     return Source(folder, name, revision, config, tensors, headers, states)
 
 
+def check_places(folder: Path) -> None:
+    """Every file lies in the folder itself; in a snapshot of the Hub's cache, in the blobs beside it. What is read whole is of sane size.
+
+    Raises RequestError: a link to elsewhere would carry a stranger's choice of file into the output.
+    """
+    own = folder.resolve()
+    homes = (own, (own.parent.parent / "blobs").resolve()) if own.parent.name == "snapshots" else (own,)
+    for path in sorted(folder.iterdir()):
+        place = Path(os.path.realpath(path))  # which a loop of links does not stop
+        if path.is_symlink() and not path.is_dir() and place.parent not in homes:
+            raise RequestError(f"{folder.name}/{path.name}: a link that leads out of the folder", "put the file itself there, or give its own folder")
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise RequestError(f"{folder.name}/{path.name}: is no file, but a pipe or a device", "remove it")
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in READ_WHOLE):
+            check_size(path)
+
+
+def check_size(path: Path) -> None:
+    """A file that is parsed whole is of sane size; RequestError otherwise."""
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise RequestError(f"{path.name}: {size} bytes, more than {MAX_JSON}", "this is no sane file of its kind")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of sane size; RequestError otherwise."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise RequestError(f"{path.name}: {size} bytes, more than {MAX_JSON}", "this is no sane file of its kind")
+        check_size(path)
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise RequestError(f"{path.parent.name}/{path.name}: {error.strerror}", "give a folder with a Hugging Face checkpoint") from None
@@ -208,13 +278,17 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
         raw = bytes(read_range(handle, 8, length, file))
     finally:
         os.close(handle)
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise RequestError(f"{file}: more than {MAX_TENSORS} tensors", "this is no sane checkpoint")
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
         raise RequestError(f"{file}: header is not JSON", broken) from None
     if not isinstance(header, dict):
         raise RequestError(f"{file}: header is no JSON object", broken)
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", {})
+    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        raise RequestError(f"{file}: __metadata__ maps no names to texts", broken)
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     at = 8 + length
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.end)):
@@ -232,6 +306,6 @@ def _entry(file: str, name: str, value: Any, base: int) -> Entry:
         sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and end - start == math.prod(shape) * SIZES[dtype]
     except (TypeError, KeyError, ValueError):
         sound = False
-    if not sound:
+    if not sound or not name.isprintable():
         raise RequestError(f"{file}: malformed entry {name!r}", "the file is damaged; fetch it again")
     return Entry(file, dtype, shape, base + start, base + end)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from llmprune.checkpoint.source import Source
-from llmprune.model.skeleton import UNBUILDABLE, count_parameters
+from llmprune.data.tokenizer import load_tokenizer
+from llmprune.errors import RequestError
+from llmprune.model.skeleton import count_parameters
 from llmprune.stream import CheckpointStream, Flow, Stream
 from llmprune.whole import WholeStream
 
@@ -39,8 +40,8 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
     if not any(path for pattern in TOKENIZERS for path in source.folder.glob(pattern)):
         return "the checkpoint has no tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (*UNBUILDABLE, OSError):
+        tokenizer = load_tokenizer(source.folder)
+    except RequestError:
         return "transformers cannot load the tokenizer"
     ids = tuple(tokenizer(PROMPT)["input_ids"])
     config = stream.skeleton.config.get_text_config(decoder=True)

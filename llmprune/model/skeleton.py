@@ -27,27 +27,23 @@ MAX_LAYERS = 2_000
 UNBUILDABLE = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError)
 
 
-def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX_LAYERS) -> PreTrainedModel:
     """The causal LM that a stored config describes: parameters on the meta device, other buffers (rotary tables) real.
 
-    Raises RequestError for an unknown or unusable config, and for one whose weights are quantised.
+    stored: blocks that the weights hold, so that nothing is built for more. Raises RequestError for an unknown or unusable config.
     """
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise RequestError(f"config.json: the weights are already quantised ({method})", "prune the unquantised checkpoint, then quantise")
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         hint = "it needs remote code, which is not run" if "auto_map" in config else "update transformers, or give a causal LM that it knows"
         raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)
-    layers = config.get("num_hidden_layers", config.get("n_layer", 1))
-    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
+    check_layers(config.get("num_hidden_layers", config.get("n_layer", 1)), stored)
     try:
         # other models store sizes by layer too, and read them by themselves
         pruned = str((config.get("auto_map") or {}).get("AutoModelForCausalLM")).startswith(f"{MODULE}.")
         own = {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
         left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if pruned else ()))
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
+        check_layers(parsed.get_text_config(decoder=True).num_hidden_layers, stored)  # whatever this kind of config calls it
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
@@ -59,6 +55,17 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
     return model.eval().requires_grad_(False)
+
+
+def check_layers(layers: Any, stored: int) -> None:
+    """A number of blocks that is sane, and that the weights can have; RequestError otherwise."""
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
+    if layers > stored:
+        raise RequestError(
+            f"config.json: num_hidden_layers is {layers}, the weights hold {stored} blocks: all tensors missing from block {stored} on",
+            "the checkpoint is incomplete, or its config another one's; fetch it again",
+        )
 
 
 def _floats(value: Any) -> Any:

@@ -47,6 +47,7 @@ class Report:
     tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
     frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
     files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
+    tensors: dict[str, str] = field(default_factory=dict)  # sha256 of each tensor's bytes
     sample: dict[str, Any] | None = None  # what the dense and the pruned model go on to write, or why there is none
     smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
@@ -114,6 +115,7 @@ class Report:
             "tried": self.tried,
             "frontier": self.frontier,
             "files": self.files,
+            "tensors": self.tensors,
             "sample": self.sample,
             "notes": self.notes,
             "environment": self.environment,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llmprune.errors import at_home
 from llmprune.evaluation.sparse24 import Kernel
 from llmprune.evaluation.speed import Spread
 from llmprune.report.compare import Entry, compared, remarks
@@ -60,7 +61,7 @@ def print_report(report: Report, console: Console) -> None:
     if len(report.notes) > MOST_NOTES:
         console.print(f"note: and {len(report.notes) - MOST_NOTES} more in llmprune.json")
     if report.output is not None:
-        console.print(f"saved: {report.output}", soft_wrap=True)
+        console.print(f"saved: {at_home(report.output)}", soft_wrap=True)
 
 
 def print_smaller(report: Report, console: Console) -> None:
@@ -98,7 +99,7 @@ def print_sweep(report: SweepReport, console: Console) -> None:
         console.print(QUICK, soft_wrap=True)
     for dense in report.dense:
         console.print(f"perplexity, dense: {dense}", soft_wrap=True)
-    console.print(f"saved: {report.output} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
+    console.print(f"saved: {at_home(report.output)} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
 
 
 def print_comparison(found: list[Entry], console: Console) -> None:

@@ -81,6 +81,7 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
+    heard: list[bytes] = field(default_factory=list)  # all of every request but the header that carries the token
     writes: list[str] = field(default_factory=list)  # of the requests, those that changed something
     fail_at: int | None = None
     way: str = "500"
@@ -123,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query, path = parse_qs(address.query), unquote(address.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.log.append(f"{self.command} {path}")
+        others = [f"{name}: {value}" for name, value in self.headers.items() if name.lower() != "authorization"]
+        self.hub.heard.append("\n".join([self.path, *others]).encode() + self.body)
         way = self.hub.fails_now()
         if way in ("500", "429"):
             return self.answer(int(way), {"error": "the stand-in fails"}, headers={"Retry-After": "0"} if way == "429" else {})

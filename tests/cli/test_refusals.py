@@ -140,6 +140,7 @@ def test_nan_weight(cli, model):
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4:6] = torch.nan
     save_file(tensors, model / "model.safetensors")
     damaged(cli, model, "NaN or infinite weights in model.layers.2.mlp.up_proj.weight (2)")
+    refused(cli, "eval", model, "--data", TEXT, says="NaN or infinite weights in model.layers.2.mlp.up_proj.weight (2)")
 
 
 def test_missing_tensor(cli, model):
@@ -155,7 +156,9 @@ def test_missing_tensor(cli, model):
         ({"model_type": "lama"}, "model_type 'lama' is unknown"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
-        ({"num_hidden_layers": 9}, "tensors missing"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers is 9, the weights hold 8 blocks: all tensors missing from block 8 on"),
+        ({"num_hidden_layers": 7}, "9 tensors of blocks that the config does not have: model.layers.7."),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"intermediate_size": 512}, "another shape"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised (gptq)"),
         ({"hidden_size": "wide"}, "cannot build 'llama'"),
@@ -165,6 +168,54 @@ def test_config_that_does_not_fit(cli, model, change, says):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | change))
     damaged(cli, model, says)
+
+
+def test_all_that_does_not_fit_is_named_at_once(cli, model):
+    tensors = load_file(model / "model.safetensors")
+    for name in ("up_proj", "down_proj"):
+        del tensors[f"model.layers.5.mlp.{name}.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros_like(tensors["model.layers.3.mlp.up_proj.weight"]).to(torch.int8)
+    save_file(tensors, model / "model.safetensors")
+    damaged(cli, model, "model.layers.3.mlp.up_proj.weight (I8); 2 tensors missing: model.layers.5.mlp.up_proj.weight, model.layers.5.mlp.down_proj")
+    damaged(cli, model, "1 tensors of another shape: model.layers.2.mlp.up_proj.weight is [3, 5], the config says")
+
+
+def test_a_tokenizer_with_code_of_its_own(cli, model):
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text("raise SystemExit('run')")
+    damaged(cli, model, "tokenizer")
+
+
+def test_a_model_of_code_of_its_own(cli, model):
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text("raise SystemExit('run')")
+    damaged(cli, model, "model_type 'own' is unknown to transformers")
+
+
+@pytest.mark.parametrize("damage", ["absent", "not-json", "empty", "a-list", "other-class"])
+def test_an_unusable_tokenizer(cli, model, damage):
+    path = model / "tokenizer.json"
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_text({"not-json": "{", "empty": "", "a-list": "[]", "other-class": '{"version": "1.0", "model": {"type": "Own"}}'}[damage])
+    damaged(cli, model, "tokenizer")
+
+
+def test_ids_beyond_the_vocabulary(cli, model):
+    config = json.loads((model / "config.json").read_text())
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensor[:100].clone()
+    save_file(tensors, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}))
+    damaged(cli, model, "the model's vocabulary is 0 to 99")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +267,11 @@ def test_existing_outputs(cli, model):
 def test_bad_recipes(cli, content, says):
     Path("r.toml").write_text(content)
     refused(cli, "--recipe", "r.toml", says=says)
+
+
+def test_a_recipe_of_insane_size(cli):
+    Path("r.toml").write_bytes(b"#" * (1 << 20) + b"\n")
+    refused(cli, "--recipe", "r.toml", says="larger than 1048576 bytes")
 
 
 def test_other_commands(cli, model):

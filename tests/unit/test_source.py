@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint import files
-from llmprune.checkpoint.source import DTYPES, INDEX, MAX_HEADER, MAX_JSON, Source, open_folder
+from llmprune.checkpoint.source import DTYPES, INDEX, MAX_HEADER, MAX_JSON, MAX_TENSORS, Source, open_folder
 from llmprune.errors import RequestError, StoppedError
 
 CONFIG = {"model_type": "llama"}
@@ -88,6 +88,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "no-offsets": (pack({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "malformed entry 'a'"),
     "entry-is-a-string": (pack({"a": "F32"}, bytes(4)), "malformed entry 'a'"),
     "entry-is-null": (pack({"a": None}, bytes(4)), "malformed entry 'a'"),
+    "metadata-is-a-number": (pack({"__metadata__": 5}), "__metadata__ maps no names to texts"),
+    "metadata-of-numbers": (pack({"__metadata__": {"step": 5}}), "__metadata__ maps no names to texts"),
     "line-break-in-a-name": (pack({"a\nerror: b": None}, bytes(4)), "malformed entry"),
 }
 
@@ -190,6 +192,52 @@ def test_a_config_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", {"model.safetensors": GOOD}, None)
     (path / "config.json").mkdir()
     refused(path, "m/config.json: Is a directory")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """A clone can bring links along; what they lead to would be copied into the output, and published with it."""
+    path = folder(tmp_path / "m", {"model.safetensors": GOOD})
+    (tmp_path / "secret").write_text("key")
+    (path / "tokenizer-extra").symlink_to(tmp_path / "secret")
+    refused(path, "m/tokenizer-extra: a link that leads out of the folder")
+    (path / "tokenizer-extra").unlink()
+    (path / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (path / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    refused(path, "m/model.safetensors: a link that leads out of the folder")
+
+
+def test_links_inside_the_folder_and_into_the_hubs_blobs_are_followed(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", {"real": GOOD})
+    (path / "model.safetensors").symlink_to("real")
+    assert open_folder(path, "m").tensors.keys() == {"a", "b"}
+    (tmp_path / "hub/blobs").mkdir(parents=True)
+    (tmp_path / "hub/snapshots").mkdir()
+    (tmp_path / "hub/blobs/weights").write_bytes(GOOD)
+    snapshot = folder(tmp_path / "hub/snapshots/main", {})
+    (snapshot / "model.safetensors").symlink_to("../../blobs/weights")
+    assert open_folder(snapshot, "m").tensors.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json", "vocab.txt", "chat_template.jinja"])
+def test_other_files_of_insane_size_are_refused_unread(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "m", {"model.safetensors": GOOD, name: b"", "log.json": b""})
+    os.truncate(path / "log.json", 500 << 20)  # nobody reads it
+    open_folder(path, "m")
+    os.truncate(path / name, 500 << 20)
+    refused(path, f"{name}: {500 << 20} bytes, more than {MAX_JSON}")
+
+
+def test_a_million_tensors_are_refused_within_two_seconds(tmp_path: Path) -> None:
+    names = ",".join(f'"t{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(1_000_000))
+    path = folder(tmp_path / "m", {"model.safetensors": pack(f"{{{names}}}".encode())})
+    refused(path, f"more than {MAX_TENSORS} tensors")
+
+
+def test_blocks_are_counted_by_name(tmp_path: Path) -> None:
+    names = ["model.embed.weight", *(f"model.layers.{i}.mlp.experts.{j}.w" for i in range(3) for j in range(9)), "head.0", f"x.{'9' * 5000}.y"]
+    header = {name: entry(4 * i, 4 * i + 4) for i, name in enumerate(names)}
+    source = open_folder(folder(tmp_path / "m", {"model.safetensors": pack(header, bytes(4 * len(names)))}), "m")
+    assert source.blocks == 3
 
 
 # --- reading

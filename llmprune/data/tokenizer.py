@@ -1,0 +1,32 @@
+"""A checkpoint's own tokenizer, without any code that it brings along."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from llmprune.errors import RequestError
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder, tried on a few words. Raises RequestError when it cannot be used."""
+    with ThreadPoolExecutor(1) as pool:  # malformed files make its library raise what has no narrower class, or panic: here that is a value
+        loading = pool.submit(_load, folder, trust_remote_code)
+        error = loading.exception()
+    if error is None:
+        return loading.result()
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(folder), folder.name)
+    if "trust_remote_code" in str(error):
+        said = "it needs code of its own, which is not run"
+    raise RequestError(
+        f"{folder.name}: its tokenizer cannot be used ({said[:160]})", "repair or fetch its tokenizer files, or give token ids from Python"
+    )
+
+
+def _load(folder: Path, trust_remote_code: bool) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer("a few words")
+    return tokenizer
