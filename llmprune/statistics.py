@@ -331,7 +331,11 @@ def marked_stages(
     grouped, in_order = stages(calls, matrices)
     for number, stage in enumerate(grouped):
         behind = [m for later in grouped[number + 1 :] for m in later] if in_order else []
-        for part in fitting(stage, plan.needs, flow.stream.device_of(index)):
+        # matrices that share an input stay together; experts never do
+        alone = [m for m in stage if m.expert is not None]
+        parts = fitting(alone, plan.needs, flow.stream.device_of(index))
+        rest = [m for m in stage if m.expert is None]
+        for part in [stage] if len(parts) == 1 else [*([rest] if rest else []), *parts]:
             yield part, watch_stage(flow, index, block, part, behind, plan, kept, clock)
     for batch in range(len(flow)):
         flow.outputs[batch] = flow.run(index, block, batch)
