@@ -22,7 +22,7 @@ from llmprune.model.norms import norm_scales
 from llmprune.patterns.nm import NM
 from llmprune.polish import distill
 from llmprune.solvers.mask_only import MaskOnly
-from llmprune.statistics import at_head, at_once, inner_channels, stage_by_stage
+from llmprune.statistics import at_head, inner_channels, part_by_part, stage_by_stage
 from llmprune.stream import FileHidden, Flow, MemoryHidden, Stream
 from llmprune.structured.reorder import Channels, best_order, in_order
 from llmprune.structured.structure import Structure
@@ -161,7 +161,7 @@ def prune_block(
     if head:
         found = (stage for stage in [(matrices, at_head(flow, dense, block, matrices, plan.needs))])
     elif dense is None:
-        found = (stage for stage in [(matrices, at_once(flow, index, block, matrices, plan.needs, clock))])
+        found = part_by_part(flow, index, block, matrices, plan.needs, clock)
     else:
         found = stage_by_stage(flow, dense, index, block, matrices, plan, clock, reordered)
     with closing(found):  # forwards that wait end with the block, whatever happens

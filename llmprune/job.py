@@ -31,6 +31,7 @@ from llmprune.errors import ConversionError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
+from llmprune.footprint import Footprint, footprint
 from llmprune.gather import gather_windows
 from llmprune.gradients import LossGradients
 from llmprune.methods import COARSE
@@ -76,6 +77,7 @@ class Job:
     stream: CheckpointStream | WholeStream
     matrices: dict[int, list[Matrix]]
     data: RunData
+    footprint: Footprint
     output: Path
     overwrite: bool
     restart: bool
@@ -92,7 +94,7 @@ class Job:
         } | environment(self.stream)
 
     def __str__(self) -> str:
-        """What the run is about to do, in three lines."""
+        """What the run is about to do, in four lines."""
         recipe = self.recipe.resolved()
         goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
@@ -110,6 +112,7 @@ class Job:
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
             f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
             f"{self.describe_data()}\n"
+            f"{self.footprint}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
@@ -153,9 +156,11 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
         check_ids(part, stream.skeleton)
+    memory = footprint(stream, plan, matrices, data)
+    memory.check()
     source.scan()
     check_source(source)
-    return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
+    return Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -208,7 +213,12 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             files=manifest.files,
             tensors=manifest.tensors,
             sample=sample.to_json(prompt, dense_text, pruned_text),
-            timings={"seconds": perf_counter() - began, "resumed_blocks": done.resumed, "peak_memory": peak_resident()},
+            timings={
+                "seconds": perf_counter() - began,
+                "resumed_blocks": done.resumed,
+                "peak_memory": peak_resident(),
+                "planned_memory": job.footprint.peak.total,
+            },
         )
         write_card(folder, report, job.recipe, job.source)
         written = to_json(report.to_json())

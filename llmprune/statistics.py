@@ -27,15 +27,47 @@ from llmprune.structured.reorder import Channels, find_channels
 from llmprune.types import Plan, Stat, Stats
 
 MOST_THREADS = 256
+GRAM_SHARE = 4  # Gram matrices that are held together take at most one part in so many of what is free
 Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
 
 
-def at_once(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock) -> dict[str, Stats]:
-    """Run the unpruned block on the pruned path's inputs. Its outputs wait in ``flow.outputs``."""
+def part_by_part(
+    flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock
+) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
+    """(matrices, their statistics) of the unpruned block: of all, or of as many at a time as Gram matrices fit. The last go first, so that pruning
+    them leaves the inputs of the others as they are. What left the unpruned block waits in ``flow.outputs``.
+    """
+    for number, part in enumerate(reversed(fitting(matrices, needs, flow.stream.device_of(index)))):
+        yield part, at_once(flow, index, block, part, needs, clock, keep=number == 0)
+
+
+def fitting(matrices: list[Matrix], needs: frozenset[Stat], device: torch.device) -> list[list[Matrix]]:
+    """The matrices in runs whose Gram matrices take no more than a quarter of the memory that is free."""
+    if "gram" not in needs:
+        return [matrices]
+    room = memory_of(device) // GRAM_SHARE
+    runs: list[list[Matrix]] = [[]]
+    size = 0
+    for matrix in matrices:
+        own = 4 * matrix.columns**2
+        if runs[-1] and size + own > room:
+            runs.append([])
+            size = 0
+        runs[-1].append(matrix)
+        size += own
+    return runs
+
+
+def at_once(
+    flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock, keep: bool = True
+) -> dict[str, Stats]:
+    """Run the unpruned block on the pruned path's inputs. keep: what leaves it waits in ``flow.outputs``."""
     watching = Watch(block, matrices, needs)
     for batch in range(len(flow)):
         with watching:
-            flow.outputs[batch] = flow.run(index, block, batch)
+            left_NLD = flow.run(index, block, batch)
+        if keep:
+            flow.outputs[batch] = left_NLD
         watching.next_batch()
     watching.close()
     clock.lap("forward", of_which={"statistics": watching.seconds})
@@ -299,7 +331,12 @@ def marked_stages(
     grouped, in_order = stages(calls, matrices)
     for number, stage in enumerate(grouped):
         behind = [m for later in grouped[number + 1 :] for m in later] if in_order else []
-        yield stage, watch_stage(flow, index, block, stage, behind, plan, kept, clock)
+        # matrices that share an input stay together; experts never do
+        alone = [m for m in stage if m.expert is not None]
+        parts = fitting(alone, plan.needs, flow.stream.device_of(index))
+        rest = [m for m in stage if m.expert is None]
+        for part in [stage] if len(parts) == 1 else [*([rest] if rest else []), *parts]:
+            yield part, watch_stage(flow, index, block, part, behind, plan, kept, clock)
     for batch in range(len(flow)):
         flow.outputs[batch] = flow.run(index, block, batch)
 

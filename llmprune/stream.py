@@ -5,6 +5,7 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 
 from __future__ import annotations
 
+import resource
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -258,8 +259,11 @@ class FileHidden:
 
 
 def memory_limit() -> int:
-    """Bytes this process may still take: free RAM, or what its control group leaves."""
+    """Bytes this process may still take: free RAM, or what its control group or its limit of address space leaves."""
     free = psutil.virtual_memory().available
+    addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if addresses != resource.RLIM_INFINITY:
+        free = min(free, addresses - psutil.Process().memory_info().vms)
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
             free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))

@@ -279,6 +279,7 @@ def timings(report: dict[str, Any]) -> Section:
     rows += [("this process in all", seconds(found["seconds"]))] if "seconds" in found else []
     rows += [("blocks taken over from an earlier process", count(found["resumed_blocks"]))] if found.get("resumed_blocks") else []
     rows += [("most memory of the process, libraries included", size(found["peak_memory"]))] if found.get("peak_memory") else []
+    rows += [("planned for the run, libraries not included", size(found["planned_memory"]))] if found.get("planned_memory") else []
     picture = bars("time", "Seconds by part of the work", parts, "seconds") if parts else ""
     said = "Work on the blocks by part; the rest is gradients, ratios, perplexities, samples, copying."
     return Section("timings", "Time and memory", (said,), picture=picture, table=_pairs(rows))

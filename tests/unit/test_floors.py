@@ -21,7 +21,7 @@ FLOORS = [
     {"engine"},
     {"shares", "experts", "depth", "width", "rotate"},
     {"trials"},
-    {"recipe", "recipe_files", "report", "preflight", "smaller", "latency", "refusals", "hub"},  # a report can push its output
+    {"recipe", "recipe_files", "report", "preflight", "smaller", "latency", "refusals", "hub", "footprint"},  # a report can push its output
     {"gather", "benchmark", "planning"},
     {"job"},
     {"sweep"},

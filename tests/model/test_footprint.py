@@ -1,0 +1,76 @@
+"""The memory plan: its terms follow the model and the windows, it is refused where it cannot fit, and Gram matrices that do not fit wait."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuts import tiny
+from families import tiny_windows
+
+import llmprune
+from llmprune import statistics
+from llmprune.errors import RequestError
+from llmprune.job import prepare
+from llmprune.recipe import read_recipe
+
+IDS = tiny_windows(8, 24)
+
+
+def planned(folder: Path, windows: torch.Tensor = IDS, **options):
+    recipe = read_recipe(None, {"model": str(folder), "output": str(folder.parent / "out"), "sparsity": 0.5, **options})
+    return prepare(recipe, windows).footprint
+
+
+def test_terms_are_those_of_the_shapes(tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    found = planned(tmp_path / "model", method="sparsegpt", eval=[])
+    terms = next(p.terms for p in found.phases if p.name == "prunes a block")
+    block = model.model.layers[0]
+    assert terms["a block's weights"] == 4 * sum(p.numel() for p in block.parameters())
+    inputs = (32, block.self_attn.o_proj.in_features, 32, 48)  # q, k, v; o; gate, up; down
+    assert terms["Gram matrices"] == 4 * sum(c**2 for c in inputs)
+    calibration = IDS.numel() * 32 * 4
+    assert 0 < terms["hidden states"] <= 2 * calibration
+    twice = planned(tmp_path / "model", torch.cat([IDS, IDS]), method="sparsegpt")
+    assert next(p.terms for p in twice.phases if p.name == "prunes a block")["hidden states"] > 1.5 * terms["hidden states"]
+
+
+@pytest.mark.parametrize("options", [{"method": "sparsegpt"}, {"quality": "fast"}])
+def test_gram_matrices_that_do_not_fit_wait_for_another_forward(options, tmp_path, monkeypatch):
+    """The same zeros and weights as when all are held at once."""
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    found, most = [], []
+    for room in (1 << 40, 3 * 4 * 48**2):
+        monkeypatch.setattr(statistics, "memory_of", lambda device, room=room: room * statistics.GRAM_SHARE)
+        fitting = statistics.fitting
+        monkeypatch.setattr(statistics, "fitting", lambda *about, f=fitting: most.append(len(f(*about))) or f(*about))
+        output = tmp_path / f"out-{len(found)}"
+        llmprune.prune(tmp_path / "model", 0.5, calibration=IDS, output=str(output), accept_damage=True, **options)
+        found.append((output / "model.safetensors").read_bytes())
+        monkeypatch.undo()
+    assert max(most) > 1
+    assert found[0] == found[1]
+
+
+def test_what_cannot_fit_is_refused_with_the_largest_terms(tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("llmprune.footprint.memory_of", lambda device: 20 << 20)
+    with pytest.raises(RequestError, match=r"memory: .* are needed while it .*, 21 MB are free; the largest terms are .* and "):
+        planned(tmp_path / "model", method="wanda")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_limit_of_address_space_counts(tmp_path):
+    """What ``ulimit -v`` leaves."""
+    code = (
+        "import resource, psutil; from llmprune.stream import memory_limit; "
+        "resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (100 << 20), resource.RLIM_INFINITY)); "
+        "print(memory_limit())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 50 << 20 < int(out) <= 100 << 20
