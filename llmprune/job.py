@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -149,13 +150,18 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     plan, matrices = planned(recipe, stream, selection)
     plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    check_space(output, source, copies=1 + recipe.structured)
-    stored = None if restart else load_windows(partial_folder(output))
+    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe))
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
         check_ids(part, stream.skeleton)
+    check_space(output, source.folder, source.bytes * (1 + recipe.structured), sum(part.ids_NL.nbytes for part in data.all()))
     source.scan()
     return Job(recipe, plan, source, stream, matrices, data, output, overwrite, restart)
+
+
+def asked_windows(recipe: Recipe) -> str:
+    """The request that a run's windows were made for: those of another one are not taken for them."""
+    return hashlib.sha256(to_json(recipe.resolved())).hexdigest()
 
 
 def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
@@ -220,11 +226,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     began = perf_counter()
     heap.steady()
     data = job.data
-    job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
-        check_output(job.output, job.source.folder, job.overwrite)  # another run may have finished it meanwhile
-        save_windows(journal.folder, data)
+        check_still(job, journal)
+        save_windows(journal.folder, data, asked_windows(job.recipe))
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
         job.stream.scratch = journal.folder
@@ -264,6 +269,16 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         journal.close()
 
 
+def check_still(job: Job, journal: Journal) -> None:
+    """The output may be written now that nobody else can: another run may have finished it since ``prepare``."""
+    try:
+        check_output(job.output, job.source.folder, job.overwrite)
+    except RequestError:
+        if not journal.resumed:
+            journal.discard()
+        raise
+
+
 @dataclass(frozen=True)
 class Done:
     """A pruned model on its way to the disk. now: the stream as it shows the model; structure: what was cut, if a structured pattern did it."""
@@ -279,7 +294,8 @@ class Done:
 def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Done:
     """Prune what an interrupted run has not finished, with a record of every block."""
     ids_NL = job.data.calibration.ids_NL
-    finished, polish = finished_parts(journal, sink, len(job.matrices))
+    needed = ("ratios", "layers") if job.recipe.pattern == "layers" else ("ratios",)
+    finished, polish = finished_parts(journal, sink, len(job.matrices), needed)
     gradients = None
     if len(finished) < len(job.matrices):
         gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
@@ -326,10 +342,12 @@ def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Sma
     return journal.weights, None
 
 
-def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
+def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str, ...]) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
     """(the leading blocks that an earlier process finished and whose tensors still have their hashes, what its distillation did if it came
-    that far).
+    that far). needed: records that all blocks rest on.
     """
+    if any(journal.read(name) is None for name in needed):
+        return {}, None
     polished = journal.read("polished")
     if polished is not None and not sink.accept(polished["hashes"]):
         polished = None
