@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,24 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.runs import contents, small_text
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
-from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.job import prepare, run
 from llmprune.recipe import read_recipe
 
 ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the one field that may differ, timings, is taken out, and so is what the page makes of it."""
-    found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
-    report = json.loads((folder / "llmprune.json").read_text())
-    del report["timings"]
-    page, sections = re.subn(r'<section id="timings">.*?</section>', "", (folder / "report.html").read_text(), flags=re.DOTALL)
-    assert sections == 1
-    return found | {"llmprune.json": report, "report.html": page}
 
 
 class Stop(Exception):
@@ -51,7 +40,7 @@ def run_until(step: str, block: int, **ask: object) -> None:
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("small.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
+    small_text(tmp_path, 4000)
     return tmp_path
 
 
