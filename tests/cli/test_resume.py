@@ -94,7 +94,7 @@ def test_damaged_state_falls_back(here):
 
 def test_another_request_is_refused_and_restart_discards(here):
     run_until("prune", 3)
-    with pytest.raises(llmprune.LlmpruneError, match="another recipe") as refused:
+    with pytest.raises(llmprune.LlmpruneError, match=r"another recipe: sparsity \(then 0.5, now 0.6\)") as refused:
         llmprune.prune(**{**ASK, "sparsity": 0.6})
     assert refused.value.exit_code == 2
     assert "--restart" in refused.value.hint
@@ -109,6 +109,15 @@ def test_one_run_at_a_time(here):
         llmprune.prune(**ASK)
     os.close(handle)
     llmprune.prune(**ASK)
+
+
+def test_a_run_that_another_one_has_outrun(here):
+    """Both were checked before either had begun: the later one is refused, and leaves nothing."""
+    late = prepare(read_recipe(None, ASK))
+    llmprune.prune(**ASK)
+    with pytest.raises(llmprune.LlmpruneError, match="exists already"):
+        run(late)
+    assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt"]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(here):
