@@ -183,9 +183,11 @@ def swap_in(folder: Path, output: Path) -> None:
     sync_folder(output.parent)
 
 
-def swap_back(folder: Path, output: Path) -> None:
-    """Undo a swap that stopped between its two renames."""
+def settle_swap(folder: Path, output: Path) -> None:
+    """After a crash: undo a swap that stopped between its two renames; of one that was done, drop the older output."""
     replaced = folder / "replaced"
-    if replaced.exists() and not output.exists():
+    if replaced.exists() and output.exists():
+        remove(replaced)
+    elif replaced.exists():
         os.rename(replaced, output)
         sync_folder(output.parent)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.files import lock_folder, remove, remove_locked, swap_back, swap_in, to_json, write_whole
+from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
 RECORDS = r"(identity|dense|frontier|ratios|polished|layers|(block|row)-\d+)\.json"
@@ -39,7 +39,7 @@ class Journal:
         self.weights = self.folder / "output"
         self._run = hashlib.sha256(to_json(identity)).hexdigest()
         self._lock = lock_folder(self.folder)
-        swap_back(self.folder, output)
+        settle_swap(self.folder, output)
         if restart:
             self._clear()
         known = self._stored("identity")
