@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -226,12 +227,19 @@ def fill(folder: Path, left: int) -> None:
     until = time.monotonic() + 30
     while not (folder / "out.partial").exists() and time.monotonic() < until:
         time.sleep(0.001)
-    status = os.statvfs(folder)
-    size = status.f_bavail * status.f_frsize - left
-    if size > 0:
-        handle = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY)
-        os.posix_fallocate(handle, 0, size)
+    handle = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY)
+    try:
+        while (size := free_of(folder) - left) > 0:
+            with suppress(OSError):  # the run took some of it in between
+                os.posix_fallocate(handle, 0, size)
+                break
+    finally:
         os.close(handle)
+
+
+def free_of(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 # races

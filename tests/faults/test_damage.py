@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,12 +68,28 @@ def stopped(root: Path, ask: dict[str, Any]) -> tuple[list[str], dict[str, objec
     return files, contents(Path("whole"))
 
 
-def gone_on(file: str, damage: str, ask: dict[str, Any]) -> dict[str, object] | str:
-    """The result of the same command after damage to one file, or its one line of refusal."""
+State = tuple[list[str], dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def unstructured(tmp_path_factory) -> tuple[Path, State]:
+    """(folder, stopped run in it) that the tests of this file share; each leaves ``stopped`` as it was."""
+    root = tmp_path_factory.mktemp("unstructured")
+    with pytest.MonkeyPatch.context() as before:
+        before.chdir(root)
+        return root, stopped(root, UNSTRUCTURED)
+
+
+def begun_again() -> Path:
+    """The stopped run in its place, ready to be damaged."""
     for folder in ("out", "out.partial"):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("stopped", "out.partial")
-    DAMAGES[damage](Path("out.partial") / file)
+    return Path(shutil.copytree("stopped", "out.partial"))
+
+
+def gone_on(file: str, damage: str, ask: dict[str, Any]) -> dict[str, object] | str:
+    """The result of the same command after damage to one file, or its one line of refusal."""
+    DAMAGES[damage](begun_again() / file)
     try:
         llmprune.prune(**ask)
     except llmprune.LlmpruneError as error:
@@ -81,42 +98,39 @@ def gone_on(file: str, damage: str, ask: dict[str, Any]) -> dict[str, object] | 
 
 
 def cases(files: list[str], most: int | None) -> list[tuple[str, str]]:
-    """(file, damage): all, or one damage a file, each kind in turn, for the first files."""
+    """(file, damage): all, or one damage a file, each kind in turn, for the first files; of the blocks the first and the last."""
     if most is None:
         return [(file, damage) for file in files for damage in DAMAGES]
+    files = [file for file in files if not re.fullmatch(r"block-0000[1-4].json", file)]
     return [(file, list(DAMAGES)[number % len(DAMAGES)]) for number, file in enumerate(files)][:most]
 
 
 @pytest.mark.parametrize(
     ("pattern", "most"),
-    [("unstructured", 14), ("2:4", 2), ("channels", 1), *(pytest.param(pattern, None, marks=pytest.mark.slow) for pattern in EVERY)],
+    [("unstructured", 14), ("2:4", 1), ("channels", 1), *(pytest.param(pattern, None, marks=pytest.mark.slow) for pattern in EVERY)],
 )
-def test_any_damage_is_noticed(tmp_path, monkeypatch, pattern, most):
-    monkeypatch.chdir(tmp_path)
-    files, wanted = stopped(tmp_path, EVERY[pattern])
+def test_any_damage_is_noticed(tmp_path, monkeypatch, unstructured, pattern, most):
+    root, state = unstructured if pattern == "unstructured" else (tmp_path, None)
+    monkeypatch.chdir(root)
+    files, wanted = state or stopped(root, EVERY[pattern])
     assert {"block-00005.json", "identity.json", "ratios.json", "windows.safetensors", "output/model.safetensors"} <= set(files)
     for file, damage in cases(files, most):
         assert gone_on(file, damage, EVERY[pattern]) == wanted, (file, damage)
 
 
-def test_a_record_of_another_run_is_not_believed(tmp_path, monkeypatch):
+def test_a_record_of_another_run_is_not_believed(monkeypatch, unstructured):
     """Nothing but its hashes says that a stopped run without its identity had another sparsity: names, tensors and windows are the same."""
-    monkeypatch.chdir(tmp_path)
-    stopped(tmp_path, UNSTRUCTURED)
-    Path("stopped/identity.json").unlink()
-    shutil.move("stopped", "out.partial")
+    monkeypatch.chdir(unstructured[0])
+    (begun_again() / "identity.json").unlink()
     report = llmprune.prune(**UNSTRUCTURED | {"sparsity": 0.25})
     assert report.timings["resumed_blocks"] == 0
     assert report.sparsity == pytest.approx(0.25, abs=1e-3)
 
 
-def test_only_what_rests_on_the_damage_is_repeated(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    stopped(tmp_path, UNSTRUCTURED)
+def test_only_what_rests_on_the_damage_is_repeated(monkeypatch, unstructured):
+    monkeypatch.chdir(unstructured[0])
     for file, kept in (("block-00004.json", 4), ("identity.json", 6), ("windows.safetensors", 6)):
-        shutil.rmtree("out", ignore_errors=True)
-        shutil.copytree("stopped", "out.partial")
-        DAMAGES["flipped at 0.5"](Path("out.partial") / file)
+        DAMAGES["flipped at 0.5"](begun_again() / file)
         assert llmprune.prune(**UNSTRUCTURED).timings["resumed_blocks"] == kept, file
 
 
