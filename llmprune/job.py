@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import llmprune
 from llmprune import heap, shares
-from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.files import make_folder, remove, to_json, write_whole
 from llmprune.checkpoint.journal import Journal, partial_folder
 from llmprune.checkpoint.manifest import check_source, file_hashes, manifest_of
 from llmprune.checkpoint.resolve import open_source
@@ -27,7 +27,7 @@ from llmprune.checkpoint.source import Source, open_folder
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.engine import prune
-from llmprune.errors import ConversionError
+from llmprune.errors import ConversionError, RequestError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.memory import peak_resident
@@ -151,16 +151,22 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     plan, matrices = planned(recipe, stream, selection)
     plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    check_space(output, source, copies=1 + recipe.structured + recipe.rotate)
-    stored = None if restart else load_windows(partial_folder(output))
+    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe))
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
         check_ids(part, stream.skeleton)
+    copies = 1 + recipe.structured + recipe.rotate
+    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
     memory = footprint(stream, plan, matrices, data)
     memory.check()
     source.scan()
     check_source(source)
     return Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
+
+
+def asked_windows(recipe: Recipe) -> str:
+    """The request that a run's windows were made for: those of another one are not taken for them."""
+    return hashlib.sha256(to_json(recipe.resolved())).hexdigest()
 
 
 def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
@@ -178,11 +184,10 @@ def run(job: Job, progress: Progress = quiet) -> Report:
     began = perf_counter()
     heap.steady()
     data = job.data
-    job.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(job.output, job.identity, job.restart)
     try:
-        check_output(job.output, job.source.folder, job.overwrite)  # another run may have finished it meanwhile
-        save_windows(journal.folder, data)
+        check_still(job, journal)
+        save_windows(journal.folder, data, asked_windows(job.recipe))
         turned = rotated(job, journal, progress) if job.recipe.rotate else job
         sink = Sink(journal.weights, turned.source)
         sink.lay_out()
@@ -230,14 +235,24 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         journal.close()
 
 
+def check_still(job: Job, journal: Journal) -> None:
+    """The output may be written now that nobody else can: another run may have finished it since ``prepare``."""
+    try:
+        check_output(job.output, job.source.folder, job.overwrite)
+    except RequestError:
+        if not journal.resumed:
+            journal.discard()
+        raise
+
+
 def rotated(job: Job, journal: Journal, progress: Progress) -> Job:
     """The same job for the model with its residual stream turned, which lies in the partial folder."""
     folder = journal.folder / "rotated"
     record = journal.read("rotated")
     if record is None or file_hashes(folder) != record["files"]:
         if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
+            remove(folder)
+        make_folder(folder)
         assert isinstance(job.stream, CheckpointStream)
         rotate(job.stream, job.data.calibration.ids_NL, folder, partial(progress, "rotate"))
         journal.write("rotated", {"files": file_hashes(folder)})
@@ -263,7 +278,8 @@ class Done:
 def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Done:
     """Prune what an interrupted run has not finished, with a record of every block."""
     ids_NL = job.data.calibration.ids_NL
-    finished, polish = finished_parts(journal, sink, len(job.matrices))
+    needed = ("ratios", "choice") if job.recipe.pattern in ("layers", "hidden") else ("ratios",)
+    finished, polish = finished_parts(journal, sink, len(job.matrices), needed)
     gradients = None
     if len(finished) < len(job.matrices):
         gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
@@ -310,10 +326,12 @@ def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Sma
     return journal.weights, None
 
 
-def finished_parts(journal: Journal, sink: Sink, blocks: int) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
+def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str, ...]) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
     """(the leading blocks that an earlier process finished and whose tensors still have their hashes, what its distillation did if it came
-    that far).
+    that far). needed: records that all blocks rest on.
     """
+    if any(journal.read(name) is None for name in needed):
+        return {}, None
     polished = journal.read("polished")
     if polished is not None and not sink.accept(polished["hashes"]):
         polished = None

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import constants
 
-from llmprune.checkpoint.journal import partial_folder
+from llmprune.checkpoint.journal import laid_out, partial_folder
+from llmprune.checkpoint.sink import companions
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
@@ -21,35 +23,66 @@ from llmprune.stream import Stream, memory_of
 from llmprune.structured.structure import Structure
 from llmprune.types import Pattern, Plan
 
+PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blocks, about
+
 
 def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
     """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder. result: the file that
     one to be replaced must hold.
     """
-    if output.exists() and output.resolve().samefile(source):
-        raise RequestError(f"output {output.name}: is the source model", "choose another --output")
-    if source.resolve() in output.resolve().parents or output.resolve() in source.resolve().parents:
-        raise RequestError(f"output {output.name}: it and the source model's folder lie inside each other", "choose another --output")
-    if output.exists() and not output.is_dir():
-        raise RequestError(f"output {output.name}: is a file", "choose another --output")
+    other = "choose another --output"
+    if output.name in ("", ".."):
+        raise RequestError(f"output {str(output)!r}: is no name for a new folder", other)
+    check_apart(output, source)
+    partial = partial_folder(output)
+    for path in (output, partial):
+        if os.path.lexists(path) and not path.is_dir():
+            raise RequestError(f"output {output.name}: {'' if path == output else path.name + ' '}is a file, or a link to nothing", other)
     if output.exists() and not overwrite:
-        raise RequestError(f"output {output.name}: exists already", "add --overwrite to replace it at the end, or choose another --output")
+        raise RequestError(f"output {output.name}: exists already", f"add --overwrite to replace it at the end, or {other}")
     if output.exists() and not ((output / result).exists() or not any(output.iterdir())):
-        raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", "choose another --output")
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RequestError(f"output {output.name}: {parent.name} cannot be written to", "choose another --output")
+        raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", other)
+    parent = _disk_of(output)
+    for place in (parent, partial):  # where the names are made
+        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise RequestError(f"output {output.name}: {place.name or place} cannot be written to", other)
 
 
-def check_space(output: Path, source: Source, copies: int = 1) -> None:
-    """The weights fit on the output's disk; what a partial run has laid out already counts as had. copies: of the model, at most."""
-    parent = next(p for p in output.absolute().parents if p.exists())
-    status = os.statvfs(parent)
-    had = sum(p.stat().st_size for p in (partial_folder(output) / "output").glob("*.safetensors"))
+def check_apart(output: Path, source: Path) -> None:
+    """Neither the output nor what it is made in is the source, lies in it, or holds it; and neither lies in the Hub's cache."""
+    for folder in (output, partial_folder(output)):
+        if folder.exists() and folder.samefile(source):
+            raise RequestError(
+                f"output {output.name}: {'is' if folder == output else folder.name + ' is'} the source model", "choose another --output"
+            )
+        if _inside(folder, source) or _inside(source, folder):
+            raise RequestError(f"output {output.name}: it and the source model's folder lie inside each other", "choose another --output")
+    if _inside(output, Path(constants.HF_HUB_CACHE).expanduser()):
+        raise RequestError(f"output {output.name}: lies in the Hub's cache, whose files belong to others", "choose another --output")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """By whatever names the two go; neither need be there."""
+    true = folder.resolve()
+    return any(above == true or (true.exists() and above.exists() and above.samefile(true)) for above in (path.resolve(), *path.resolve().parents))
+
+
+def _disk_of(output: Path) -> Path:
+    """The folder above an output that is there already."""
+    return next(path for path in output.absolute().parents if path.exists())
+
+
+def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> None:
+    """What a run writes fits on the output's disk; what an interrupted run has laid out already counts as had.
+
+    source: its folder. weights: bytes of all tensors to be written, at most. windows: bytes of the token ids.
+    """
+    status = os.statvfs(_disk_of(output))
     free = status.f_bavail * status.f_frsize
-    need = copies * source.bytes - had
+    beside = sum(path.stat().st_size for path in companions(source))
+    need = weights + windows + beside + PAGES - laid_out(output)
     if need > free:
-        raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space")
+        raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space, or choose another --output")
 
 
 def choose_device(device: str) -> torch.device:

@@ -72,6 +72,7 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, progress:
     shards.put({keys[name]: tensor.to("cpu", DTYPES[shapes[keys[name]].dtype]) for name, tensor in turned.items()})
     for key in set(loader.outer_keys) - set(keys.values()):
         shards.put(source.read_many([key]))
+    shards.sync()
     write_whole(folder / "config.json", to_json(source.config | {"tie_word_embeddings": False}))
     copy_companions(source.folder, folder, ("config.json", INDEX))
     return open_folder(folder, source.name, source.revision)

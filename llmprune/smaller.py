@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.files import make_folder, remove
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.depth import Order, choose_layers, layer_reports, layers_to_drop, repair
 from llmprune.errors import PromiseError
@@ -70,8 +70,8 @@ def save_smaller(
     exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
     cutter = Cutter(stream.loader, stream.walk.path, structure.spaces, written, kept, structure.outer)
     if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
+        remove(folder)
+    make_folder(folder)
     size = write_smaller(folder, cutter, exported, stream.block, stream.outer)
     parameters = parameters_of(cutter)
     rounded_to = stored_dtype(stream.source) if rescaled(structure, written) else stream.dtype

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmprune import heap
-from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.files import make_folder, to_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune, prune_matrix
 from llmprune.errors import RequestError
@@ -83,7 +83,6 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     """Every row that an interrupted sweep of the same request has not finished. The output appears whole, or not at all."""
     heap.steady()
     job = sweep.job
-    job.output.parent.mkdir(parents=True, exist_ok=True)
     identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
     journal = Journal(job.output, identity, job.restart)
     try:
@@ -100,7 +99,7 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
         source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
         values = tuple(one.perplexity for one in dense)
         report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
-        journal.weights.mkdir(exist_ok=True)
+        make_folder(journal.weights)
         for name, data in files_of(report):
             write_whole(journal.weights / name, data)
         journal.publish()

@@ -1,12 +1,20 @@
-"""The one file layer: the only way that a run's state reaches the disk. Every write is whole or absent after a crash."""
+"""The one file layer: the only way that a run's state reaches the disk, all of it by functions of ``os``.
+
+After a crash, and after a loss of power that takes with it whatever was not synced, a file written whole is the old one or the new one, and a folder
+that has been swapped in has all of its content.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from llmprune.errors import RequestError, StoppedError
@@ -24,15 +32,63 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_file(handle: int) -> None:
+    """The content and the size of an open file, durably."""
+    os.fsync(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder with all above it, durably: a new name is not on the disk before the folder that it stands in is synced."""
+    if not folder.is_dir():
+        make_folder(folder.absolute().parent)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:  # another process was first; a file of this name is met by whoever writes into it
+            return
+        sync_folder(folder.absolute().parent)
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's handle; a new file gets the mode that the umask leaves."""
+    handle = os.open(path, flags, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename, fsync the folder: after a crash the old file or the new one, never a part."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with opened(beside, os.O_CREAT | os.O_TRUNC | os.O_WRONLY) as handle:
+        write_range(handle, 0, data)
+        os.fsync(handle)
     os.replace(beside, path)
     sync_folder(path.parent)
+
+
+def lay_out(path: Path, header: bytes, size: int) -> None:
+    """A file of just ``size`` bytes with its space reserved and ``header`` in front. What it holds behind that stays.
+
+    Raises StoppedError when the disk is too small.
+    """
+    with opened(path, os.O_CREAT | os.O_RDWR) as handle:
+        try:
+            os.ftruncate(handle, size)
+            os.posix_fallocate(handle, 0, size)
+            write_range(handle, 0, header)
+        except OSError as error:
+            raise StoppedError(f"{path.name}: {error.strerror} for {size:,} bytes", "free some space, then the same command goes on") from None
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder and all in it; of a symbolic link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        return os.unlink(path)
+    for inside in sorted(path.iterdir()):
+        remove(inside)
+    os.rmdir(path)
 
 
 def to_json(value: Any) -> bytes:
@@ -69,25 +125,48 @@ def write_range(handle: int, start: int, data: Any) -> None:
 def lock_folder(folder: Path) -> int:
     """Make the folder and take it for this process; the lock goes with the process. RequestError when another one holds it."""
     while True:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         try:
-            handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+            handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         except FileNotFoundError:  # its holder finished and removed it in between
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.stat(folder / "lock").st_ino == os.fstat(handle).st_ino
         except BlockingIOError:
-            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            holder = _holder(handle)
             os.close(handle)
             raise RequestError(f"{folder.name}: in use by process {holder}", "wait for that run, or choose another --output") from None
         except FileNotFoundError:
             same = False
         if same:
             os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            write_range(handle, 0, str(os.getpid()).encode())
             return handle
         os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """The number that the holder of a lock has left in it, or is just about to."""
+    for _ in range(20):
+        number = os.pread(handle, 32, 0).decode(errors="replace").strip()
+        if number:
+            return number
+        sleep(0.01)
+    return "unknown"
+
+
+def remove_locked(folder: Path) -> None:
+    """Remove a folder whose lock this process holds: the lock last, so that nobody takes the folder while it is emptied."""
+    for path in sorted(folder.iterdir()):
+        if path.name != "lock":
+            remove(path)
+    os.unlink(folder / "lock")
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # the next run has begun in it
+            raise
 
 
 def swap_in(folder: Path, output: Path) -> None:
@@ -96,3 +175,13 @@ def swap_in(folder: Path, output: Path) -> None:
         os.rename(output, folder.parent / "replaced")
     os.rename(folder, output)
     sync_folder(output.parent)
+
+
+def settle_swap(folder: Path, output: Path) -> None:
+    """After a crash: undo a swap that stopped between its two renames; of one that was done, drop the older output."""
+    replaced = folder / "replaced"
+    if replaced.exists() and output.exists():
+        remove(replaced)
+    elif replaced.exists():
+        os.rename(replaced, output)
+        sync_folder(output.parent)

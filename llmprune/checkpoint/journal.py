@@ -3,26 +3,30 @@
 OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.json ...  output/ (the checkpoint in the making)
     smaller/ (the same without what structured pruning has masked, written at the end)
 
-A block's tensors are on disk before its record is. Hidden states are not kept: they are recomputed through the finished blocks, which is
-deterministic and needs one forward instead of a file of their size at every block.
+Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is believed. A
+block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: a finished block is never written again, so
+the generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it. Without
+its identity a run still knows its records by their hashes.
+
+Hidden states are not kept: they are recomputed through the finished blocks, which is deterministic and needs one forward instead of a file of their
+size at every block.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.files import lock_folder, swap_in, to_json, write_whole
+from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
 RECORDS = r"(identity|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
-OWN = re.compile(
-    rf"lock|output|smaller|rotated|modules|replaced|hidden-\d+|{RECORDS}(\.tmp)?|(windows|reload-ids|reload-logits)\.safetensors(\.tmp)?"
-)
+OWN = re.compile(rf"lock|output|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
 
 
 class Journal:
@@ -33,19 +37,19 @@ class Journal:
         self.output = output
         self.folder = partial_folder(output)
         self.weights = self.folder / "output"
+        self._run = hashlib.sha256(to_json(identity)).hexdigest()
         self._lock = lock_folder(self.folder)
-        replaced = self.folder / "replaced"
-        if replaced.exists() and not output.exists():  # stopped between the two renames of the end
-            os.rename(replaced, output)
+        settle_swap(self.folder, output)
         if restart:
             self._clear()
-        known = self.read("identity")
-        if known is None:
-            self._clear()
-            self.write("identity", identity)
-        else:
+        known = self._stored("identity")
+        if known is not None:
             self._compare(known, identity)
-        self.resumed = known is not None
+        self.resumed = known is not None or any(self.read(path.stem) for path in self.folder.glob("*.json"))
+        if not self.resumed:
+            self._clear()
+        if known is None:
+            self.write("identity", identity)
 
     def _clear(self) -> None:
         strange = [p.name for p in self.folder.iterdir() if not OWN.fullmatch(p.name)]
@@ -53,32 +57,35 @@ class Journal:
             self.close()
             raise RequestError(f"{self.folder.name}: holds {strange[0]!r}, which is no run's state", "move it, or choose another --output")
         for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+            if path.name != "lock":
+                remove(path)
 
     def _compare(self, known: dict[str, Any], identity: dict[str, Any]) -> None:
-        ours = json.loads(to_json(identity))
-        changed = sorted(k for k in known.keys() | ours.keys() if known.get(k) != ours.get(k))
+        changed = _difference(known, json.loads(to_json(identity)))
         if changed:
-            was, now = known.get(changed[0]), ours.get(changed[0])
             self.close()
+            name, was, now = changed
             raise RequestError(
-                f"{self.folder.name}: begun with another {changed[0]} (then {_short(was)}, now {_short(now)})",
+                f"{self.folder.name}: begun with another {name} (then {_short(was)}, now {_short(now)})",
                 "repeat the first command to go on, or add --restart to begin anew",
             )
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A record, or None when it is absent or damaged."""
-        try:
-            value = json.loads((self.folder / f"{name}.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        """A record of this run, or None when it is absent or damaged."""
+        return self._stored(name, self._run)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        write_whole(self.folder / f"{name}.json", to_json(value))
+        run = "" if name == "identity" else self._run
+        value = json.loads(to_json(value))  # as it will be read: keys are strings
+        write_whole(self.folder / f"{name}.json", to_json({"sha256": _sealed(value, run), "value": value}))
+
+    def _stored(self, name: str, run: str = "") -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.folder / f"{name}.json").read_bytes())
+            value, sha256 = record["value"], record["sha256"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            return None
+        return value if isinstance(value, dict) and sha256 == _sealed(value, run) else None
 
     @property
     def smaller(self) -> Path:
@@ -87,7 +94,11 @@ class Journal:
     def publish(self, folder: Path | None = None) -> None:
         """Give the finished checkpoint (or ``folder``, inside this one) its name and drop the state."""
         swap_in(folder or self.weights, self.output)
-        shutil.rmtree(self.folder)
+        remove_locked(self.folder)
+
+    def discard(self) -> None:
+        """Drop a state in which nothing was done yet."""
+        remove_locked(self.folder)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -95,6 +106,32 @@ class Journal:
 
 def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
+
+
+def laid_out(output: Path) -> int:
+    """Bytes on the disk of the weights that an interrupted run has laid out."""
+    had = 0
+    for name in ("output", "smaller"):
+        for path in (partial_folder(output) / name).glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another run has just finished
+                had += path.stat().st_blocks * 512
+    return had
+
+
+def _sealed(value: dict[str, Any], run: str) -> str:
+    return hashlib.sha256(run.encode() + to_json(value)).hexdigest()
+
+
+def _difference(known: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """(name, value then, value now) of the first field that differs, the request's own fields before what follows from them."""
+    for key in sorted(known.keys() | ours.keys(), key=lambda key: (key != "recipe", key)):
+        was, now = known.get(key), ours.get(key)
+        if was != now and isinstance(was, dict) and isinstance(now, dict):
+            name, was, now = _difference(was, now) or ("", was, now)
+            return f"{key}: {name}", was, now
+        if was != now:
+            return key, was, now
+    return None
 
 
 def _short(value: Any) -> str:

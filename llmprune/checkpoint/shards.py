@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor, uint8
 
-from llmprune.checkpoint.files import sync_folder, to_json, write_range, write_whole
+from llmprune.checkpoint.files import lay_out, opened, sync_file, sync_folder, to_json, write_range, write_whole
 from llmprune.checkpoint.source import INDEX, SIZES
-from llmprune.errors import RequestError
 
 MOST_BYTES = 2 << 30  # of a shard; a single tensor may be larger
 
@@ -36,7 +35,7 @@ class Shards:
     """The weight files of a new folder. Every tensor of ``shapes`` must be put once."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, Shape]) -> None:
-        """Create every file with its header and reserve its space. Raises RequestError when the disk is too small."""
+        """Create every file with its header and reserve its space. Raises StoppedError when the disk is too small."""
         self.folder = folder
         self.shapes = shapes
         self._places: dict[str, tuple[str, int]] = {}
@@ -53,28 +52,21 @@ class Shards:
         return sum(shape.bytes for shape in self.shapes.values())
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, in their final dtype, to their places."""
+        """Write tensors, in their final dtype, to their places. They are on the disk after ``sync``."""
         for key, tensor in tensors.items():
             file, start = self._places[key]
             assert tuple(tensor.shape) == self.shapes[key].shape, f"{key}: {tuple(tensor.shape)}"
-            handle = os.open(self.folder / file, os.O_RDWR)
-            try:
+            with opened(self.folder / file, os.O_RDWR) as handle:
                 write_range(handle, start, memoryview(tensor.contiguous().view(-1).view(uint8).numpy()))  # type: ignore[arg-type]
-                os.fdatasync(handle)
-            finally:
-                os.close(handle)
+
+    def sync(self) -> None:
+        for file in sorted({file for file, _ in self._places.values()}):
+            with opened(self.folder / file, os.O_RDWR) as handle:
+                sync_file(handle)
 
     def _lay_out(self, file: str, keys: list[str]) -> None:
         header, starts = header_of({key: self.shapes[key] for key in keys})
-        size = len(header) + sum(self.shapes[key].bytes for key in keys)
-        handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
-        try:
-            os.posix_fallocate(handle, 0, size)
-            write_range(handle, 0, header)
-        except OSError as error:
-            raise RequestError(f"{self.folder.parent.name}: {error.strerror} for {size:,} bytes", "free some space") from None
-        finally:
-            os.close(handle)
+        lay_out(self.folder / file, header, len(header) + sum(self.shapes[key].bytes for key in keys))
         for key in keys:
             self._places[key] = (file, starts[key])
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from llmprune.checkpoint.files import CHUNK, read_range, sync_folder, to_json, write_range, write_whole
+from llmprune.checkpoint.files import CHUNK, lay_out, make_folder, opened, read_range, sync_file, sync_folder, to_json, write_range, write_whole
 from llmprune.checkpoint.source import INDEX, Source, read_tensor
-from llmprune.errors import RequestError
 
 COMPANIONS = (
     "config.json",
@@ -43,58 +42,41 @@ class Sink:
 
     def lay_out(self) -> None:
         """Create every shard with its header and reserve its space. Repeating it changes nothing."""
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         for file, header in self.source.headers.items():
-            handle = os.open(self.folder / file, os.O_CREAT | os.O_RDWR, 0o666)
-            try:
-                os.posix_fallocate(handle, 0, self.source.states[file][0])
-                write_range(handle, 0, header)
-            except OSError as error:
-                raise RequestError(f"{self.folder.parent}: {error.strerror} for {self.source.bytes:,} bytes", "free some space") from None
-            finally:
-                os.close(handle)
+            lay_out(self.folder / file, header, self.source.states[file][0])
         sync_folder(self.folder)
 
     def write(self, tensors: dict[str, Tensor]) -> dict[str, str]:
         """Put tensors in their places, durably; their sha256 by key."""
         hashes = {}
         for file, keys in self._by_file(tensors).items():
-            handle = os.open(self.folder / file, os.O_RDWR)
-            try:
+            with opened(self.folder / file, os.O_RDWR) as handle:
                 for key in keys:
                     data = memoryview(tensors[key].contiguous().view(-1).view(uint8).numpy())  # type: ignore[arg-type]
                     hashes[key] = hashlib.sha256(data).hexdigest()
                     write_range(handle, self.source.tensors[key].start, data)
-                os.fdatasync(handle)
-            finally:
-                os.close(handle)
+                sync_file(handle)
         self.written |= hashes
         return hashes
 
     def accept(self, hashes: dict[str, str]) -> bool:
         """Take tensors that an earlier process wrote as finished, if every one still has its hash."""
         for file, keys in self._by_file(hashes).items():
-            handle = os.open(self.folder / file, os.O_RDONLY)
-            try:
+            with opened(self.folder / file, os.O_RDONLY) as handle:
                 for key in keys:
                     entry = self.source.tensors[key]
                     digest = hashlib.sha256(read_range(handle, entry.start, entry.end - entry.start, file)).hexdigest()
                     if digest != hashes[key]:
                         return False
-            finally:
-                os.close(handle)
         self.written |= hashes
         return True
 
     def read_many(self, keys: list[str]) -> dict[str, Tensor]:
-        out = {}
+        out: dict[str, Tensor] = {}
         for file, wanted in self._by_file(keys).items():
-            handle = os.open(self.folder / file, os.O_RDONLY)
-            try:
-                for key in wanted:
-                    out[key] = read_tensor(handle, self.source.tensors[key])
-            finally:
-                os.close(handle)
+            with opened(self.folder / file, os.O_RDONLY) as handle:
+                out |= {key: read_tensor(handle, self.source.tensors[key]) for key in wanted}
         return out
 
     def finish(self) -> None:
@@ -102,18 +84,13 @@ class Sink:
         if self.source.decoder is not None:
             return self._finish_decoded()
         for file in self.source.headers:
-            source = os.open(self.source.folder / file, os.O_RDONLY)
-            target = os.open(self.folder / file, os.O_RDWR)
-            try:
+            with opened(self.source.folder / file, os.O_RDONLY) as source, opened(self.folder / file, os.O_RDWR) as target:
                 for key, entry in self.source.tensors.items():
                     if entry.file != file or key in self.written:
                         continue
                     for start in range(entry.start, entry.end, CHUNK):
                         write_range(target, start, read_range(source, start, min(CHUNK, entry.end - start), file))
-                os.fsync(target)
-            finally:
-                os.close(source)
-                os.close(target)
+                sync_file(target)
         copy_companions(self.source.folder, self.folder)
 
     def _finish_decoded(self) -> None:
@@ -132,9 +109,12 @@ class Sink:
         return files
 
 
+def companions(source: Path) -> list[Path]:
+    """The files that belong to a model's weights."""
+    return [path for pattern in COMPANIONS for path in sorted(source.glob(pattern)) if path.is_file()]
+
+
 def copy_companions(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
-    """Copy the files that belong to a model's weights."""
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in without:
-                write_whole(folder / path.name, path.read_bytes())
+    for path in companions(source):
+        if path.name not in without:
+            write_whole(folder / path.name, path.read_bytes())

@@ -14,21 +14,24 @@ from llmprune.data.windows import RunData, Windows
 NAME = "windows.safetensors"
 
 
-def save_windows(folder: Path, data: RunData) -> None:
-    """Write all windows of a run, unless they are there already."""
-    if load_windows(folder) is None:
+def save_windows(folder: Path, data: RunData, asked: str) -> None:
+    """Write all windows of a run, unless they are there already. asked: a name of the request that they answer."""
+    if load_windows(folder, asked) is None:
         every = data.all()
-        named = {"names": [[w.dataset, w.split] for w in every], "held": data.held is not None}
-        write_whole(folder / NAME, save({str(i): w.ids_NL.contiguous() for i, w in enumerate(every)}, {"windows": json.dumps(named)}))
+        said = {"names": [[w.dataset, w.split, w.sha256] for w in every], "held": data.held is not None, "asked": asked}
+        write_whole(folder / NAME, save({str(i): w.ids_NL.contiguous() for i, w in enumerate(every)}, {"windows": json.dumps(said)}))
 
 
-def load_windows(folder: Path) -> RunData | None:
-    """What save_windows wrote, or None when it is absent or damaged."""
+def load_windows(folder: Path, asked: str) -> RunData | None:
+    """What save_windows wrote for the same request, or None when it is absent or damaged."""
     try:
         with safe_open(folder / NAME, "pt") as file:
-            named = json.loads(file.metadata()["windows"])
-            every = [Windows(file.get_tensor(str(i)).clone(), *name) for i, name in enumerate(named["names"])]
+            said = json.loads(file.metadata()["windows"])
+            every = [Windows(file.get_tensor(str(i)).clone(), dataset, split) for i, (dataset, split, _) in enumerate(said["names"])]
+        sound = said["asked"] == asked and [w.sha256 for w in every] == [sha256 for _, _, sha256 in said["names"]]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    held = every.pop() if named["held"] else None
+    if not sound:
+        return None
+    held = every.pop() if said["held"] else None
     return RunData(every[0], tuple(every[1:]), held)

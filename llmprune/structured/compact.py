@@ -107,6 +107,7 @@ def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: Bloc
     """The whole smaller checkpoint in an empty folder; bytes of its weight files."""
     shards = Shards(folder, cutter.shapes())
     cutter.fill(shards, block_of, outer_of)
+    shards.sync()
     write_whole(folder / "config.json", to_json(exported.config))
     for name, text in exported.files.items():
         write_whole(folder / name, text.encode())

@@ -1,6 +1,7 @@
 """A finished checkpoint loaded by plain transformers in a process of its own: what it predicts is compared with what the pruning left.
 
-Run as ``python -m llmprune.structured.reload FOLDER IDS LOGITS DTYPE``; IDS and LOGITS are safetensors files.
+Run as ``python -m llmprune.structured.reload FOLDER DTYPE``; token ids come in and logits go out as safetensors through its pipes, so that it ends
+with the process that asked, and leaves no file behind.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from llmprune.errors import PromiseError
@@ -20,15 +21,13 @@ from llmprune.errors import PromiseError
 
 def reloaded_logits(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dtype) -> Tensor:
     """[1, L, V]: predictions of the checkpoint in ``folder``, loaded in a fresh process. Raises PromiseError when it does not load."""
-    asked, answer = scratch / "reload-ids.safetensors", scratch / "reload-logits.safetensors"
-    save_file({"ids": ids_1L.cpu().contiguous()}, asked)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    words = [sys.executable, "-m", "llmprune.structured.reload", str(folder), str(asked), str(answer), str(dtype).removeprefix("torch.")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "llmprune.structured.reload", str(folder), str(dtype).removeprefix("torch.")]
+    done = subprocess.run(words, input=save({"ids": ids_1L.cpu().contiguous()}), env=environment, capture_output=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
         raise PromiseError(f"the result does not load with transformers: {said[:300]}", "report this; nothing was published")
-    return load_file(answer)["logits"]
+    return load(done.stdout)["logits"]
 
 
 def difference(wanted: Tensor, got: Tensor) -> float:
@@ -36,18 +35,20 @@ def difference(wanted: Tensor, got: Tensor) -> float:
     return float((wanted.float().cpu() - got.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-30))
 
 
-def main(folder: str, asked: str, answer: str, dtype: str) -> None:
+def main(folder: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    code = (Path(folder) / "modeling_pruned.py").exists()
-    load: Any = AutoModelForCausalLM.from_pretrained  # which hands back a pair here
-    model, info = load(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
-    wrong = {name: found for name, found in info.items() if found}
-    if wrong:
-        raise SystemExit(f"tensors that do not fit: {wrong}")
-    with torch.no_grad():
-        logits = model.eval()(input_ids=load_file(asked)["ids"], use_cache=False).logits
-    save_file({"logits": logits.float().contiguous()}, answer)
+    with os.fdopen(os.dup(1), "wb") as answer:
+        os.dup2(2, 1)  # what libraries print is no logits
+        code = (Path(folder) / "modeling_pruned.py").exists()
+        open_model: Any = AutoModelForCausalLM.from_pretrained  # which hands back a pair here
+        model, info = open_model(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
+        wrong = {name: found for name, found in info.items() if found}
+        if wrong:
+            raise SystemExit(f"tensors that do not fit: {wrong}")
+        with torch.no_grad():
+            logits = model.eval()(input_ids=load(sys.stdin.buffer.read())["ids"], use_cache=False).logits
+        answer.write(save({"logits": logits.float().contiguous()}))
 
 
 if __name__ == "__main__":

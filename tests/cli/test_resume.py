@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,24 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.runs import contents, small_text
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
-from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.job import prepare, run
 from llmprune.recipe import read_recipe
 
 ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the one field that may differ, timings, is taken out, and so is what the page makes of it."""
-    found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
-    report = json.loads((folder / "llmprune.json").read_text())
-    del report["timings"]
-    page, sections = re.subn(r'<section id="timings">.*?</section>', "", (folder / "report.html").read_text(), flags=re.DOTALL)
-    assert sections == 1
-    return found | {"llmprune.json": report, "report.html": page}
 
 
 class Stop(Exception):
@@ -51,7 +40,7 @@ def run_until(step: str, block: int, **ask: object) -> None:
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("small.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
+    small_text(tmp_path, 4000)
     return tmp_path
 
 
@@ -105,7 +94,7 @@ def test_damaged_state_falls_back(here):
 
 def test_another_request_is_refused_and_restart_discards(here):
     run_until("prune", 3)
-    with pytest.raises(llmprune.LlmpruneError, match="another recipe") as refused:
+    with pytest.raises(llmprune.LlmpruneError, match=r"another recipe: sparsity \(then 0.5, now 0.6\)") as refused:
         llmprune.prune(**{**ASK, "sparsity": 0.6})
     assert refused.value.exit_code == 2
     assert "--restart" in refused.value.hint
@@ -120,6 +109,15 @@ def test_one_run_at_a_time(here):
         llmprune.prune(**ASK)
     os.close(handle)
     llmprune.prune(**ASK)
+
+
+def test_a_run_that_another_one_has_outrun(here):
+    """Both were checked before either had begun: the later one is refused, and leaves nothing."""
+    late = prepare(read_recipe(None, ASK))
+    llmprune.prune(**ASK)
+    with pytest.raises(llmprune.LlmpruneError, match="exists already"):
+        run(late)
+    assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt"]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(here):
