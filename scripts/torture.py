@@ -28,6 +28,9 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for processes that a run starts
 
 from faults import rows  # noqa: E402
 from faults.children import preload  # noqa: E402
+from faults.disasters import disasters  # noqa: E402
+from faults.fuzz import fuzzed  # noqa: E402
+from faults.mutants import mutants  # noqa: E402
 from faults.rows import Outcome  # noqa: E402
 
 
@@ -52,9 +55,35 @@ def by_tests(file: str, full: str, quick: str) -> Callable[[bool], Outcome]:
     return run
 
 
+def by_count(what: Callable[[int], tuple[str, str]], full: int, quick: int) -> Callable[[bool], Outcome]:
+    """A row of so many cases; reached when the figure says all of them."""
+
+    def run(part: bool) -> Outcome:
+        figure, detail = what(quick if part else full)
+        done, _, count = figure.partition("/")
+        listing, *faults = detail.splitlines()
+        return Outcome(f"{figure} ({listing})", not count or done == count, tuple(faults))
+
+    return run
+
+
+def memory(quick: bool) -> Outcome:
+    """The plan of twelve runs against their peaks; of two, if ``quick``."""
+    only = "llama 0.5 m" if quick else ""
+    words = [sys.executable, "scripts/bench_plan.py", "--only", only]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    *each, last = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
+    good, _, rest = last.partition(" of ")
+    return Outcome(last, done.returncode == 0 and rest.startswith(f"{good} "), () if rest.startswith(f"{good} ") else tuple(each))
+
+
 ROWS = (
     Row("kills", "200/200 resumed byte-identical, 0 half-old outputs", rows.kills),
     Row("file operations", "all resumed, also with unsynced data lost; with fsync off some fail", rows.operations),
+    Row("mutants", "1,000/1,000: refused in one line, or right", by_count(mutants, 1000, 60)),
+    Row("fuzz", "100,000 inputs, no exception but llmprune's own", by_count(fuzzed, 100_000, 1000)),
+    Row("disasters", "all stopped, or recovered from and recorded", by_count(lambda count: disasters(), 0, 0)),
+    Row("memory plan", "12 of 12 within 0.7 to 1.15 of the plan", memory),
     Row("disks", "20/20 sizes in one line, resumable", rows.disks),
     Row("races", "50/50 with exactly one winner", rows.races),
     Row(
