@@ -209,6 +209,11 @@ def test_the_table_has_a_row_for_every_family() -> None:
     assert set(rows) == {FAMILIES[name][0] for name in NAMES}
 
 
+def test_the_table_in_the_docs_is_up_to_date() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "structured.md").read_text()
+    assert f"\n{table()}\n" in page, "python tests/cuts.py prints it"
+
+
 def test_what_only_some_configs_of_a_family_refuse() -> None:
     by_depth = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(RequestError, match="number of the layer"):

@@ -1,0 +1,76 @@
+"""Writes those parts of the pages in docs/ that the code says better: ``python scripts/make_docs.py``.
+
+A part stands between two comments, ``<!-- made: methods -->`` and ``<!-- end: methods -->``; the rest of a page is written by hand. methods are the
+docstrings of the methods' files (the first paragraph, which has the equation, as it is), recipes the first comments of the recipes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmprune.methods import KINDS, document, names
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "recipes.md")
+TITLES = {
+    "criteria": ("Criteria", "`--criterion`: what scores a weight; the smallest scores go first."),
+    "patterns": (
+        "Patterns",
+        "`--pattern`: which shapes of zeros are allowed. Those that make a model smaller have a [page of their own](structured.md).",
+    ),
+    "solvers": ("Solvers", "`--solver`: what chooses the mask, by the scores or by its own, and repairs the weights that stay."),
+    "allocation": ("Allocations", "`--allocation`: how one budget is shared out over the matrices."),
+}
+PLAIN = re.compile(r"(``.+?``|https?://[^\s,;]+)")  # code and links, in which nothing is escaped
+SCHEMA_LINE = "#:schema"
+
+
+def methods() -> Iterator[str]:
+    """Markdown lines: one section a kind, one heading a method."""
+    for kind in KINDS:
+        title, said = TITLES[kind]
+        yield from (f"## {title}", "", said, "")
+        for name in names(kind):
+            equation, _, rest = document(kind, name).partition("\n\n")
+            yield from (f"### {name}", "", "```text", equation, "```", "", *([escaped(rest), ""] if rest else []))
+
+
+def escaped(text: str) -> str:
+    """Text in which Markdown takes nothing for its own, but code and links."""
+    parts = PLAIN.split(text)
+    return "".join(part.replace("``", "`") if i % 2 else re.sub(r"([*_<\[])", r"\\\1", part) for i, part in enumerate(parts))
+
+
+def recipes() -> Iterator[str]:
+    """Markdown lines: a list of the recipes, each with its first comment."""
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        yield f"- [`{path.name}`](../recipes/{path.name}): {comment(path.read_text(encoding='utf-8'))}"
+    yield ""
+
+
+def comment(recipe: str) -> str:
+    """The sentences before the first key."""
+    said: list[str] = []
+    for line in recipe.splitlines():
+        if not line.startswith("#"):
+            break
+        said += [] if line.startswith(SCHEMA_LINE) else [line.removeprefix("#").strip()]
+    return " ".join(said)
+
+
+def fresh(page: str) -> str:
+    """The page with its made parts as they have to be now."""
+    for name, make in (("methods", methods), ("recipes", recipes)):
+        begin, end = f"<!-- made: {name} -->\n", f"<!-- end: {name} -->\n"
+        if begin in page:
+            before, rest = page.split(begin)
+            after = rest.split(end)[1]
+            page = f"{before}{begin}\n" + "\n".join(make()) + f"\n{end}{after}"
+    return page
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(fresh(page.read_text(encoding="utf-8")), encoding="utf-8")
