@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # micro-batch of llmprune; the peer gets the same
@@ -198,7 +199,7 @@ def run(task: Task) -> dict[str, Any]:
     before = _resident()
     torch.set_num_threads(task.threads)
     ids = random.Random(0).choices(range(task.shape["vocabulary"]), k=task.windows * task.length)
-    runs = {"folder": _run_folder, "live": _run_live, "peer": _run_peer}
+    runs = {"folder": _run_folder, "bare": _run_bare, "live": _run_live, "peer": _run_peer}
     found = runs[task.kind](task, torch.tensor(ids).view(task.windows, task.length))
     found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     found["total_memory"] = found["memory"] + before
@@ -222,6 +223,19 @@ def _measured(found: dict[str, Any], device: str) -> Iterator[None]:
     if device != "cpu":
         torch.cuda.synchronize()
     found |= {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def _run_bare(task: Task, ids_NL: Any) -> dict[str, Any]:
+    """A folder's run that no interruption could resume: no records, no hashes of what is written, nothing synced. Only this bench can ask for it."""
+    import llmprune.job
+    from llmprune.checkpoint import files, journal, sink
+    from llmprune.checkpoint.manifest import Manifest
+
+    files.os.fsync = lambda handle: None  # type: ignore[attr-defined]
+    journal.Journal.write = lambda self, name, value: None  # type: ignore[method-assign]
+    sink.hashlib = SimpleNamespace(sha256=lambda data: SimpleNamespace(hexdigest=lambda: ""))  # type: ignore[attr-defined]
+    llmprune.job.manifest_of = lambda folder: Manifest({}, {})
+    return _run_folder(task, ids_NL)
 
 
 def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
@@ -348,7 +362,7 @@ def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
     """All runs, the kinds taking turns, then the tables."""
     base = {"model": folder, "shape": asdict(shape), "windows": args.windows, "length": args.length, "threads": args.threads, "device": args.device}
     child(Task("make", **base))
-    kinds = ["folder", "live", "peer"] if args.peer else ["folder"]
+    kinds = ["folder", "live", "peer"] if args.peer else ["folder", "bare"] if args.journal else ["folder"]
     rate: dict[str, float] = {}
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(args.repeat):
@@ -371,6 +385,11 @@ def compare(args: argparse.Namespace, folder: str, shape: Shape) -> None:
             peer = best[method, "peer"]
             ratios = [f"{kind} {best[method, kind]['cpu'] / peer['cpu']:.2f} x" for kind in ("live", "folder")]
             print(f"\n{method}: CPU seconds of llmprune / peer: {', '.join(ratios)}")
+        if args.journal:
+            with_it, without = best[method, "folder"], best[method, "bare"]
+            print(
+                f"\n{method}: with the journal / without: wall {with_it['wall'] / without['wall']:.3f} x, CPU {with_it['cpu'] / without['cpu']:.3f} x"
+            )
 
 
 def main() -> None:
@@ -383,6 +402,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with llmcompressor")
+    parser.add_argument("--journal", action="store_true", help="beside it the same without records, hashes and syncing: what safety costs")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", help="where the model is made for the time of the run; the system's temporary folder by default")
     parser.add_argument("--task", help=argparse.SUPPRESS)
