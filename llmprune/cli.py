@@ -31,7 +31,7 @@ def prune(
         Text,
         typer.Option(
             help="unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or a smaller model: "
-            "channels, heads, kv-groups, kernel, layers, experts, structured (channels and KV groups)"
+            "channels, heads, kv-groups, kernel, layers, experts, hidden, structured (channels and KV groups)"
         ),
     ] = None,
     round_to: Annotated[Count, typer.Option(help="structured: sizes are multiples of this; 8 for channels and kernel by default")] = None,
