@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
+from llmprune.cutting import graded
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
@@ -101,7 +102,7 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         data = _live_windows(model, recipe, given, tokenizer)
         ids_NL = data.calibration.ids_NL
         plan = with_latency(recipe, plan, stream, ids_NL, partial(on_progress, "latency"))
-        gradients = dense_gradients(stream, ids_NL, matrices, needs_of(plan), partial(on_progress, "gradients"))
+        gradients = dense_gradients(stream, ids_NL, graded(stream, matrices, plan), needs_of(plan), partial(on_progress, "gradients"))
         decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase, progress=on_progress)
         plan = replace(plan, sparsity=decision.sparsity)
         polished: list[Polished] = []

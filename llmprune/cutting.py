@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from llmprune.criteria.taylor import Taylor
+from llmprune.gradients import LossGradients
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
 from llmprune.stream import Flow, Stream
 from llmprune.structured.refit import mean_bias
 from llmprune.structured.structure import Structure
 from llmprune.target import asymmetric_target
-from llmprune.types import Plan, Row, Stats
+from llmprune.types import Criterion, Plan, Row, Stats
+
+LOOKS_AT_INPUTS = frozenset({"input_sq", "input_sum", "gram"})
 
 
 def touched_matrices(index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, asked: dict[str, float]) -> list[Matrix]:
@@ -42,6 +47,52 @@ def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats:
         view_RC = matrix.view(block)
         view_RC.copy_(asymmetric_target(view_RC.float(), stats).to(stream.stored_dtype(index, matrix.parameter)))
     return matrix.parameter
+
+
+def writers(structure: Structure, index: int, block: nn.Module, name: str) -> list[tuple[Matrix, Tensor]]:
+    """The matrices that write the units of a reader (by its full name), with the rows [U, K] of each unit."""
+    found, matrices = [], block_matrices(block)
+    for axis in structure.cut[name].space.axes:
+        for m in matrices:
+            if (m.parameter, m.expert) == (axis.parameter, axis.expert) and axis.dim == int(m.transposed):
+                found.append((m, axis.index_UK))
+    return found
+
+
+def counts_what_goes(criterion: Criterion | None) -> bool:
+    """Whether a criterion is summed over all weights that a unit takes away. One that looks at inputs, or at whole columns, says what the reader's
+    output loses, and that is all of it.
+    """
+    return criterion is not None and not criterion.needs & LOOKS_AT_INPUTS and not isinstance(criterion, Taylor)
+
+
+def beside(structure: Structure, index: int, block: nn.Module, name: str, criterion: Criterion, gradients: LossGradients | None) -> Tensor:
+    """[C] of a reader: the criterion's scores of what writes each of its inputs, a unit's sum spread over its columns."""
+    space = structure.cut[name].space
+    columns_UK = space.readers[0].columns_UK
+    reader = next(m for m in block_matrices(block) if m.name == space.readers[0].matrix)
+    device = reader.view(block).device
+    total_U = torch.zeros(space.units, dtype=torch.float64, device=device)
+    for m, rows_UK in writers(structure, index, block, name):
+        stats = Stats(**gradients.fields(index, m.name)) if gradients is not None else Stats()
+        total_U += criterion.score(m.view(block).float(), stats).sum(1, dtype=torch.float64)[rows_UK.to(device)].sum(1)
+    beside_C = torch.zeros(reader.columns, dtype=torch.float64, device=device)
+    beside_C[columns_UK.to(device)] = (total_U / columns_UK.shape[1]).unsqueeze(1).expand(columns_UK.shape)
+    return beside_C
+
+
+def graded(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[int, list[Matrix]]:
+    """The matrices whose gradients are asked for: those that are pruned, and what writes their units."""
+    structure = plan.pattern
+    if not isinstance(structure, Structure) or not counts_what_goes(plan.criterion):
+        return matrices
+    found = {}
+    for index, readers in matrices.items():
+        block, path = stream.walk.blocks[index], stream.path_of(index)
+        names = [f"{path}.{m.name}" for m in readers]
+        both = readers + [m for name in names if name in structure.cut for m, _ in writers(structure, index, block, name)]
+        found[index] = list({m.name: m for m in both}.values())
+    return found
 
 
 def make_up(stream: Stream, index: int, block: nn.Module, matrix: Matrix, before_RC: Tensor, stats: Stats) -> str:

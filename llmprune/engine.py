@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
-from llmprune.cutting import correct, make_up, mask_units, touched_matrices, trained_matrices
+from llmprune.cutting import beside, correct, counts_what_goes, make_up, mask_units, touched_matrices, trained_matrices
 from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients
 from llmprune.linalg import all_finite, notes_of
@@ -180,8 +180,11 @@ def prune_block(
                     changed += moved
                 if variants is not None:
                     store_variants(variants, flow.stream, index, block, m, stats, plan)
+                full = f"{name}.{m.name}"
+                if isinstance(plan.pattern, Structure) and plan.criterion is not None and counts_what_goes(plan.criterion):
+                    stats = replace(stats, beside_C=beside(plan.pattern, index, block, full, plan.criterion, gradients))
                 before_RC = m.view(block).clone() if plan.mean_bias else None
-                rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[f"{name}.{m.name}"]), saliency=saliency)
+                rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[full]), saliency=saliency)
                 if before_RC is not None and rows[m.name].gone:
                     changed.append(make_up(flow.stream, index, block, m, before_RC, stats))
             clock.lap("solve")
@@ -296,6 +299,8 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
         weight_RC = asymmetric_target(weight_RC, stats)
     stats = weighed(stats, plan)
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
+    if score is not None and stats.beside_C is not None:
+        score = score + stats.beside_C / len(score)
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + notes_of(stats) + dead_inputs(stats)
     if "gram" in plan.needs and stats.tokens < weight_RC.shape[1]:

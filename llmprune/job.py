@@ -24,6 +24,7 @@ from llmprune.checkpoint.manifest import check_source, file_hashes, manifest_of
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source, open_folder
+from llmprune.cutting import graded
 from llmprune.data.store import load_windows, save_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.engine import prune
@@ -282,7 +283,8 @@ def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Don
     finished, polish = finished_parts(journal, sink, len(job.matrices), needed)
     gradients = None
     if len(finished) < len(job.matrices):
-        gradients = dense_gradients(job.stream, ids_NL, job.matrices, needs_of(job.plan), partial(progress, "gradients"))
+        wanted = graded(job.stream, job.matrices, job.plan)
+        gradients = dense_gradients(job.stream, ids_NL, wanted, needs_of(job.plan), partial(progress, "gradients"))
     decision = decided(job, journal, gradients, progress)
     plan = replace(job.plan, sparsity=decision.sparsity)
     job.stream.write_to(sink)

@@ -37,6 +37,7 @@ class Stats:
     first_grad_RC: Tensor | None = None  # dL/dW of the first window alone
     grad_tokens: int = 0  # tokens in these sums; 0: none reached the matrix
     grad_windows: int = 0  # windows in these sums
+    beside_C: Tensor | None = None  # scores of all that writes an input and goes with it, where units do; one matrix's own
     factors: dict[Any, Any] = field(default_factory=dict)  # what linalg has derived from the Gram matrix
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuts import NAMES, generates_alike, logits, masked, passed_by, reloaded, tiny, without_experts
 from families import FAMILIES, tiny_windows
 from torch import Tensor
@@ -316,6 +317,27 @@ def mean_of(model: Any, path: str) -> Tensor:
         model(IDS)
     hook.remove()
     return found[0]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient"])
+@pytest.mark.parametrize(("pattern", "reader", "written"), [("channels", "mlp.down_proj", "mlp"), ("kv-groups", "self_attn.o_proj", "self_attn")])
+def test_a_criterion_is_summed_over_all_that_goes(criterion, pattern, reader, written, tmp_path):
+    """Against autograd and a loop over the rows and columns of every unit, in the first block: the blocks before it are as they were."""
+    model = stored("llama", tmp_path / "model")
+    report = cut(tmp_path / "model", pattern, 0.25, criterion=criterion, solver="mask_only")
+    block = model.model.layers[0]
+    model.zero_grad()
+    for ids_L in IDS:
+        F.cross_entropy(model(ids_L[None]).logits[0, :-1], ids_L[1:], reduction="sum").backward()
+    score = {n: (p * p.grad).abs() if criterion == "gradient" else p.abs() for n, p in block.named_parameters()}
+    down_RC = score[f"{reader}.weight"]
+    units = 4 if pattern == "kv-groups" else down_RC.shape[1]
+    total_U = down_RC.sum(0).view(units, -1).sum(1)
+    for name, part in score.items():
+        if name.startswith(f"{written}.") and not name.startswith(reader):
+            total_U = total_U + part.sum(1).view(units, -1).sum(1)
+    row = next(row for row in report.rows if row.matrix.endswith(f"layers.0.{reader}.weight"))
+    assert set(row.kept) == set(total_U.argsort(descending=True)[: len(row.kept)].tolist())
 
 
 def test_flap_without_biases_is_refused(tmp_path):
