@@ -84,7 +84,7 @@ def beside(structure: Structure, index: int, block: nn.Module, name: str, criter
 def graded(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[int, list[Matrix]]:
     """The matrices whose gradients are asked for: those that are pruned, and what writes their units."""
     structure = plan.pattern
-    if not isinstance(structure, Structure) or not counts_what_goes(plan.criterion):
+    if not isinstance(structure, Structure) or structure.outer is not None or not counts_what_goes(plan.criterion):
         return matrices
     found = {}
     for index, readers in matrices.items():
