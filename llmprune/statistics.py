@@ -5,12 +5,11 @@ Shapes: C = input columns, R = output rows, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,15 @@ from llmprune.errors import StoppedError
 from llmprune.model.follow import Follow, stages
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.model.products import Products
-from llmprune.model.program import Irregular, Paused, Program, Trace, read_program, total
+from llmprune.model.program import Irregular, Program, read_program, total
 from llmprune.model.watch import Reached, Watch, add_input, finish
+from llmprune.passages import Passage, Repeated, Waiting, traced
 from llmprune.stream import FileHidden, Flow, MemoryHidden, memory_of, place_hidden
 from llmprune.structured.reorder import Channels, find_channels
 from llmprune.types import Plan, Stat, Stats
 
 MOST_THREADS = 256
 GRAM_SHARE = 4  # Gram matrices that are held together take at most one part in so many of what is free
-Arrive: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], None]
 
 
 def part_by_part(
@@ -179,15 +178,6 @@ def record_straight(dense: Flow, index: int, block: nn.Module, matrices: list[Ma
     return program, kept
 
 
-def traced(flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products, arrive: Arrive) -> Tensor:
-    hidden_NLD, call = flow.entering(index, batch)
-    trace = Trace(program, products, (hidden_NLD, call.args, call.kwargs), arrive)
-    with trace:
-        left_NLD = flow.stream.walk.replay(block, hidden_NLD, call)
-    trace.close()
-    return left_NLD
-
-
 def straight_stages(
     flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock, reordered: Mapping[str, Tensor]
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
@@ -235,90 +225,6 @@ def all_can_wait(flow: Flow, index: int, kept: Kept) -> bool:
     if getattr(config, "_attn_implementation", None) == "eager":
         attention = 4 * 4 * getattr(config.get_text_config(decoder=True), "num_attention_heads", 0) * length**2 * windows
     return len(flow) * torch.get_num_threads() <= MOST_THREADS and 4 * kept.size + attention < memory_of(flow.stream.device_of(index))
-
-
-class Passage(Protocol):
-    """One micro-batch's way through a straight block."""
-
-    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Come to a stage, the one after the last: its input, and the partners of its matrices."""
-        ...
-
-    def reorder(self, order_C: Tensor) -> None:
-        """Put the channels of the present stage's input into another order, as what writes them would by now."""
-        ...
-
-    def out(self) -> Tensor:
-        """What leaves the block."""
-        ...
-
-    def end(self) -> None: ...
-
-
-class Waiting:
-    """A forward that waits at every stage. All micro-batches of a block wait side by side, with what they hold at that point."""
-
-    def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
-        self._arrived: tuple[Tensor, dict[str, Tensor]] | None = None
-        self._left: Tensor | None = None
-
-        def work(pause: Callable[[], None]) -> None:
-            def arrive(stage: int, value: Tensor, partners: dict[str, Tensor]) -> None:
-                self._arrived = (value, partners)
-                pause()
-
-            self._left = traced(flow, index, block, batch, program, products, arrive)
-
-        self._paused = Paused(work)
-
-    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        self._arrived = None
-        self._paused.go_on()
-        assert self._arrived is not None
-        return self._arrived
-
-    def reorder(self, order_C: Tensor) -> None:
-        assert self._arrived is not None
-        value = self._arrived[0]
-        value.copy_(value[..., order_C])
-
-    def out(self) -> Tensor:
-        self._arrived = None
-        self._paused.go_on()
-        assert self._left is not None
-        return self._left
-
-    def end(self) -> None:
-        self._paused.end()
-        self._left = self._arrived = None
-
-
-class Repeated:
-    """A forward that starts anew for every stage: for blocks whose micro-batches cannot all wait in memory."""
-
-    def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
-        self._run = partial(traced, flow, index, block, batch, program, products)
-
-    def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        found: list[tuple[Tensor, dict[str, Tensor]]] = []
-
-        def arrive(at: int, value: Tensor, partners: dict[str, Tensor]) -> None:
-            if at == stage:
-                found.append((value, partners))
-                raise Reached
-
-        with suppress(Reached):
-            self._run(arrive)
-        return found[0]
-
-    def reorder(self, order_C: Tensor) -> None:
-        pass
-
-    def out(self) -> Tensor:
-        return self._run(lambda at, value, partners: None)
-
-    def end(self) -> None:
-        pass
 
 
 # Any other block: experts, matrices that are used several times. ----------------------------------------------------------------------------

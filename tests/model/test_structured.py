@@ -6,7 +6,6 @@ says have gone.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from cuts import NAMES, generates_alike, logits, masked, passed_by, reloaded, tiny, without_experts
 from families import FAMILIES, tiny_windows
+from faults.runs import contents
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -263,15 +263,6 @@ def run_until(step: str, done: int, folder: Path, pattern: str, options: dict[st
 
     with pytest.raises(Stop):
         cut(folder, pattern, on_progress=progress, **options)
-
-
-def contents(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = {p.name: p.read_bytes() for p in folder.iterdir()}
-    report = json.loads((folder / "llmprune.json").read_text())
-    del report["timings"]
-    page, sections = re.subn(r'<section id="timings">.*?</section>', "", (folder / "report.html").read_text(), flags=re.DOTALL)
-    assert sections == 1
-    return found | {"llmprune.json": report, "report.html": page}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "types", "clock", "heap"},
     {"linalg", "budget", "data", "checkpoint", "training"},
     {"criteria", "patterns", "solvers", "allocation", "model", "structured", "target"},
-    {"methods", "user_criterion", "stream", "statistics", "gradients", "polish", "whole", "evaluation", "reshaped", "reading", "cutting"},
+    {"methods", "user_criterion", "stream", "passages", "statistics", "gradients", "polish", "whole", "evaluation", "reshaped", "reading", "cutting"},
     {"engine"},
     {"shares", "experts", "depth", "width", "rotate"},
     {"trials"},
