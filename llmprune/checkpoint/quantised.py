@@ -2,6 +2,7 @@
 
     fp8     weight = code * scale of the block that the code lies in           K and K_scale_inv become K
     mxfp4   weight = one of 16 values * 2^(scale - 127), 32 codes a scale      K_blocks and K_scales become K (experts of gpt-oss)
+    compressed-tensors   by its own library: compressed.py
 
 Nothing is written for that, and one tensor is in memory at a time. Other formats are refused by name, with the step that turns them back.
 
@@ -10,13 +11,14 @@ Shapes: R, C = rows and columns of a weight; r, c = of its grid of scales; E = e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.codes import Code
+from llmprune.checkpoint.compressed import compressed_codes
 from llmprune.checkpoint.shards import Shape, header_of
 from llmprune.checkpoint.source import Entry, Source
 from llmprune.errors import RequestError
@@ -26,22 +28,11 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 FP8 = ("F8_E4M3", "F8_E5M2")
 NEEDS = {  # what transformers turns these back with, which is not installed along
-    "compressed-tensors": "pip install compressed-tensors, load it with quantization_config=CompressedTensorsConfig(dequantize=True)",
     "bitsandbytes": "pip install bitsandbytes, load it and call model.dequantize()",
     "gptq": "pip install gptqmodel, load it on a GPU and call model.dequantize()",
     "awq": "pip install gptqmodel, load it on a GPU and call model.dequantize()",
     "torchao": "pip install torchao, load it and call model.dequantize()",
 }
-
-
-@dataclass(frozen=True)
-class Code:
-    """A weight as it is stored: the names of its codes and scales, its own shape, and what turns them into float32."""
-
-    codes: str
-    scales: str
-    shape: tuple[int, ...]
-    decode: Callable[[Tensor, Tensor], Tensor]
 
 
 class Decoder:
@@ -67,8 +58,8 @@ class Decoder:
         return self.stored.hashes
 
     def _decoded(self, code: Code) -> Tensor:
-        stored = self.stored.read_many([code.codes, code.scales])
-        return code.decode(stored[code.codes], stored[code.scales]).to(self.dtype)
+        stored = self.stored.read_many(list(code.parts))
+        return code.decode(*(stored[name] for name in code.parts)).to(self.dtype)
 
 
 def plain(source: Source) -> Source:
@@ -77,7 +68,7 @@ def plain(source: Source) -> Source:
     if asked is None:
         return source
     method = asked.get("quant_method") if isinstance(asked, dict) else None
-    found = {"fp8": fp8_codes, "mxfp4": mxfp4_codes}.get(str(method))
+    found = {"fp8": fp8_codes, "mxfp4": mxfp4_codes, "compressed-tensors": compressed_codes}.get(str(method))
     if found is None or not isinstance(asked, dict):
         step = NEEDS.get(str(method), "load it where its kernels run and call model.dequantize()")
         raise RequestError(
@@ -94,7 +85,7 @@ def plain(source: Source) -> Source:
 
 def _laid_out(source: Source, config: dict[str, Any], decoder: Decoder, dtype: str, left_out: set[str]) -> Source:
     """The source with the tensors and headers that it will have as a plain checkpoint; files keep their names."""
-    plain_of = {code.codes: name for name, code in decoder.codes.items()}
+    plain_of = {code.parts[0]: name for name, code in decoder.codes.items()}
     shapes: dict[str, dict[str, Shape]] = {}
     for key, entry in sorted(source.tensors.items(), key=lambda item: item[1].start):
         if key not in left_out:
@@ -121,7 +112,7 @@ def fp8_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code], s
         if scales not in source.tensors:
             raise RequestError(f"{name}: fp8 codes without {scales}", "the checkpoint is incomplete, or of a kind that is not known")
         block = block_of(name, entry.shape, source.tensors[scales].shape, asked.get("weight_block_size"))
-        codes[name] = Code(name, scales, entry.shape, lambda c, s, block=block: from_fp8(c, s, block))  # type: ignore[misc]
+        codes[name] = Code((name, scales), entry.shape, lambda c, s, block=block: from_fp8(c, s, block))
         left_out.add(scales)
     return codes, left_out
 
@@ -159,7 +150,7 @@ def mxfp4_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code],
         if held is None or (entry.dtype, held.dtype, len(entry.shape), held.shape) != ("U8", "U8", 4, entry.shape[:-1]):
             raise RequestError(f"{name}: {list(entry.shape)} mxfp4 codes do not fit {scales}", "the checkpoint is incomplete; fetch it again")
         experts, rows, groups, width = entry.shape
-        codes[weight] = Code(name, scales, (experts, groups * width * 2, rows), from_mxfp4)
+        codes[weight] = Code((name, scales), (experts, groups * width * 2, rows), from_mxfp4)
         left_out.add(scales)
     return codes, left_out
 

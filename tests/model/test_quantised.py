@@ -166,7 +166,7 @@ def refused(folder: Path, says: str) -> RequestError:
     return caught.value
 
 
-@pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes", "gptq", "awq", "unheard-of", 7, None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "unheard-of", 7, None])
 def test_other_formats_are_refused_by_name(tmp_path: Path, method: Any) -> None:
     folder = save_tiny("llama", tmp_path / "m")
     store(folder, load_file(folder / "model.safetensors"), {"quant_method": method})
