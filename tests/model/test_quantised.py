@@ -158,6 +158,28 @@ def test_structured_runs_take_quantised_sources(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("which", MAKERS)
+def test_a_stopped_run_goes_on(tmp_path: Path, which: str) -> None:
+    """After its first block: the rest of a quantised source is decoded again, the result byte-identical."""
+    ask = {"model": str(MAKERS[which][0](tmp_path / "m")), "sparsity": 0.5, "method": "sparsegpt", "output": str(tmp_path / "out")}
+    llmprune.prune(**ask | {"output": str(tmp_path / "whole")}, calibration=tiny_windows())
+
+    def progress(step: str, done: int, total: int) -> None:
+        if (step, done) == ("prune", 1):
+            raise Stop
+
+    with pytest.raises(Stop):
+        llmprune.prune(**ask, calibration=tiny_windows(), on_progress=progress)
+    assert llmprune.prune(**ask, calibration=tiny_windows()).timings["resumed_blocks"] == 1
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(tmp_path / "whole/model.safetensors").keys()
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def refused(folder: Path, says: str) -> RequestError:
     with pytest.raises(RequestError, match=says) as caught:
         llmprune.prune(folder, 0.5, method="magnitude", calibration=tiny_windows(), output=str(folder.parent / "out"))
