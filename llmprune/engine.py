@@ -126,7 +126,7 @@ def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], pla
             return Polished(0, 0.0, 0.0, {}), {}
         polished = distill(stream, teacher, masked, free, plan.polish_steps, settle, progress)
         for index, names in polished.changed.items():
-            hashes |= stream.keep(index, names)
+            hashes |= stream.keep(index, names, again=True)
     return polished, hashes
 
 

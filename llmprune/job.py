@@ -84,6 +84,11 @@ class Job:
     restart: bool
 
     @property
+    def writes_again(self) -> bool:
+        """What has been pruned is trained once more at the end."""
+        return bool(self.plan.polish_steps) and self.stream.resumable
+
+    @property
     def identity(self) -> dict[str, Any]:
         """All that must be equal for a run to go on where another stopped."""
         return {
@@ -156,13 +161,14 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     data = stored or gather_windows(recipe, source, stream, windows)
     for part in data.all():
         check_ids(part, stream.skeleton)
-    copies = 1 + recipe.structured + recipe.rotate
-    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
     memory = footprint(stream, plan, matrices, data)
+    job = Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
+    copies = 1 + recipe.structured + recipe.rotate + job.writes_again
+    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
     memory.check()
     source.scan()
     check_source(source)
-    return Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
+    return job
 
 
 def asked_windows(recipe: Recipe) -> str:
@@ -190,7 +196,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         check_still(job, journal)
         save_windows(journal.folder, data, asked_windows(job.recipe))
         turned = rotated(job, journal, progress) if job.recipe.rotate else job
-        sink = Sink(journal.weights, turned.source)
+        sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
         sink.lay_out()
         job.stream.scratch = journal.folder
         dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, partial(progress, "perplexity, dense"))
@@ -335,7 +341,7 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str,
     if any(journal.read(name) is None for name in needed):
         return {}, None
     polished = journal.read("polished")
-    if polished is not None and not sink.accept(polished["hashes"]):
+    if polished is not None and not sink.accept_again(polished["hashes"]):
         polished = None
     later = polished["hashes"] if polished else {}
     finished: dict[int, BlockReport] = {}
@@ -343,7 +349,7 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str,
         record = journal.read(f"block-{index:05d}")
         if record is None or not sink.accept({key: h for key, h in record["hashes"].items() if key not in later}):
             if polished:  # the blocks before this one are not as they were when they were finished: begin anew
-                sink.written = {}
+                sink.forget()
                 return {}, None
             break
         finished[index] = block_from_json(record["report"], record["seconds"])

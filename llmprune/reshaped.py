@@ -68,8 +68,8 @@ class Reshaped:
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.stream.stored_dtype(index, parameter)
 
-    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
-        return self.stream.keep(index, parameters)
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
+        return self.stream.keep(index, parameters, again)
 
     def trial(self) -> AbstractContextManager[None]:
         return self.stream.trial()

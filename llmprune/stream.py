@@ -56,8 +56,8 @@ class Stream(Protocol):
         """The dtype that a block's parameter has on disk (or in the live model)."""
         ...
 
-    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
-        """Store these changed parameters of a loaded block; hashes of what was written."""
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
+        """Store these changed parameters of a loaded block; hashes of what was written. again: after the whole model has been pruned."""
         ...
 
     def trial(self) -> AbstractContextManager[None]:
@@ -131,9 +131,10 @@ class CheckpointStream:
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.loader.stored_dtype(f"{self.path_of(index)}.{parameter}")
 
-    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         assert self.loader.sink is not None
-        return self.loader.sink.write(self.loader.checkpoint_tensors(f"{self.path_of(index)}.{p}" for p in parameters))
+        write = self.loader.sink.write_again if again else self.loader.sink.write
+        return write(self.loader.checkpoint_tensors(f"{self.path_of(index)}.{p}" for p in parameters))
 
     def draft(self) -> Draft:
         return Draft(place_hidden(self.source.bytes, torch.device("cpu"), self.scratch))
@@ -164,6 +165,8 @@ class Draft:
             self._store[key] = tensor.clone()
             self.written.add(key)
         return {}
+
+    write_again = write
 
     def read_many(self, keys: list[str]) -> dict[str, Tensor]:
         return {key: self._store[key].clone() for key in keys}
@@ -198,7 +201,7 @@ class LiveStream:
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.model.get_submodule(self.path_of(index)).get_parameter(parameter).dtype
 
-    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         return {}
 
     @contextmanager

@@ -49,7 +49,7 @@ class WholeStream(LiveStream):
         stored = [DTYPES[e.dtype] for e in self.source.tensors.values() if e.dtype in DTYPES and DTYPES[e.dtype].is_floating_point]
         return max(set(stored), key=stored.count)
 
-    def keep(self, index: int, parameters: Iterable[str]) -> dict[str, str]:
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         return {}
 
     def finish(self) -> None:

@@ -1,10 +1,10 @@
 """What a run has finished: small files in ``OUT.partial`` that let the same command go on after any interruption.
 
 OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.json ...  output/ (the checkpoint in the making)
-    smaller/ (the same without what structured pruning has masked, written at the end)
+    polished/ (what distillation has made of finished tensors)  smaller/ (the checkpoint without what structured pruning has masked)
 
 Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is believed. A
-block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: a finished block is never written again, so
+block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: a finished block is not written again before the end, so
 the generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it. Without
 its identity a run still knows its records by their hashes.
 
@@ -26,7 +26,7 @@ from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle
 from llmprune.errors import RequestError
 
 RECORDS = r"(identity|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
-OWN = re.compile(rf"lock|output|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
+OWN = re.compile(rf"lock|output|polished|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
 
 
 class Journal:
@@ -88,6 +88,10 @@ class Journal:
         return value if isinstance(value, dict) and sha256 == _sealed(value, run) else None
 
     @property
+    def polished(self) -> Path:
+        return self.folder / "polished"
+
+    @property
     def smaller(self) -> Path:
         return self.folder / "smaller"
 
@@ -111,7 +115,7 @@ def partial_folder(output: Path) -> Path:
 def laid_out(output: Path) -> int:
     """Bytes on the disk of the weights that an interrupted run has laid out."""
     had = 0
-    for name in ("output", "smaller"):
+    for name in ("output", "polished", "smaller"):
         for path in (partial_folder(output) / name).glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another run has just finished
                 had += path.stat().st_blocks * 512

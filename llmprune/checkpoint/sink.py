@@ -33,15 +33,21 @@ COMPANIONS = (
 
 
 class Sink:
-    """The output folder in the making. ``written`` holds the keys whose pruned tensors are on disk, with their hashes."""
+    """The output folder in the making. ``written`` holds the keys whose pruned tensors are on disk, with their hashes.
 
-    def __init__(self, folder: Path, source: Source) -> None:
+    What is on disk is never written over before the end: new values of it wait in the folder ``again``, so that a crash spoils neither.
+    """
+
+    def __init__(self, folder: Path, source: Source, again: Path | None = None) -> None:
         self.folder = folder
         self.source = source
         self.written: dict[str, str] = {}
+        self._again = Sink(again, source) if again else None
 
     def lay_out(self) -> None:
         """Create every shard with its header and reserve its space. Repeating it changes nothing."""
+        if self._again:
+            self._again.lay_out()
         make_folder(self.folder)
         for file, header in self.source.headers.items():
             lay_out(self.folder / file, header, self.source.states[file][0])
@@ -60,6 +66,26 @@ class Sink:
         self.written |= hashes
         return hashes
 
+    def write_again(self, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """New values of tensors, beside those that may have been written before; their sha256 by key."""
+        assert self._again is not None
+        hashes = self._again.write(tensors)
+        self.written |= hashes
+        return hashes
+
+    def accept_again(self, hashes: dict[str, str]) -> bool:
+        """Take new values that an earlier process wrote, if every one still has its hash."""
+        if self._again is None or not self._again.accept(hashes):
+            return False
+        self.written |= hashes
+        return True
+
+    def forget(self) -> None:
+        """Nothing that an earlier process wrote is taken."""
+        self.written = {}
+        if self._again:
+            self._again.written = {}
+
     def accept(self, hashes: dict[str, str]) -> bool:
         """Take tensors that an earlier process wrote as finished, if every one still has its hash."""
         for file, keys in self._by_file(hashes).items():
@@ -73,14 +99,19 @@ class Sink:
         return True
 
     def read_many(self, keys: list[str]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for file, wanted in self._by_file(keys).items():
+        again = [key for key in keys if self._again and key in self._again.written]
+        out = self._again.read_many(again) if self._again and again else {}
+        for file, wanted in self._by_file(key for key in keys if key not in out).items():
             with opened(self.folder / file, os.O_RDONLY) as handle:
                 out |= {key: read_tensor(handle, self.source.tensors[key]) for key in wanted}
         return out
 
     def finish(self) -> None:
-        """Copy every other tensor byte for byte, and the files that belong to the weights."""
+        """Put new values in their places, copy every other tensor byte for byte, and the files that belong to the weights."""
+        if self._again:
+            for key in list(self._again.written):
+                self.write(self._again.read_many([key]))
+            self._again.written = {}
         if self.source.decoder is not None:
             return self._finish_decoded()
         for file in self.source.headers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_a_crash_while_going_on_after_a_crash(root):
         second, _ = record(again, ASK)
         for name, tree in list(distinct(second.crashes))[::12]:
             assert fault(tree, root.parent / "second", ASK, new) == "", name
+
+
+def test_no_block_is_repeated_while_what_distillation_has_made_is_written(root):
+    """From the last block's record on: what it wrote lies beside the blocks that it started from, until all of it is on the disk."""
+    ask = ASK | {"polish": "kd", "polish_steps": 2}
+    recorder, new = record(root, ask)
+    assert json.loads((root / "out" / "llmprune.json").read_text())["polish"]["changed"]
+    last = next(n for n, c in enumerate(recorder.crashes) if "block-00007.json" in c.left["lost"].get("out.partial", {}))
+    states = [(name, tree) for name, tree in distinct(recorder.crashes[last:]) if "output" in tree.get("out.partial", {})]
+    assert len(states) > 100
+    for name, tree in states[:: len(states) // 12]:
+        assert fault(tree, root.parent / "second", ask, new) == "", name
+        report = json.loads((root.parent / "second" / "out" / "llmprune.json").read_text())
+        assert report["timings"]["resumed_blocks"] == 8, name
 
 
 def test_without_fsync_a_loss_of_power_is_noticed(root):
