@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import constants
 
-from llmprune.checkpoint.journal import laid_out, partial_folder
+from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
 from llmprune.checkpoint.sink import companions
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
@@ -28,7 +28,7 @@ PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blo
 
 def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
     """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder. result: the file that
-    one to be replaced must hold.
+    one to be replaced must hold. A finished output's leftovers go.
     """
     other = "choose another --output"
     if output.name in ("", ".."):
@@ -39,6 +39,7 @@ def check_output(output: Path, source: Path, overwrite: bool, result: str = "con
         if os.path.lexists(path) and not path.is_dir():
             raise RequestError(f"output {output.name}: {'' if path == output else path.name + ' '}is a file, or a link to nothing", other)
     if output.exists() and not overwrite:
+        drop_leftover(output)
         raise RequestError(f"output {output.name}: exists already", f"add --overwrite to replace it at the end, or {other}")
     if output.exists() and not ((output / result).exists() or not any(output.iterdir())):
         raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", other)

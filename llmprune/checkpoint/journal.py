@@ -4,9 +4,9 @@ OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.j
     polished/ (what distillation has made of finished tensors)  smaller/ (the checkpoint without what structured pruning has masked)
 
 Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is believed. A
-block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: a finished block is not written again before the end, so
-the generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it. Without
-its identity a run still knows its records by their hashes.
+block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: what is finished is not written over before the
+end, so the generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it.
+Without its identity a run still knows its records by their hashes.
 
 Hidden states are not kept: they are recomputed through the finished blocks, which is deterministic and needs one forward instead of a file of their
 size at every block.
@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
+from llmprune.checkpoint.files import REPORT, lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
 RECORDS = r"(identity|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
@@ -110,6 +110,20 @@ class Journal:
 
 def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
+
+
+def drop_leftover(output: Path) -> None:
+    """Remove what a run that has published ``output`` and crashed in its last clean-up has left beside it; anything else stays."""
+    folder = partial_folder(output)
+    if not (output / REPORT).exists() or not folder.is_dir():
+        return
+    with suppress(RequestError, OSError):  # another run's, or not ours to remove
+        lock = lock_folder(folder)
+        names = {path.name for path in folder.iterdir()}
+        at_work = names & {"output", "smaller"} or {"rotated", "identity.json"} <= names
+        if not at_work and all(map(OWN.fullmatch, names)):
+            remove_locked(folder)
+        os.close(lock)
 
 
 def laid_out(output: Path) -> int:

@@ -71,7 +71,8 @@ def fault(tree: Tree, root: Path, ask: dict[str, Any], new: dict[str, object], o
     except llmprune.LlmpruneError as error:
         if not (finished and "exists already" in error.message):
             return f"refused: {error.message}"
-        return "" if whole(output, new) else "the finished output has changed"
+        if not whole(output, new):
+            return "the finished output has changed"
     if not whole(output, new):
         return "the result differs from an uninterrupted run's"
     beside = sorted(path.name for path in root.iterdir() if path.name != "small.txt")

@@ -77,7 +77,9 @@ def quantised(folder: Path, kinds: dict[str, str], family: str = "llama") -> Pat
 
 
 @LIBRARY
-@pytest.mark.skipif("dequantize" not in signature(CompressedTensorsConfig).parameters, reason="this transformers does not dequantise them while it loads")
+@pytest.mark.skipif(
+    "dequantize" not in signature(CompressedTensorsConfig).parameters, reason="this transformers does not dequantise them while it loads"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_read_as_transformers_dequantises(tmp_path: Path, kind: str) -> None:
     folder = quantised(tmp_path / "m", {"Linear": kind})
