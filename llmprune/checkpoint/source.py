@@ -303,7 +303,11 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
 def _entry(file: str, name: str, value: Any, base: int) -> Entry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and end - start == math.prod(shape) * SIZES[dtype]
+        sound = (
+            type(value["shape"]) is list
+            and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            and end - start == math.prod(shape) * SIZES[dtype]
+        )
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound or not name.isprintable():

@@ -80,6 +80,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "unknown-dtype": (pack({"a": entry(0, 8, "F12")}, bytes(8)), "malformed entry 'a'"),
     "dtype-is-a-list": (pack({"a": entry(0, 8, ["F32"])}, bytes(8)), "malformed entry 'a'"),
     "negative-shape": (pack({"a": entry(0, 8, shape=[-1, -2])}, bytes(8)), "malformed entry 'a'"),
+    "shape-is-a-map": (pack({"a": entry(0, 4, shape={})}, bytes(4)), "malformed entry 'a'"),
+    "shape-is-a-text": (pack({"a": entry(0, 4, shape="")}, bytes(4)), "malformed entry 'a'"),
     "negative-offset": (pack({"a": entry(-8, 0)}, bytes(0)), "malformed entry 'a'"),
     "backwards": (pack({"a": entry(8, 0)}, bytes(8)), "malformed entry 'a'"),
     "true-is-no-number": (pack({"a": entry(0, 4, shape=[True])}, bytes(4)), "malformed entry 'a'"),
