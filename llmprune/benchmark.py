@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import llmprune
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import DTYPES, Source
-from llmprune.errors import LlmpruneError, RequestError, StoppedError
+from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line
 from llmprune.evaluation.sparse24 import Kernel, why_not
 from llmprune.evaluation.speed import Lap, Spread, in_turns
 from llmprune.evaluation.worker import Task
@@ -137,8 +137,9 @@ def _entrant(name: str, role: str, dtype: str, device: torch.device, trust: bool
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
     except (*UNBUILDABLE, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{source.name}: transformers cannot read the config ({first[:160]})", "check it against the checkpoint") from None
+        raise RequestError(
+            f"{source.name}: transformers cannot read the config ({first_line(error)[:160]})", "check it against the checkpoint"
+        ) from None
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return Entrant(source, role, _dtype(dtype, config, source, device, notes), positions)
 

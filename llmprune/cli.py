@@ -14,7 +14,7 @@ import typer
 
 from llmprune import commands, recipe_commands  # noqa: F401  they are added to the application
 from llmprune.console import Count, Text, announce, app, err, out, progress_bars
-from llmprune.errors import LlmpruneError, RequestError, at_home
+from llmprune.errors import LlmpruneError, RequestError, at_home, first_line, out_of_memory
 
 
 @app.command()
@@ -193,9 +193,9 @@ def _say(message: str, hint: str, code: int) -> int:
 
 def _broken(error: BaseException) -> int:
     """The machine ran short of something: one line, and the run can go on. Anything else is a fault of ours and keeps its traceback."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     if isinstance(error, OSError):
         return _say(f"{text[:200]}", "once that is mended, the same command goes on from the last finished block", 3)
-    if isinstance(error, MemoryError) or "memory" in text.lower():
+    if out_of_memory(error):
         return _say(f"out of memory ({text[:120]})", "use fewer --samples or a shorter --sequence-length; nothing is lost", 3)
     raise error

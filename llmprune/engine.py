@@ -16,7 +16,7 @@ from llmprune.criteria.magnitude import Magnitude
 from llmprune.cutting import beside, correct, counts_what_goes, make_up, mask_units, touched_matrices, trained_matrices
 from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients
-from llmprune.linalg import all_finite, notes_of
+from llmprune.linalg import all_finite, drawn_to_mean, few_tokens, notes_of, shrink
 from llmprune.model.matrices import LEFT_ALONE, Matrix, Selection, block_matrices
 from llmprune.model.norms import norm_scales
 from llmprune.patterns.nm import NM
@@ -167,6 +167,7 @@ def prune_block(
     with closing(found):  # forwards that wait end with the block, whatever happens
         for stage, statistics in found:
             clock.lap("forward")
+            shrink(statistics.values(), plan.ours)
             others = [m for m in stage if f"{name}.{m.name}" not in asked]
             changed += [correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in others]
             if gradients is not None:
@@ -288,7 +289,9 @@ def weighed(stats: Stats, plan: Plan) -> Stats:
 
 
 def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
-    """Apply the plan's method to one matrix; one that no token reached (a silent expert) is ranked by magnitude, which is noted."""
+    """Apply the plan's method to one matrix. One that few tokens reached (an expert, perhaps) is ranked and repaired with less trust in them; one
+    that none reached by magnitude. Both are noted.
+    """
     if drop == 0:
         return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
     if (plan.needs and stats.tokens == 0) or (plan.needs & SCORED and stats.grad_tokens == 0):
@@ -297,14 +300,17 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
         return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))
     if plan.asymmetric:
         weight_RC = asymmetric_target(weight_RC, stats)
-    stats = weighed(stats, plan)
+    stats, dead, columns = weighed(stats, plan), dead_inputs(stats), weight_RC.shape[1]
+    if stats.input_sq_C is not None and few_tokens(columns, stats.tokens, plan.ours):
+        stats = replace(stats, input_sq_C=drawn_to_mean(stats.input_sq_C, stats.tokens))
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     if score is not None and stats.beside_C is not None:
         score = score + stats.beside_C / len(score)
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
-    notes = pruned.notes + notes_of(stats) + dead_inputs(stats)
-    if "gram" in plan.needs and stats.tokens < weight_RC.shape[1]:
-        notes += (f"{stats.tokens} calibration tokens for {weight_RC.shape[1]} inputs: its Gram matrix rests on the damping",)
+    notes = pruned.notes + notes_of(stats) + dead
+    if plan.needs & {"gram", "input_sq"} and stats.tokens < columns:
+        so = f"correlations divided by {1 + stats.shrunk:.3g}" if "gram" in plan.needs else "norms drawn to their mean"
+        notes += (f"{stats.tokens} calibration tokens for {columns} inputs: {so}",)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
         notes += ("no norm of its block feeds it: ranked by magnitude",)
     return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)

@@ -11,6 +11,16 @@ def at_home(text: object) -> str:
     return str(text).replace(home, "~") if len(home) > 1 else str(text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, at least its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or a device: nothing is wrong then with what was asked for."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in first_line(error).lower())
+
+
 class LlmpruneError(Exception):
     """An expected failure: one line of message, one line of hint, and the exit code of the command."""
 

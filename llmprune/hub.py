@@ -30,7 +30,7 @@ from llmprune.checkpoint.files import UNHASHED, hash_file, to_json, write_whole
 from llmprune.checkpoint.manifest import read_manifest
 from llmprune.checkpoint.sink import COMPANIONS
 from llmprune.checkpoint.source import open_folder
-from llmprune.errors import LlmpruneError, RequestError, StoppedError
+from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line
 from llmprune.report.card import CARD, PLACE
 
 MARK = ".push.json"
@@ -131,7 +131,7 @@ def reach(repo: str) -> There:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RequestError(f"repository {repo!r}: {first_line(error)}", "write me/name, of letters, digits, - _ .") from None
+        raise RequestError(f"repository {repo!r}: {in_a_line(error)}", "write me/name, of letters, digits, - _ .") from None
     api = HfApi(token=token)
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -252,15 +252,15 @@ def talking(repo: str, hint: str, kind: type[LlmpruneError]) -> Iterator[None]:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             hint = "`hf auth login` with a token that may write there"
-            raise RequestError(f"repository {repo}: the Hub refuses: {first_line(error)}", hint) from None
-        raise kind(f"repository {repo}: {first_line(error)}", hint) from None
+            raise RequestError(f"repository {repo}: the Hub refuses: {in_a_line(error)}", hint) from None
+        raise kind(f"repository {repo}: {in_a_line(error)}", hint) from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client wraps what fails in its threads, and what it cannot parse
-        raise kind(f"repository {repo}: {first_line(error.__cause__ or error)}", hint) from None
+        raise kind(f"repository {repo}: {in_a_line(error.__cause__ or error)}", hint) from None
 
 
-def first_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """The first line of what an error says, the server's own words where it has sent any, without what a signed address would give away."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     if isinstance(error, HfHubHTTPError) and error.server_message:
         text = f"HTTP {error.response.status_code}: {error.server_message.splitlines()[0]}"
     text = re.sub(r"\?\S+", "", text)

@@ -5,6 +5,7 @@ Shapes: R = output rows, C = input columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from llmprune.types import Mask, Stats
 
 SMALL_GROUP = 8  # up to this length pairwise comparison beats selection
 NOT_FINITE = "the Gram matrix of the calibration inputs is not finite"
+CORRELATED = 3.0
+TRUSTED = 64
+PSEUDO_TOKENS = 16
 DAMPING_LADDER = (1.0, 10.0, 100.0)
 
 
@@ -62,6 +66,35 @@ def _ranks(score: Tensor) -> Tensor:
             ranks[j] += left_first
             ranks[i] += ~left_first
     return torch.stack(ranks, -1)
+
+
+def few_tokens(columns: int, tokens: int, ours: bool) -> bool:
+    """Whether sums over so many tokens are too uncertain to be taken as they are: below TRUSTED tokens for every input; by the papers' own recipes
+    (not ``ours``) only where there are fewer tokens than inputs, and Gram matrices have no inverse. None at all is another matter.
+    """
+    return 0 < tokens < columns * (TRUSTED if ours else 1)
+
+
+def shrink(found: Iterable[Stats], ours: bool) -> None:
+    """Draw the correlations in Gram matrices of few tokens towards zero, in place: with about as many tokens as inputs, repairs fit the sample and
+    do worse than none. The diagonal grows by CORRELATED * C / tokens, as the error of the correlations does; what it grew by is kept in ``shrunk``.
+
+    The idea is Ledoit and Wolf's, A well-conditioned estimator for large-dimensional covariance matrices, with the diagonal as the target.
+    """
+    grown: set[int] = set()  # matrices with the same input share one Gram matrix
+    for stats in found:
+        gram_CC = stats.gram_CC
+        if gram_CC is None or not few_tokens(len(gram_CC), stats.tokens, ours):
+            continue
+        stats.shrunk = CORRELATED * len(gram_CC) / stats.tokens
+        if id(gram_CC) not in grown:
+            gram_CC.diagonal().mul_(1 + stats.shrunk)
+            grown.add(id(gram_CC))
+
+
+def drawn_to_mean(squares_C: Tensor, tokens: int) -> Tensor:
+    """[C] sums of squared inputs, as if there had been PSEUDO_TOKENS more with the mean of all inputs in each: those of few tokens say little."""
+    return squares_C + PSEUDO_TOKENS / tokens * squares_C.mean()
 
 
 def damped(gram_CC: Tensor, damping: float) -> Tensor:

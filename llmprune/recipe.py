@@ -282,6 +282,7 @@ class Recipe(BaseModel):
             polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
             mean_bias=parts.mean_bias,
+            ours=self.method is None,
         )
 
     def _criterion(self, name: str | None) -> Any:

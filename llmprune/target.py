@@ -25,6 +25,8 @@ def asymmetric_target(weight_RC: Tensor, stats: Stats, share: float = SHARE) -> 
     if stats.cross_CC is None or stats.gram_CC is None:
         return weight_RC
     wanted_RC = weight_RC @ (stats.cross_CC - stats.gram_CC)
+    if stats.shrunk:  # K - H are sums; only what is inverted is shrunk
+        wanted_RC += weight_RC * (stats.gram_CC.diagonal() * (stats.shrunk / (1 + stats.shrunk)))
     if stats.partner_RC is not None:
         wanted_RC += stats.partner_RC
     upper_CC = factor_of(stats, DAMPING).upper_CC

@@ -26,6 +26,7 @@ class Stats:
     input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
     input_sum_C: Tensor | None = None  # sum over tokens of x_c
     gram_CC: Tensor | None = None  # sum over tokens of x x^T
+    shrunk: float = 0.0  # what the Gram matrix's diagonal has been made larger by, relative to the sums (llmprune.linalg.shrink)
     cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
     row_weight_R: Tensor | None = None  # weights of the rows against each other in the choice of what goes; one matrix's own
@@ -165,6 +166,7 @@ class Plan:
     polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
     mean_bias: bool = False  # biases make up for the means of what goes
+    ours: bool = True  # not a paper's own recipe: statistics of few tokens are trusted less
 
     @property
     def needs(self) -> frozenset[Stat]:

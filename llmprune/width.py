@@ -19,7 +19,7 @@ from llmprune.clock import Clock
 from llmprune.cutting import correct
 from llmprune.engine import output_error, run_again, run_finished
 from llmprune.gradients import LossGradients
-from llmprune.linalg import drop_smallest
+from llmprune.linalg import drop_smallest, shrink
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.reshaped import Reshaped
 from llmprune.statistics import at_head, at_once, stage_by_stage
@@ -116,6 +116,7 @@ def narrow(
         with stream.block(index) as block:
             if index == len(stream.names):
                 found = at_head(flow, dense, block, matrices[index], plan.needs) if plan.asymmetric else {}
+                shrink(found.values(), plan.ours)
                 changed = [correct(stream, index, block, m, found[m.name]) for m in matrices[index] if found]
                 error = 0.0
             else:
@@ -142,6 +143,7 @@ def narrow_block(flow: Flow, dense: Flow, index: int, block: nn.Module, matrices
         written = replace(space, axes=tuple(axis for axis in space.axes if axis.parameter not in readers))
         for stage, statistics in stage_by_stage(flow, dense, index, block, matrices, plan, clock):
             clock.lap("forward")
+            shrink(statistics.values(), plan.ours)
             changed += [correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage]
             # the dense path is through; the pruned one has not come to what writes the stream. What reads it is still to be corrected, as a whole
             mask_block(block, [written], keeps)

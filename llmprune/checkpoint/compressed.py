@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.codes import Code
 from llmprune.checkpoint.source import Source
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, first_line, out_of_memory
 
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 BESIDE = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
@@ -38,7 +38,7 @@ def compressed_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, C
     try:
         config = QuantizationConfig.model_validate({k: v for k, v in asked.items() if k in QuantizationConfig.model_fields})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RequestError(f"config.json: quantization_config is not compressed-tensors' ({_first_line(error)})", "fetch it again") from None
+        raise RequestError(f"config.json: quantization_config is not compressed-tensors' ({first_line(error)[:160]})", "fetch it again") from None
     groups = list(config.config_groups.values())
     if not groups:
         raise RequestError("config.json: quantization_config: config_groups is empty", "fetch it again")
@@ -83,13 +83,13 @@ def _code(source: Source, module: str, scheme: Any, form: str) -> Code:
         try:
             weight = compressor.decompress(dict(zip(held, stored, strict=True)), scheme)["weight"]
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise RequestError(f"{module}: cannot be turned back ({_first_line(error)})", "config.json and weights do not belong together") from None
+            if out_of_memory(error):
+                raise
+            raise RequestError(
+                f"{module}: cannot be turned back ({first_line(error)[:160]})", "config.json and weights do not belong together"
+            ) from None
         if weight.shape != shape:
             raise RequestError(f"{module}: turned back into {list(weight.shape)} instead of {list(shape)}", "fetch the checkpoint again")
         return weight
 
     return Code(tuple(f"{module}.{part}" for part in held), shape, decode)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, first_line
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -107,8 +107,7 @@ def _open(builder: str, config: str | None, split: str, file: str | None, **opti
     try:
         return load_dataset(builder, config, split=split, streaming=True, **files, **options)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"data set {builder!r}: {first[:160]}", "check the name, the split and your network") from None
+        raise RequestError(f"data set {builder!r}: {first_line(error)[:160]}", "check the name, the split and your network") from None
 
 
 def _join(rows: Any, joined_by: str, characters: int | None, documents: int | None, name: str) -> tuple[str, bool]:

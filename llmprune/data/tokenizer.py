@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, first_line, out_of_memory
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -18,7 +18,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         error = loading.exception()
     if error is None:
         return loading.result()
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(folder), folder.name)
+    if out_of_memory(error):
+        raise error
+    said = first_line(error).replace(str(folder), folder.name)
     if "trust_remote_code" in str(error):
         said = "it needs code of its own, which is not run"
     raise RequestError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmprune.errors import first_line
 from llmprune.evaluation.speed import Spread, in_turns, wait
 
 OLDEST = (8, 0)  # compute capability of Ampere, the first with 2:4 products
@@ -98,7 +99,7 @@ def _tried(dense: list[Tensor], inputs: list[Tensor], compress: Compress) -> tup
         for input_TC in inputs:
             F.linear(input_TC, sparse[0])
     except RuntimeError as error:
-        return [], (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return [], first_line(error)[:160]
     return sparse, None
 
 

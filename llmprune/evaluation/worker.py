@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmprune.errors import LlmpruneError, RequestError, StoppedError
+from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line, out_of_memory
 from llmprune.evaluation.memory import forget_peak, peak_resident, resident
 from llmprune.evaluation.sparse24 import convert, two_of_four, why_not
 from llmprune.evaluation.speed import Runner, Workload
@@ -109,9 +109,10 @@ def load(task: Task) -> Any:
         model, told = loader.from_pretrained(task.folder, **options)
         model = model.to(task.device).eval()
     except (*UNBUILDABLE, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if out_of_memory(error):
+            raise
         raise RequestError(
-            f"transformers cannot load it ({first[:160]})", "check the checkpoint; its own model code needs --trust-remote-code"
+            f"transformers cannot load it ({first_line(error)[:160]})", "check the checkpoint; its own model code needs --trust-remote-code"
         ) from None
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
@@ -126,10 +127,9 @@ def answered(action: Callable[[], Any]) -> dict[str, Any]:
     except LlmpruneError as error:
         return {"error": error.message, "hint": error.hint, "code": error.exit_code}
     except (MemoryError, RuntimeError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not isinstance(error, MemoryError) and "memory" not in text.lower():
+        if not out_of_memory(error):
             raise
-        stop = StoppedError(f"out of memory ({text[:120]})", "use a smaller --batch or a shorter --prompt-length")
+        stop = StoppedError(f"out of memory ({first_line(error)[:120]})", "use a smaller --batch or a shorter --prompt-length")
         return {"error": stop.message, "hint": stop.hint, "code": stop.exit_code}
 
 

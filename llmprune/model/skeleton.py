@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, out_of_memory
 from llmprune.model.blocks import find_blocks
 
 # Keys of config.json that could make transformers fetch or choose code: never followed.
@@ -49,6 +49,8 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
         model = _empty_model(parsed, dtype, own)
     except UNBUILDABLE as error:
+        if out_of_memory(error):
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", "check the config against the checkpoint") from None
     for name, buffer in model.named_buffers():
