@@ -5,12 +5,15 @@ Shapes: T = tokens, R = output rows, C = input columns.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import save_tiny, tiny_windows
 from torch import Tensor
 
+import llmprune
 from llmprune import engine
 from llmprune.allocation.uniform import Uniform
 from llmprune.criteria.magnitude import Magnitude
@@ -128,3 +131,16 @@ def test_few_tokens_are_noted(plan: Plan, says: str) -> None:
     stats = seen(random(8, C).float())
     shrink([stats], plan.ours)
     assert engine.solve(random(R, C).float(), stats, plan, R * C // 2).notes == ((says,) if says else ())
+
+
+@pytest.mark.parametrize("method", [{"quality": "balanced"}, {"quality": "fast"}, {"method": "wanda"}, {"method": "sparsegpt"}], ids=str)
+def test_every_expert_with_few_tokens_says_so(tmp_path: Path, method: dict[str, str]) -> None:
+    """32 calibration tokens go to two of eight experts each."""
+    source = save_tiny("qwen3_moe", tmp_path / "m")
+    report = llmprune.prune(source, 0.5, calibration=tiny_windows(2), output=str(tmp_path / "out"), allocation="uniform", **method)
+    few = [row for row in report.rows if row.tokens < row.columns]
+    assert sum(row.tokens > 0 for row in few) > 4
+    for row in few:
+        wanted = f"{row.tokens} calibration tokens for {row.columns} inputs: " if row.tokens else "ranked by magnitude"
+        assert any(wanted in note for note in row.notes), row
+        assert row.zeros == row.rows * row.columns // 2
