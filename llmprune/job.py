@@ -131,7 +131,9 @@ class Job:
 
 
 def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
-    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    decoder = stream.source.decoder
+    reads = ("compressed-tensors",) if decoder and decoder.method == "compressed-tensors" else ()
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", *reads)}
     return libraries | {
         "llmprune": llmprune.__version__,
         "python": platform.python_version(),

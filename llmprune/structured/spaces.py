@@ -273,11 +273,3 @@ def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, nati
 def closest_count(counts: list[int], wanted: float) -> int:
     """The legal count nearest to a wish; of two equally near, the larger."""
     return min(counts, key=lambda n: (abs(n - wanted), -n))
-
-
-def check_count(config: PreTrainedConfig, space: Space, count: int, round_to: int = 1, native: bool = True) -> None:
-    """Raises RequestError naming the legal numbers when ``count`` units cannot stay."""
-    legal = legal_counts(config, space, round_to, native)
-    if count not in legal:
-        shown = ", ".join(map(str, legal)) if len(legal) <= 16 else f"multiples of {legal[0]} up to {legal[-1]}"
-        raise RequestError(f"{config.model_type}: {count} of {space.units} units of {space.name} cannot be kept", f"legal: {shown}")
