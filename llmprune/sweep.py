@@ -9,6 +9,7 @@ sweep goes on from the last finished row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.beside import Dense, dense_passes, pruned_pass
 from llmprune.gradients import LossGradients
 from llmprune.job import Job, Progress, describe, environment, prepare, quiet, ratios_of
+from llmprune.linalg import few_tokens, shrink
 from llmprune.preflight import check_matrices, check_plan
 from llmprune.recipe import Recipe
 from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
@@ -182,6 +184,11 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], sh
             statistics = survey(flow, index, block, matrices, needs)
             if gradients is not None:
                 gradients.add_to(index, statistics)
+            sums = {True: statistics, False: statistics}  # by ``plan.ours``
+            if any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
+                sums[False] = deepcopy(statistics)
+            for ours, own in sums.items():
+                shrink(own.values(), ours)
             weights = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
             for number, ((_, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
                 began = perf_counter()
@@ -189,7 +196,7 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], sh
                     block.get_parameter(name).copy_(value)
                 asked = ratios[number].asked
                 found[number] += [
-                    prune_matrix(stream, index, block, m, statistics[m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
+                    prune_matrix(stream, index, block, m, sums[plan.ours][m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
                 ]
                 with stream.trial(draft):
                     stream.keep(index, weights)
