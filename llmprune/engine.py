@@ -16,7 +16,7 @@ from llmprune.criteria.magnitude import Magnitude
 from llmprune.cutting import beside, correct, counts_what_goes, make_up, mask_units, touched_matrices, trained_matrices
 from llmprune.errors import StoppedError
 from llmprune.gradients import GRADIENTS, LossGradients
-from llmprune.linalg import all_finite, drawn_to_mean, few_tokens, notes_of, shrink
+from llmprune.linalg import all_finite, drawn_to_mean, few_tokens, notes_of, shrink, squared_error
 from llmprune.model.matrices import LEFT_ALONE, Matrix, Selection, block_matrices
 from llmprune.model.norms import norm_scales
 from llmprune.patterns.nm import NM
@@ -301,19 +301,23 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     if plan.asymmetric:
         weight_RC = asymmetric_target(weight_RC, stats)
     stats, dead, columns = weighed(stats, plan), dead_inputs(stats), weight_RC.shape[1]
-    if stats.input_sq_C is not None and few_tokens(columns, stats.tokens, plan.ours):
+    few = few_tokens(columns, stats.tokens, plan.ours)
+    if stats.input_sq_C is not None and few:
         stats = replace(stats, input_sq_C=drawn_to_mean(stats.input_sq_C, stats.tokens))
     score = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     if score is not None and stats.beside_C is not None:
         score = score + stats.beside_C / len(score)
     pruned = plan.solver.solve(weight_RC, score, stats, plan.pattern, drop)
     notes = pruned.notes + notes_of(stats) + dead
-    if plan.needs & {"gram", "input_sq"} and stats.tokens < columns:
+    if few and plan.needs & {"gram", "input_sq"}:
         so = f"correlations divided by {1 + stats.shrunk:.3g}" if "gram" in plan.needs else "norms drawn to their mean"
         notes += (f"{stats.tokens} calibration tokens for {columns} inputs: {so}",)
+    lost = pruned.lost
+    if lost is not None and stats.shrunk:  # what the solver counted has the larger diagonal
+        lost = squared_error(pruned.weight_RC - weight_RC, stats)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
         notes += ("no norm of its block feeds it: ranked by magnitude",)
-    return Pruned(pruned.weight_RC, pruned.keep_RC, pruned.lost, notes)
+    return Pruned(pruned.weight_RC, pruned.keep_RC, lost, notes)
 
 
 def dead_inputs(stats: Stats) -> tuple[str, ...]:

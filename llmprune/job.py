@@ -85,7 +85,7 @@ class Job:
 
     @property
     def writes_again(self) -> bool:
-        """What has been pruned is trained once more at the end."""
+        """What was pruned and is on the disk is distilled at the end, and written a second time, beside it."""
         return bool(self.plan.polish_steps) and self.stream.resumable
 
     @property
@@ -145,7 +145,8 @@ def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
 
 
 def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
-    """Check a request against the model, its data and the disk. Nothing is written and no forward is run.
+    """Check a request against the model, its data and the disk. No forward is run, and nothing is written; what a crash has left beside a finished
+    output goes.
 
     windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
     RequestError.

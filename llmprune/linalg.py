@@ -70,14 +70,15 @@ def _ranks(score: Tensor) -> Tensor:
 
 def few_tokens(columns: int, tokens: int, ours: bool) -> bool:
     """Whether sums over so many tokens are too uncertain to be taken as they are: below TRUSTED tokens for every input; by the papers' own recipes
-    (not ``ours``) only where there are fewer tokens than inputs, and Gram matrices have no inverse. None at all is another matter.
+    (not ``ours``) only where there are fewer tokens than inputs. None at all is another matter.
     """
     return 0 < tokens < columns * (TRUSTED if ours else 1)
 
 
 def shrink(found: Iterable[Stats], ours: bool) -> None:
     """Draw the correlations in Gram matrices of few tokens towards zero, in place: with about as many tokens as inputs, repairs fit the sample and
-    do worse than none. The diagonal grows by CORRELATED * C / tokens, as the error of the correlations does; what it grew by is kept in ``shrunk``.
+    do worse than none. The diagonal grows by CORRELATED * (C / tokens - 1 / TRUSTED), as the error of the correlations does; what it grew by is kept
+    in ``shrunk``.
 
     The idea is Ledoit and Wolf's, A well-conditioned estimator for large-dimensional covariance matrices, with the diagonal as the target.
     """
@@ -86,15 +87,25 @@ def shrink(found: Iterable[Stats], ours: bool) -> None:
         gram_CC = stats.gram_CC
         if gram_CC is None or not few_tokens(len(gram_CC), stats.tokens, ours):
             continue
-        stats.shrunk = CORRELATED * len(gram_CC) / stats.tokens
+        stats.shrunk = CORRELATED * (len(gram_CC) / stats.tokens - 1 / TRUSTED)
         if id(gram_CC) not in grown:
             gram_CC.diagonal().mul_(1 + stats.shrunk)
             grown.add(id(gram_CC))
 
 
+def squared_error(change_RC: Tensor, stats: Stats) -> float:
+    """tr D H D^T of a change D to a matrix's weights, by its Gram matrix as it was summed."""
+    assert stats.gram_CC is not None
+    diagonal_C = stats.gram_CC.diagonal() * (stats.shrunk / (1 + stats.shrunk))
+    return float((change_RC * (change_RC @ stats.gram_CC)).sum() - (change_RC.square() * diagonal_C).sum())
+
+
 def drawn_to_mean(squares_C: Tensor, tokens: int) -> Tensor:
-    """[C] sums of squared inputs, as if there had been PSEUDO_TOKENS more with the mean of all inputs in each: those of few tokens say little."""
-    return squares_C + PSEUDO_TOKENS / tokens * squares_C.mean()
+    """[C] sums of squared inputs, as if there had been PSEUDO_TOKENS more with the mean of all inputs in each: those of few tokens say little. An
+    input that was zero in more than as many tokens is dead, and stays so.
+    """
+    alive_C = (squares_C > 0) | (tokens <= PSEUDO_TOKENS)
+    return squares_C + PSEUDO_TOKENS / tokens * squares_C.mean() * alive_C
 
 
 def damped(gram_CC: Tensor, damping: float) -> Tensor:

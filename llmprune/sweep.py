@@ -184,8 +184,8 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], sh
             statistics = survey(flow, index, block, matrices, needs)
             if gradients is not None:
                 gradients.add_to(index, statistics)
-            sums = {True: statistics, False: statistics}  # by ``plan.ours``
-            if any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
+            sums = dict.fromkeys({plan.ours for _, plan in rows}, statistics)  # the two kinds trust them differently where tokens are few
+            if len(sums) == 2 and any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
                 sums[False] = deepcopy(statistics)
             for ours, own in sums.items():
                 shrink(own.values(), ours)

@@ -4,92 +4,140 @@ module at a time back into a weight, as it does where transformers loads with ``
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import re
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from llmprune.checkpoint.codes import Code
-from llmprune.checkpoint.source import Source
-from llmprune.errors import RequestError, first_line, out_of_memory
+from llmprune.checkpoint.source import CODES, DTYPES, Source
+from llmprune.errors import RequestError, first_line
 
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 BESIDE = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
+OLDEST = (0, 20)  # of the library; before it formats were others
+WORD = {"I32": 32, "U8": 8}  # bits of what packed codes are stored in
+SLOW = re.compile(r"\)[*+?{]|([*+{].*){5}")  # of an expression: repeated groups, or so many repetitions that a match may take for ever
+UNDONE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+AGAIN = "fetch the checkpoint again, or prune the model that it was made from"
 
 
 def installed() -> bool:
-    return find_spec("compressed_tensors") is not None
+    try:
+        return tuple(map(int, version("compressed-tensors").split(".")[:2])) >= OLDEST
+    except (PackageNotFoundError, ValueError):
+        return False
 
 
 def compressed_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code], set[str]]:
     """(weights that have a scale, the tensors that go with them). Raises RequestError for what the library does not know, or where it is absent."""
     if not installed():
+        oldest = ".".join(map(str, OLDEST))
         raise RequestError(
-            "config.json: the weights are already quantised (compressed-tensors), and its library is not installed",
-            "pip install compressed-tensors, then the same command takes them as they are",
+            f"config.json: the weights are already quantised, which takes compressed-tensors {oldest} or newer",
+            f'pip install "compressed-tensors>={oldest}", then the same command takes them as they are',
         )
-    from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
-    for name in ("transform_config", "sparsity_config"):
-        if asked.get(name) and (name == "transform_config" or asked[name].get("format", "dense") != "dense"):
-            raise RequestError(f"config.json: quantization_config: {name} cannot be undone", "prune the model it was made from")
-    try:
-        config = QuantizationConfig.model_validate({k: v for k, v in asked.items() if k in QuantizationConfig.model_fields})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RequestError(f"config.json: quantization_config is not compressed-tensors' ({first_line(error)[:160]})", "fetch it again") from None
+    config = _config(asked)
     groups = list(config.config_groups.values())
-    if not groups:
-        raise RequestError("config.json: quantization_config: config_groups is empty", "fetch it again")
     codes: dict[str, Code] = {}
     left_out = {name for name in source.tensors if name.rpartition(".")[2] in BESIDE}
     for name in source.tensors:
         module, _, last = name.rpartition(".")
+        if last == "weight_g_idx":
+            raise RequestError(f"{name}: columns quantised in another order cannot be turned back", AGAIN)
         if last != "weight_scale":
             continue
-        named = [group for group in groups if any(match_name(module, target) for target in group.targets)]
-        scheme = (named or [group for group in groups if any(not target.startswith("re:") for target in group.targets)] or groups)[0]
-        code = _code(source, module, scheme, scheme.format or config.format)
+        fits = groups if len(groups) == 1 else [g for g in groups if any(match_name(module, target) for target in g.targets)]
+        fits = fits or [g for g in groups if any(not target.startswith("re:") for target in g.targets)]  # of a class of modules
+        if not fits or any(group.weights != fits[0].weights for group in fits[1:]):
+            raise RequestError(f"{module}: config.json does not say which of its {len(groups)} groups quantised it", AGAIN)
+        code = _code(source, module, fits[0], fits[0].format or config.format)
         codes[f"{module}.weight"] = code
         left_out |= set(code.parts[1:])
     return codes, left_out
 
 
-def _code(source: Source, module: str, scheme: Any, form: str) -> Code:
+def _config(asked: dict[str, Any]) -> Any:
+    """The library's reading of a quantization_config."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    sparse = asked.get("sparsity_config") or {}
+    if asked.get("transform_config"):
+        raise RequestError("config.json: quantization_config: transform_config cannot be undone", AGAIN)
+    if not isinstance(sparse, dict) or sparse.get("format", "dense") != "dense":
+        raise RequestError("config.json: quantization_config: sparsity_config cannot be undone", AGAIN)
+    try:
+        config = QuantizationConfig.model_validate({k: v for k, v in asked.items() if k in QuantizationConfig.model_fields})
+        expressions = [target[3:] for group in config.config_groups.values() for target in group.targets if target.startswith("re:")]
+        for expression in expressions:
+            re.compile(expression)
+    except (*UNDONE, re.error) as error:
+        raise RequestError(f"config.json: quantization_config is not compressed-tensors' ({_said(error)})", AGAIN) from None
+    if not config.config_groups:
+        raise RequestError("config.json: quantization_config: config_groups is empty", AGAIN)
+    for expression in expressions:
+        if SLOW.search(expression):
+            raise RequestError(f"config.json: quantization_config: the target {expression[:60]!r} is too intricate to be matched", AGAIN)
+    return config
+
+
+def _said(error: Exception) -> str:
+    """What is wrong, without what a validation says before it."""
+    if isinstance(error, ValidationError):
+        found = error.errors()[0]
+        return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"[:160]
+    return first_line(error)[:160]
+
+
+def _code(source: Source, module: str, scheme: Any, form: Any) -> Code:
     """How the weight of a module is stored. scheme: what the config says of its group; form: the format's name."""
     from compressed_tensors.compressors import BaseCompressor
 
     held = [part for part in PARTS if f"{module}.{part}" in source.tensors]
+    form = getattr(form, "value", form)
     try:
-        compressor = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
+        compressor = BaseCompressor.get_value_from_registry(form)
         bits = scheme.weights.num_bits
     except (KeyError, AttributeError):
-        raise RequestError(f"{module}: stored as {form}, which compressed-tensors cannot turn back", "prune the model it was made from") from None
-    if not held or held[0] not in ("weight", "weight_packed"):
-        raise RequestError(f"{module}: has a weight_scale and no weight", "the checkpoint is incomplete; fetch it again")
-    first = source.tensors[f"{module}.{held[0]}"]
-    shape = first.shape
+        raise RequestError(f"{module}: stored as {form}, which compressed-tensors cannot turn back", AGAIN) from None
+    if held[0] not in ("weight", "weight_packed"):
+        raise RequestError(f"{module}: has a weight_scale and no weight", AGAIN)
+    strange = [part for part in held if source.tensors[f"{module}.{part}"].dtype not in DTYPES | CODES]
+    if strange:
+        raise RequestError(f"{module}.{strange[0]}: stored as {source.tensors[f'{module}.{strange[0]}'].dtype}", AGAIN)
+    shape = source.tensors[f"{module}.{held[0]}"].shape
     if held[0] == "weight_packed":
-        if len(shape) != 2 or first.dtype not in ("I32", "U8"):
-            raise RequestError(f"{module}: packed as {first.dtype} {list(shape)}, not as rows of integers", "fetch the checkpoint again")
-        word = 32 if first.dtype == "I32" else 8
-        columns = int(source.read(f"{module}.weight_shape").flatten()[-1]) if "weight_shape" in held else shape[1] * word // bits
-        if columns < 1 or ceil(columns * bits / word) != shape[1]:
-            raise RequestError(f"{module}: {columns} columns of {bits} bits are not what its {shape[1]} packed ones hold", "fetch it again")
-        shape = (shape[0], columns)
+        shape = _unpacked(source, module, bits, "weight_shape" in held)
 
     def decode(*stored: Tensor) -> Tensor:
         try:
             weight = compressor.decompress(dict(zip(held, stored, strict=True)), scheme)["weight"]
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if out_of_memory(error):
-                raise
-            raise RequestError(
-                f"{module}: cannot be turned back ({first_line(error)[:160]})", "config.json and weights do not belong together"
-            ) from None
+        except UNDONE as error:
+            raise RequestError(f"{module}: cannot be turned back ({first_line(error)[:160]})", AGAIN) from None
         if weight.shape != shape:
-            raise RequestError(f"{module}: turned back into {list(weight.shape)} instead of {list(shape)}", "fetch the checkpoint again")
+            raise RequestError(f"{module}: turned back into {list(weight.shape)} instead of {list(shape)}", AGAIN)
         return weight
 
     return Code(tuple(f"{module}.{part}" for part in held), shape, decode)
+
+
+def _unpacked(source: Source, module: str, bits: Any, told: bool) -> tuple[int, ...]:
+    """The shape of a weight whose codes are packed along its rows. told: whether the checkpoint holds it."""
+    packed = source.tensors[f"{module}.weight_packed"]
+    if len(packed.shape) != 2 or packed.dtype not in WORD or type(bits) is not int or not 0 < bits <= 16:
+        raise RequestError(f"{module}: {bits} bits packed as {packed.dtype} {list(packed.shape)}, not as rows of integers", AGAIN)
+    rows, words = packed.shape
+    columns = words * WORD[packed.dtype] // bits
+    if told:
+        entry = source.tensors[f"{module}.weight_shape"]
+        if entry.dtype not in ("I32", "I64") or entry.shape != (2,):
+            raise RequestError(f"{module}.weight_shape: {entry.dtype} {list(entry.shape)} instead of two integers", AGAIN)
+        columns = int(source.read(f"{module}.weight_shape")[1])
+    if columns < 1 or ceil(columns * bits / WORD[packed.dtype]) != words:
+        raise RequestError(f"{module}: {columns} columns of {bits} bits are not what its {words} packed ones hold", AGAIN)
+    return rows, columns

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -157,11 +157,16 @@ def _holder(handle: int) -> str:
 
 
 def remove_locked(folder: Path) -> None:
-    """Remove a folder whose lock this process holds: the lock last, so that nobody takes the folder while it is emptied."""
+    """Remove a folder whose lock this process holds: the lock last, so that nobody takes the folder while it is emptied, and before it the record
+    that says that all of it may go.
+    """
+    last = ("published.json", "lock")
     for path in sorted(folder.iterdir()):
-        if path.name != "lock":
+        if path.name not in last:
             remove(path)
-    os.unlink(folder / "lock")
+    for name in last:
+        with suppress(FileNotFoundError):
+            os.unlink(folder / name)
     try:
         os.rmdir(folder)
     except OSError as error:

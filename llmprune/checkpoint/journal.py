@@ -4,8 +4,8 @@ OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.j
     polished/ (what distillation has made of finished tensors)  smaller/ (the checkpoint without what structured pruning has masked)
 
 Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is believed. A
-block's tensors are on disk before its record is, and their hashes stand in it. Nothing is kept twice: what is finished is not written over before the
-end, so the generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it.
+block's tensors are on disk before its record is, and their hashes stand in it. What is finished is not written over before the end, so the
+generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it.
 Without its identity a run still knows its records by their hashes.
 
 Hidden states are not kept: they are recomputed through the finished blocks, which is deterministic and needs one forward instead of a file of their
@@ -22,10 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.files import REPORT, lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
+from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-RECORDS = r"(identity|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
+RECORDS = r"(identity|published|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
+UNBOUND = ("identity", "published")  # read before the run's identity is known
 OWN = re.compile(rf"lock|output|polished|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
 
 
@@ -75,17 +76,12 @@ class Journal:
         return self._stored(name, self._run)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        run = "" if name == "identity" else self._run
+        run = "" if name in UNBOUND else self._run
         value = json.loads(to_json(value))  # as it will be read: keys are strings
         write_whole(self.folder / f"{name}.json", to_json({"sha256": _sealed(value, run), "value": value}))
 
     def _stored(self, name: str, run: str = "") -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.folder / f"{name}.json").read_bytes())
-            value, sha256 = record["value"], record["sha256"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError):
-            return None
-        return value if isinstance(value, dict) and sha256 == _sealed(value, run) else None
+        return _record(self.folder / f"{name}.json", run)
 
     @property
     def polished(self) -> Path:
@@ -97,7 +93,9 @@ class Journal:
 
     def publish(self, folder: Path | None = None) -> None:
         """Give the finished checkpoint (or ``folder``, inside this one) its name and drop the state."""
-        swap_in(folder or self.weights, self.output)
+        folder = folder or self.weights
+        self.write("published", {"folder": folder.name})
+        swap_in(folder, self.output)
         remove_locked(self.folder)
 
     def discard(self) -> None:
@@ -113,17 +111,33 @@ def partial_folder(output: Path) -> Path:
 
 
 def drop_leftover(output: Path) -> None:
-    """Remove what a run that has published ``output`` and crashed in its last clean-up has left beside it; anything else stays."""
+    """Remove what a run that has published ``output`` and crashed in its last clean-up has left beside it; anything else stays as it is."""
     folder = partial_folder(output)
-    if not (output / REPORT).exists() or not folder.is_dir():
-        return
     with suppress(RequestError, OSError):  # another run's, or not ours to remove
-        lock = lock_folder(folder)
-        names = {path.name for path in folder.iterdir()}
-        at_work = names & {"output", "smaller"} or {"rotated", "identity.json"} <= names
-        if not at_work and all(map(OWN.fullmatch, names)):
-            remove_locked(folder)
-        os.close(lock)
+        if _left_over(folder):
+            lock = lock_folder(folder)
+            try:
+                if _left_over(folder):
+                    remove_locked(folder)
+            finally:
+                os.close(lock)
+
+
+def _left_over(folder: Path) -> bool:
+    """What it published is no longer in it, or nothing is but its lock."""
+    names = {path.name for path in folder.iterdir()}
+    published = _record(folder / "published.json")
+    return names <= {"lock"} or (published is not None and published["folder"] not in names and all(map(OWN.fullmatch, names)))
+
+
+def _record(path: Path, run: str = "") -> dict[str, Any] | None:
+    """What a record says, or None when it is absent, damaged, or of another run."""
+    try:
+        record = json.loads(path.read_bytes())
+        value, sha256 = record["value"], record["sha256"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, dict) and sha256 == _sealed(value, run) else None
 
 
 def laid_out(output: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llmprune.errors import RequestError, first_line, out_of_memory
+from llmprune.errors import RequestError, first_line
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -18,8 +18,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         error = loading.exception()
     if error is None:
         return loading.result()
-    if out_of_memory(error):
-        raise error
     said = first_line(error).replace(str(folder), folder.name)
     if "trust_remote_code" in str(error):
         said = "it needs code of its own, which is not run"

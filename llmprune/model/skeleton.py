@@ -49,10 +49,9 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
         model = _empty_model(parsed, dtype, own)
     except UNBUILDABLE as error:
-        if out_of_memory(error):
-            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", "check the config against the checkpoint") from None
+        hint = "check its sizes against the checkpoint, or free some memory" if out_of_memory(error) else "check the config against the checkpoint"
+        raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", hint) from None
     for name, buffer in model.named_buffers():
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product an expert, so that each can be watched

@@ -139,17 +139,38 @@ def refused(folder: Path, says: str) -> None:
     assert not (folder.parent / "out").exists()
 
 
+def group(**said: Any) -> dict[str, Any]:
+    return {"config_groups": {"a": {"targets": ["Linear"], "weights": KINDS["int4"]} | said}}
+
+
+NO_CONFIG = "is not compressed-tensors'"
 BROKEN: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "no codes": ({f"{UP}.weight_packed": None}, {}, "has a weight_scale and no weight"),
-    "no scale": ({f"{UP}.weight_scale": None}, {}, "up_proj"),
+    "no scale": ({f"{UP}.weight_scale": None}, {}, f"1 tensors missing: {UP}.weight"),
+    "another order": ({f"{UP}.weight_g_idx": torch.zeros(32, dtype=torch.int32)}, {}, "columns quantised in another order"),
     "another shape": ({f"{UP}.weight_shape": torch.tensor([48, 900])}, {}, "900 columns of 4 bits are not what its 4 packed ones hold"),
+    "no shape": ({f"{UP}.weight_shape": torch.empty(0, dtype=torch.int64)}, {}, r"weight_shape: I64 \[0\] instead of two integers"),
+    "a shape of floats": ({f"{UP}.weight_shape": torch.tensor([torch.nan, 2.0])}, {}, "weight_shape: F32"),
     "scales that do not fit": ({f"{UP}.weight_scale": torch.ones(7, 5)}, {}, f"{UP}: cannot be turned back"),
+    "scales of no number": ({f"{UP}.weight_scale": torch.ones(48, 2, dtype=torch.uint16)}, {}, "weight_scale: stored as U16"),
     "infinite scales": ({f"{UP}.weight_scale": torch.full((48, 2), torch.inf)}, {}, "NaN or infinite weights"),
-    "no groups": ({}, {"config_groups": {}}, "config_groups"),
-    "groups of something else": ({}, {"config_groups": {"a": {"targets": 7}}}, "is not compressed-tensors'"),
-    "an unheard-of format": ({}, {"format": "marlin-24", "config_groups": {"a": {"targets": ["Linear"], "weights": KINDS["int4"]}}}, "marlin-24"),
+    "no groups": ({}, {"config_groups": {}}, "config_groups is empty"),
+    "groups of something else": ({}, {"config_groups": {"a": {"targets": 7}}}, NO_CONFIG),
+    "two groups for one module": (
+        {},
+        {"config_groups": {k: group(weights=KINDS[k])["config_groups"]["a"] for k in ("int4", "int8")}},
+        "which of its 2",
+    ),
+    "no bits": ({}, group(weights=KINDS["int4"] | {"num_bits": 0}), "0 bits packed as I32"),
+    "floats of seven bits": ({}, group(weights={"num_bits": 7, "type": "float"}), ""),
+    "activations by channel": ({}, group(input_activations=KINDS["int8"]), NO_CONFIG),
+    "an expression that is none": ({}, group(targets=["re:("]), NO_CONFIG),
+    "an expression that never ends": ({}, group(targets=["re:(.|.|.)*!"]), "too intricate"),
+    "many repetitions": ({}, group(targets=["re:.*.*.*.*.*.*!"]), "too intricate"),
+    "an unheard-of format": ({}, {"format": "marlin-24"} | group(), "stored as marlin-24"),
     "a rotation": ({}, {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config cannot be undone"),
     "bits of 2:4": ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config cannot be undone"),
+    "a text for sparsity": ({}, {"sparsity_config": "abc"}, "sparsity_config cannot be undone"),
 }
 
 
@@ -169,4 +190,4 @@ def test_without_its_library_the_remedy_is_named(tmp_path: Path, monkeypatch: py
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}}))
     with pytest.raises(RequestError, match="compressed-tensors") as caught:
         open_source(str(folder))
-    assert "pip install compressed-tensors" in caught.value.hint
+    assert 'pip install "compressed-tensors' in caught.value.hint

@@ -22,6 +22,7 @@ from llmprune.linalg import CORRELATED, PSEUDO_TOKENS, TRUSTED, drawn_to_mean, s
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.admm import ADMM
 from llmprune.solvers.mask_only import MaskOnly
+from llmprune.solvers.refit import Refit
 from llmprune.solvers.sparsegpt import SparseGPT
 from llmprune.target import asymmetric_target
 from llmprune.types import Plan, Stats
@@ -44,20 +45,20 @@ def plan_of(criterion: Any, solver: Any, ours: bool = True) -> Plan:
 @pytest.mark.parametrize(
     ("tokens", "ours", "shrunk"),
     [
-        (8, True, CORRELATED * 4),
-        (C, True, CORRELATED),
-        (10 * C, True, CORRELATED / 10),
+        (8, True, CORRELATED * (4 - 1 / TRUSTED)),
+        (C, True, CORRELATED * (1 - 1 / TRUSTED)),
+        (10 * C, True, CORRELATED * (1 / 10 - 1 / TRUSTED)),
         (TRUSTED * C, True, 0.0),
-        (8, False, CORRELATED * 4),
+        (8, False, CORRELATED * (4 - 1 / TRUSTED)),
         (C, False, 0.0),
     ],
 )
 def test_the_diagonal_grows_with_fewer_tokens(tokens: int, ours: bool, shrunk: float) -> None:
-    """By definition: every correlation is divided by 1 + 3 C / T; those of a paper's own recipe only where T < C."""
+    """By definition: every correlation is divided by 1 + 3 (C / T - 1 / 64); those of a paper's own recipe only where T < C."""
     value_TC = random(tokens, C)
     stats, gram_CC = seen(value_TC), value_TC.T @ value_TC
     shrink([stats, stats], ours)
-    assert stats.shrunk == shrunk
+    assert stats.shrunk == pytest.approx(shrunk)
     assert stats.gram_CC is not None
     torch.testing.assert_close(stats.gram_CC, gram_CC + shrunk * gram_CC.diagonal().diag())
 
@@ -66,10 +67,11 @@ def test_what_shares_a_gram_matrix_is_shrunk_once() -> None:
     first, silent = seen(random(C, C)), Stats(tokens=0)
     second = Stats(tokens=C, gram_CC=first.gram_CC, partner_RC=torch.ones(R, C))
     assert first.gram_CC is not None
-    wanted_CC = first.gram_CC + CORRELATED * first.gram_CC.diagonal().diag()
+    shrunk = CORRELATED * (1 - 1 / TRUSTED)
+    wanted_CC = first.gram_CC + shrunk * first.gram_CC.diagonal().diag()
     shrink([first, second, silent], ours=True)
-    assert first.gram_CC.equal(wanted_CC)
-    assert (first.shrunk, second.shrunk, silent.shrunk) == (CORRELATED, CORRELATED, 0.0)
+    torch.testing.assert_close(first.gram_CC, wanted_CC)
+    assert (first.shrunk, second.shrunk, silent.shrunk) == (shrunk, shrunk, 0.0)
 
 
 def test_the_target_of_shrunk_statistics_inverts_them_and_keeps_the_sums() -> None:
@@ -95,6 +97,27 @@ def test_norms_of_few_tokens_are_drawn_to_their_mean() -> None:
     weight_RC = random(R, C, seed=1)
     kept = (weight_RC.abs() * wanted_C.sqrt()).argsort(dim=1).argsort(dim=1) >= C // 2
     assert engine.solve(weight_RC, seen(value_TC), plan_of(Wanda(), MaskOnly()), R * C // 2).keep_RC.equal(kept)
+
+
+def test_an_input_that_was_always_zero_goes_first() -> None:
+    """Of more than 16 tokens; of fewer it may just not have been seen."""
+    value_TC, weight_RC = random(500, C), random(R, C, seed=1)
+    value_TC[:, 5] = 0
+    weight_RC[:, 5] *= 100
+    plan = plan_of(Wanda(), MaskOnly())
+    assert not engine.solve(weight_RC, seen(value_TC), plan, R * C // 2).keep_RC[:, 5].any()
+    assert engine.solve(weight_RC, seen(value_TC[:8]), plan, R * C // 2).keep_RC[:, 5].all()
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(), ADMM(), Refit()], ids=["sparsegpt", "admm", "refit"])
+def test_what_is_lost_is_counted_by_the_sums(solver: Any) -> None:
+    """||(V - W) X||^2 over the calibration tokens, whatever was shrunk to find V."""
+    value_TC, weight_RC = random(2 * C, C), random(R, C, seed=1)
+    stats = seen(value_TC)
+    shrink([stats], ours=True)
+    pruned = engine.solve(weight_RC, stats, plan_of(Wanda() if isinstance(solver, Refit) else None, solver), R * C // 2)
+    assert stats.shrunk > 1
+    assert pruned.lost == pytest.approx(float(((pruned.weight_RC - weight_RC) @ value_TC.T).square().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()], ids=["sparsegpt", "admm"])
