@@ -21,15 +21,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in first_line(error).lower())
 
 
+def _in_a_line(text: str) -> str:
+    """With escapes for what a terminal would act on: names and values in a message may be a stranger's."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class LlmpruneError(Exception):
     """An expected failure: one line of message, one line of hint, and the exit code of the command."""
 
     exit_code = 3
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = _in_a_line(message), _in_a_line(hint)
+        super().__init__(self.message)
 
 
 class RequestError(LlmpruneError):

@@ -150,5 +150,14 @@ def test_new_refuses_what_a_run_refuses(cli: Cli) -> None:
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("said", [r'ratios = {"\u001f" = false}', r'"\u001b[2J" = 1', r'skip = "\u0007("'])
+def test_what_a_terminal_would_act_on_is_escaped(cli: Cli, tmp_path: Path, said: str) -> None:
+    (tmp_path / "r.toml").write_text(f'{said}\nmodel = "llama"\nsparsity = 0.5\n')
+    ran = cli("--recipe", tmp_path / "r.toml", "--dry-run")
+    assert ran.code == 2
+    assert all(line.isprintable() for line in ran.err.splitlines())
+    assert "\\x" in ran.err
+
+
 def test_the_schema_is_printed(cli: Cli) -> None:
     assert json.loads(cli("recipe", "schema").out) == schema()
