@@ -281,7 +281,9 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise RequestError(f"{file}: more than {MAX_TENSORS} tensors", "this is no sane checkpoint")
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode(), parse_constant=_no_number)
+        if b"\\u" in raw:
+            json.dumps(header, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError):
         raise RequestError(f"{file}: header is not JSON", broken) from None
     if not isinstance(header, dict):
@@ -298,6 +300,10 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
     if at != state[0]:
         raise RequestError(f"{file}: header describes {at} bytes, the file has {state[0]}", broken)
     return lead + raw, entries, state
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _entry(file: str, name: str, value: Any, base: int) -> Entry:

@@ -82,6 +82,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "negative-shape": (pack({"a": entry(0, 8, shape=[-1, -2])}, bytes(8)), "malformed entry 'a'"),
     "shape-is-a-map": (pack({"a": entry(0, 4, shape={})}, bytes(4)), "malformed entry 'a'"),
     "shape-is-a-text": (pack({"a": entry(0, 4, shape="")}, bytes(4)), "malformed entry 'a'"),
+    "half-of-a-pair": (pack(b'{"__metadata__": {"x": "\\ud800 y"}}'), "header is not JSON"),
+    "no-number": (pack(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "x": NaN}}', bytes(4)), "header is not JSON"),
     "negative-offset": (pack({"a": entry(-8, 0)}, bytes(0)), "malformed entry 'a'"),
     "backwards": (pack({"a": entry(8, 0)}, bytes(8)), "malformed entry 'a'"),
     "true-is-no-number": (pack({"a": entry(0, 4, shape=[True])}, bytes(4)), "malformed entry 'a'"),
