@@ -162,7 +162,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
         "which of its 2",
     ),
     "no bits": ({}, group(weights=KINDS["int4"] | {"num_bits": 0}), "0 bits packed as I32"),
-    "floats of seven bits": ({}, group(weights={"num_bits": 7, "type": "float"}), ""),
+    "floats of seven bits": ({}, group(weights={"num_bits": 7, "type": "float"}), NO_CONFIG),
     "activations by channel": ({}, group(input_activations=KINDS["int8"]), NO_CONFIG),
     "an expression that is none": ({}, group(targets=["re:("]), NO_CONFIG),
     "an expression that never ends": ({}, group(targets=["re:(.|.|.)*!"]), "too intricate"),
