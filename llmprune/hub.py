@@ -131,7 +131,7 @@ def reach(repo: str) -> There:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RequestError(f"repository {repo!r}: {in_a_line(error)}", "write me/name, of letters, digits, - _ .") from None
+        raise RequestError(f"repository {repo!r}: {reason(error)}", "write me/name, of letters, digits, - _ .") from None
     api = HfApi(token=token)
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -252,13 +252,13 @@ def talking(repo: str, hint: str, kind: type[LlmpruneError]) -> Iterator[None]:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             hint = "`hf auth login` with a token that may write there"
-            raise RequestError(f"repository {repo}: the Hub refuses: {in_a_line(error)}", hint) from None
-        raise kind(f"repository {repo}: {in_a_line(error)}", hint) from None
+            raise RequestError(f"repository {repo}: the Hub refuses: {reason(error)}", hint) from None
+        raise kind(f"repository {repo}: {reason(error)}", hint) from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client wraps what fails in its threads, and what it cannot parse
-        raise kind(f"repository {repo}: {in_a_line(error.__cause__ or error)}", hint) from None
+        raise kind(f"repository {repo}: {reason(error.__cause__ or error)}", hint) from None
 
 
-def in_a_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what an error says, the server's own words where it has sent any, without what a signed address would give away."""
     text = first_line(error)
     if isinstance(error, HfHubHTTPError) and error.server_message:

@@ -14,7 +14,7 @@ from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
 from llmprune.checkpoint.sink import companions
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.data.windows import Windows
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, first_line
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.polish import BYTES_PER_WEIGHT
@@ -94,7 +94,7 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"device {device!r}: {str(error).splitlines()[0][:120]}", "give auto, cpu, or a device that torch sees") from None
+        raise RequestError(f"device {device!r}: {first_line(error)[:120]}", "give auto, cpu, or a device that torch sees") from None
     return chosen
 
 

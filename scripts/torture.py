@@ -1,7 +1,7 @@
 """The promises about faults, one row each: what was tried, what was found, and whether that is the figure to reach.
 
     python scripts/torture.py                 every row in full, within an hour on two cores
-    python scripts/torture.py --quick         a part of each, about a minute
+    python scripts/torture.py --quick         a part of each, some two minutes
     python scripts/torture.py --only kills
 
 Exit code 1 when any row falls short. A row that cannot be tried on this machine says so and counts as neither.
@@ -68,7 +68,7 @@ def by_count(what: Callable[[int], tuple[str, str]], full: int, quick: int) -> C
 
 
 def memory(quick: bool) -> Outcome:
-    """The plan of twelve runs against their peaks; of two, if ``quick``."""
+    """The plan of twelve runs against their peaks; of the first one, if ``quick``."""
     only = "llama 0.5 m" if quick else ""
     words = [sys.executable, "scripts/bench_plan.py", "--only", only]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
