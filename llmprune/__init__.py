@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LlmpruneError", "bench", "evaluate", "evaluate_tasks", "load", "prune"]
+__all__ = ["LlmpruneError", "bench", "evaluate", "evaluate_tasks", "load", "prune", "push"]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, evaluate_tasks, load, prune
-    from llmprune.benchmark import bench
+    from llmprune.api import evaluate, evaluate_tasks, load, prune, push
+    from llmprune.benchmark.run import bench
     from llmprune.errors import LlmpruneError
 
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return LlmpruneError
     if name == "bench":
-        from llmprune.benchmark import bench
+        from llmprune.benchmark.run import bench
 
         return bench
     if name in __all__:

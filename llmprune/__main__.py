@@ -1,3 +1,3 @@
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 main()

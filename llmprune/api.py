@@ -14,41 +14,40 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmprune.benchmark.worker import Task
+from llmprune.benchmark.worker import load as load_whole
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
-from llmprune.cutting import graded
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
 from llmprune.evaluation.harness import TaskResult, find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.evaluation.worker import Task
-from llmprune.evaluation.worker import load as load_whole
-from llmprune.gather import DEFAULT_SAMPLES, default_length, given_windows
-from llmprune.hub import check_destination
-from llmprune.job import Progress, describe, open_stream, polish_to_json, prepare, quiet, run
-from llmprune.methods import COARSE
+from llmprune.export.live import slice_model
+from llmprune.export.save import cuts, kept_layers
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
-from llmprune.planning import planned, with_budget, with_latency
-from llmprune.preflight import (
-    check_ids,
-    check_length,
-    check_plan,
-    choose_device,
-    choose_dtype,
-)
-from llmprune.recipe import Recipe, read_recipe
+from llmprune.pruners.coarse import coarse_blocks
+from llmprune.pruners.units import graded
+from llmprune.publish.hub import check_destination
+from llmprune.publish.hub import push as publish
+from llmprune.ratios.measured import dense_gradients, needs_of
+from llmprune.ratios.trials import decide
+from llmprune.recipe.named import COARSE
+from llmprune.recipe.recipe import Recipe, read_recipe
 from llmprune.report.result import Report
-from llmprune.reshaped import Reshaped
-from llmprune.shares import dense_gradients, needs_of
-from llmprune.smaller import coarse_blocks, cuts, kept_layers
-from llmprune.stream import LiveStream
-from llmprune.structured.live import slice_model
+from llmprune.results import Perplexity, Polished, Pushed
+from llmprune.run.job import Progress, quiet, run
+from llmprune.run.planning import planned, with_budget, with_latency
+from llmprune.run.preflight import check_ids, check_length, check_plan
+from llmprune.run.prepare import describe, open_stream, prepare
+from llmprune.run.resume import polish_to_json
+from llmprune.run.windows import DEFAULT_SAMPLES, default_length, given_windows
+from llmprune.stream.devices import choose_device, choose_dtype
+from llmprune.stream.live import LiveStream
+from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.structure import Structure
-from llmprune.trials import decide
-from llmprune.types import Perplexity, Polished
 
 
 def prune(
@@ -70,8 +69,8 @@ def prune(
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
     tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. on_progress: called with
-    (step, done, total) as the command line's bars are. options: every other field of a recipe (``llmprune.recipe.Recipe``); criterion may be a
-    function of (weight_RC, stats), see ``llmprune.user_criterion``.
+    (step, done, total) as the command line's bars are. options: every other field of a recipe (``llmprune.recipe.recipe.Recipe``); criterion may be a
+    function of (weight_RC, stats), see ``llmprune.recipe.user_criterion``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
     windows = calibration if isinstance(calibration, Tensor) else None
@@ -232,3 +231,14 @@ def load(folder: str | PathLike[str], **options: Any) -> Any:
     if not (path / "config.json").is_file():
         raise RequestError(f"{path.name}: holds no model", "give the output folder of a run")
     return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
+
+
+def push(result: Report | str | PathLike[str], repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:
+    """Publish the output of a run on the Hub, private unless ``public``; see ``llmprune.publish.hub.push``.
+
+    result: a report, or an output folder. Raises RequestError for a live model's report, which has no folder.
+    """
+    folder = result.output if isinstance(result, Report) else Path(result)
+    if folder is None:
+        raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
+    return publish(folder, repo, public=public, existing=existing, dry_run=dry_run)

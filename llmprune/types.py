@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
+
 Stat: TypeAlias = Literal["input_sq", "input_sum", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
 
 
@@ -26,12 +27,12 @@ class Stats:
     input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
     input_sum_C: Tensor | None = None  # sum over tokens of x_c
     gram_CC: Tensor | None = None  # sum over tokens of x x^T
-    shrunk: float = 0.0  # what the Gram matrix's diagonal has been made larger by, relative to the sums (llmprune.linalg.shrink)
+    shrunk: float = 0.0  # what the Gram matrix's diagonal has been made larger by, relative to the sums (llmprune.maths.linalg.shrink)
     cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
     row_weight_R: Tensor | None = None  # weights of the rows against each other in the choice of what goes; one matrix's own
     norm_scale_C: Tensor | None = None  # scale of the norm whose output this is; None also where there is no such norm
-    # of the dense model's summed next-token loss; one matrix's own (see gradients.py)
+    # of the dense model's summed next-token loss; one matrix's own (see statistics/gradients.py)
     grad_RC: Tensor | None = None  # dL/dW, summed over windows
     grad_sq_RC: Tensor | None = None  # sum over windows of (dL_n/dW) ** 2
     grad_out_sq_R: Tensor | None = None  # sum over tokens of (dL/dy_r) ** 2, y = W x
@@ -136,7 +137,7 @@ class Allocation(Protocol):
 
 
 class TriedAllocation(Protocol):
-    """Tries ratios out on the whole model (llmprune.trials): those of other allocations, and what it makes of the best of them."""
+    """Tries ratios out on the whole model (llmprune.ratios.trials): those of other allocations, and what it makes of the best of them."""
 
     starts: tuple[str, ...]  # names of the allocations that are tried
     evolves: bool  # goes on from the best of them by ``improve``
@@ -159,7 +160,7 @@ class Plan:
     solver: Solver
     allocation: Allocation | TriedAllocation
     sparsity: float
-    asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.target)
+    asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.maths.asymmetric_target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
     reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
     permute: bool = False  # reorder input channels so that N:M holds more
@@ -175,98 +176,3 @@ class Plan:
         rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
         means: frozenset[Stat] = frozenset({"input_sum"} if self.mean_bias else ())
         return own | self.solver.needs | target | rows | means
-
-
-@dataclass(frozen=True)
-class Row:
-    """What happened to one matrix."""
-
-    matrix: str
-    rows: int
-    columns: int
-    asked: float  # ratio that the allocation gave
-    zeros: int  # exact count in the saved dtype
-    lost: float | None
-    tokens: int
-    notes: tuple[str, ...] = ()
-    saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
-    what: str = ""  # units of a structured pattern: its name
-    units: int | None = None  # that could go
-    kept: tuple[int, ...] | None = None  # numbers of the units that stay
-    parameters: int = 0  # that all units hold, in whatever writes and reads them
-
-    @property
-    def size(self) -> int:
-        """What its sparsity is a share of."""
-        return self.parameters if self.kept is not None else self.rows * self.columns
-
-    @property
-    def gone(self) -> int:
-        if self.kept is None or self.units is None:
-            return self.zeros
-        return self.parameters // self.units * (self.units - len(self.kept))
-
-    @property
-    def sparsity(self) -> float:
-        return self.gone / self.size
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What happened to one block: its rows, the relative squared error of its output, and what else a repair has changed in it."""
-
-    block: str
-    output_error: float
-    rows: tuple[Row, ...]
-    changed: tuple[str, ...] = ()  # full names
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
-class Polished:
-    """What whole-model distillation has done: mean KL(dense || pruned) on the calibration windows, in nats a token, before and after."""
-
-    steps: int
-    divergence_before: float
-    divergence_after: float
-    changed: dict[int, list[str]]  # block -> parameters that have changed
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity with its definition: exp of the mean NLL over the L-1 targets of non-overlapping windows."""
-
-    value: float
-    dataset: str
-    split: str
-    window: int
-    windows: int
-    tokens: int  # number of predicted targets
-    dtype: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.value:.4g} ({self.dataset}, {self.split}, {self.windows} windows of {self.window}, "
-            f"stride {self.window}, {self.tokens:,} targets, {self.dtype})"
-        )
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a pruned model's next-token distributions are from the dense one's, over the predictions that a perplexity counts: mean
-    KL(dense || pruned) in nats, and the share of predictions whose likeliest token is the same.
-    """
-
-    kl: float
-    top1: float
-    dataset: str
-    split: str
-    window: int
-    windows: int
-    tokens: int  # number of predictions
-    dtype: str
-
-    def __str__(self) -> str:
-        return (
-            f"mean KL(dense || pruned) {self.kl:.4g} nats, likeliest token equal in {self.top1:.2%} of {self.tokens:,} predictions ({self.dataset})"
-        )

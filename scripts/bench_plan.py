@@ -57,9 +57,10 @@ def child(model: str, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import llmprune.api  # noqa: F401  (what a run imports is no part of it)
-    from llmprune.evaluation.memory import forget_peak, peak_resident, resident
-    from llmprune.job import prepare, run
-    from llmprune.recipe import read_recipe
+    from llmprune.benchmark.memory import forget_peak, peak_resident, resident
+    from llmprune.recipe.recipe import read_recipe
+    from llmprune.run.job import run
+    from llmprune.run.prepare import prepare
 
     ids_NL = torch.randint(5, 500, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     recipe = read_recipe(None, {"model": model, "output": f"{model}-out", "accept_damage": True} | options)

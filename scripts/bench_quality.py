@@ -28,8 +28,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.errors import LlmpruneError
-from llmprune.job import prepare, run
-from llmprune.recipe import read_recipe
+from llmprune.recipe.recipe import read_recipe
+from llmprune.run.job import run
+from llmprune.run.prepare import prepare
 
 Ask = dict[str, Any]
 REFERENCE = "sparsegpt"

@@ -227,21 +227,21 @@ def _measured(found: dict[str, Any], device: str) -> Iterator[None]:
 
 def _run_bare(task: Task, ids_NL: Any) -> dict[str, Any]:
     """A folder's run that no interruption could resume: no records, no hashes of what is written, nothing synced. Only this bench can ask for it."""
-    import llmprune.job
+    import llmprune.run.job
     from llmprune.checkpoint import files, journal, sink
     from llmprune.checkpoint.manifest import Manifest
 
     files.os.fsync = lambda handle: None  # type: ignore[attr-defined]
     journal.Journal.write = lambda self, name, value: None  # type: ignore[method-assign]
     sink.hashlib = SimpleNamespace(sha256=lambda data: SimpleNamespace(hexdigest=lambda: ""))  # type: ignore[attr-defined]
-    llmprune.job.manifest_of = lambda folder: Manifest({}, {})
+    llmprune.run.job.manifest_of = lambda folder: Manifest({}, {})
     return _run_folder(task, ids_NL)
 
 
 def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
-    from llmprune.job import prepare
-    from llmprune.job import run as run_job
-    from llmprune.recipe import read_recipe
+    from llmprune.recipe.recipe import read_recipe
+    from llmprune.run.job import run as run_job
+    from llmprune.run.prepare import prepare
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=Path(task.model).parent) as output:
@@ -303,7 +303,7 @@ def _run_peer(task: Task, ids_NL: Any) -> dict[str, Any]:
 
 
 def _request(task: Task) -> dict[str, Any]:
-    from llmprune.methods import QUALITIES
+    from llmprune.recipe.named import QUALITIES
 
     kind = "quality" if task.method in QUALITIES else "method"
     return {"sparsity": 0.5, "pattern": task.pattern, kind: task.method, "accept_damage": True}

@@ -20,9 +20,10 @@ import torch
 from bench_speed import SHAPES, Task, make
 
 from llmprune.data.windows import Windows
-from llmprune.job import Job, prepare, run
-from llmprune.recipe import recipes
-from llmprune.sweep import prepare_sweep, run_sweep
+from llmprune.recipe.recipe import recipes
+from llmprune.run.job import run
+from llmprune.run.prepare import Job, prepare
+from llmprune.run.sweep import prepare_sweep, run_sweep
 
 SPARSITIES = ["0.4", "0.5", "0.6", "0.7"]
 

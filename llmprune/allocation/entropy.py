@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.budget import spend
-from llmprune.linalg import spectrum_of
+from llmprune.maths.budget import spend
+from llmprune.maths.linalg import spectrum_of
 from llmprune.types import Seen, Stat
 
 

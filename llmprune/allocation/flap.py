@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.budget import spend
-from llmprune.structured.counts import under_one_threshold
-from llmprune.structured.scores import flap
+from llmprune.maths.budget import spend
+from llmprune.maths.counts import under_one_threshold
+from llmprune.maths.scores import flap
 from llmprune.types import Seen, Stat
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.budget import log_histogram, shares_below, spend
+from llmprune.maths.budget import log_histogram, shares_below, spend
 from llmprune.types import Seen, Stat
 
 

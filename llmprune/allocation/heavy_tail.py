@@ -12,7 +12,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from llmprune.budget import spend
+from llmprune.maths.budget import spend
 from llmprune.types import Seen, Stat
 
 

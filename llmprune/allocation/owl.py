@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.budget import log_histogram, share_above, spend
+from llmprune.maths.budget import log_histogram, share_above, spend
 from llmprune.types import Seen, Stat
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.budget import cheapest
+from llmprune.maths.budget import cheapest
 from llmprune.types import Seen, Stat
 
 

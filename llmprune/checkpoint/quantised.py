@@ -22,7 +22,7 @@ from llmprune.checkpoint.compressed import compressed_codes
 from llmprune.checkpoint.shards import Shape, header_of
 from llmprune.checkpoint.source import Entry, Source
 from llmprune.errors import RequestError
-from llmprune.linalg import all_finite
+from llmprune.maths.linalg import all_finite
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}

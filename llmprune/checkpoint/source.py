@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.files import CHUNK, read_range
 from llmprune.errors import RequestError, StoppedError
-from llmprune.linalg import all_finite
+from llmprune.maths.linalg import all_finite
 
 MAX_JSON = 64 << 20
 MAX_HEADER = 100 << 20

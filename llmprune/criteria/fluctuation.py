@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.structured.scores import variance
+from llmprune.maths.scores import variance
 from llmprune.types import Stat, Stats
 
 

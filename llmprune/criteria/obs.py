@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.linalg import factor_of
+from llmprune.maths.linalg import factor_of
 from llmprune.types import Stat, Stats
 
 

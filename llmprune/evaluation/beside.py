@@ -19,8 +19,9 @@ from llmprune.checkpoint.journal import Journal
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks, kl
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
-from llmprune.stream import Flow, Stream
-from llmprune.types import Divergence, Perplexity
+from llmprune.results import Divergence, Perplexity
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
 
 Progress = Callable[[int, int], None]
 

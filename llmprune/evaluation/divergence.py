@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmprune.stream import Flow, Stream
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
 
 
 def after_blocks(stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> Flow:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks
-from llmprune.stream import Flow, Stream
-from llmprune.types import Perplexity
+from llmprune.results import Perplexity
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
 
 TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
 

@@ -15,8 +15,10 @@ from llmprune.checkpoint.source import Source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
 from llmprune.model.skeleton import count_parameters
-from llmprune.stream import CheckpointStream, Flow, Stream
-from llmprune.whole import WholeStream
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
+from llmprune.stream.whole import WholeStream
 
 PROMPT = "The first thing to know about a river is"  # nobody's data: the report may be published
 TOKENS = 32

@@ -16,7 +16,7 @@ from llmprune.model.blocks import find_blocks
 
 # Keys of config.json that could make transformers fetch or choose code: never followed.
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-# How layers of different sizes are stored (structured/export.py); the sizes are followed, the code beside them is not.
+# How layers of different sizes are stored (export/config.py); the sizes are followed, the code beside them is not.
 MODULE = "modeling_pruned"
 OWN_SIZES = "per_layer_config"
 # Without it plain loading stops at the first reading of a size that differs. But configs check their head count against the hidden size

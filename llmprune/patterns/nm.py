@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from llmprune.linalg import drop_smallest
+from llmprune.maths.linalg import drop_smallest
 from llmprune.types import Mask
 
 

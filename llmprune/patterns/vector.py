@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmprune.linalg import drop_smallest
+from llmprune.maths.linalg import drop_smallest
 from llmprune.types import Mask
 
 

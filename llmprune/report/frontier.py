@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from llmprune.types import Divergence, Perplexity
+from llmprune.results import Divergence, Perplexity
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.source import Source
-from llmprune.engine import selected
 from llmprune.model.matrices import Selection
-from llmprune.stream import CheckpointStream
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.selected import selected
 
 COMMON = ((2, 4), (4, 8), (1, 4))
 

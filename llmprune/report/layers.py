@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmprune.report.result import block_from_json
-from llmprune.types import Row
+from llmprune.results import Row
 
 NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])")  # a path component, or an expert's index in brackets
 

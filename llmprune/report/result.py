@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import RequestError
+import llmprune
 from llmprune.report import summary
-from llmprune.types import BlockReport, Divergence, Perplexity, Row
+from llmprune.results import BlockReport, Divergence, Perplexity, Pushed, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from llmprune.hub import Pushed
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,8 @@ class Report:
         return [*(self.smaller["notes"] if self.smaller else ()), *said]
 
     def push(self, repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:
-        """Publish the output on the Hub, private unless ``public``; see ``llmprune.hub.push``. RequestError for a live model, which has none."""
-        from llmprune.hub import push
-
-        if self.output is None:
-            raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
-        return push(self.output, repo, public=public, existing=existing, dry_run=dry_run)
+        """``llmprune.push`` of this report."""
+        return llmprune.push(self, repo, public=public, existing=existing, dry_run=dry_run)
 
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""

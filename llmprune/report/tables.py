@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llmprune.benchmark.kernels import Kernel
+from llmprune.benchmark.laps import Spread
+from llmprune.benchmark.result import Bench
 from llmprune.errors import at_home
-from llmprune.evaluation.sparse24 import Kernel
-from llmprune.evaluation.speed import Spread
 from llmprune.report.compare import Entry, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
-from llmprune.report.speed import Bench
-from llmprune.types import BlockReport
+from llmprune.results import BlockReport
 
 MOST_NOTES = 10
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
+from llmprune.maths.linalg import Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 
 CHECK_EVERY = 3  # iterations between two looks at the support

@@ -1,7 +1,7 @@
 """Whole units of a structured pattern: the greedy choice of those that the matrix can best do without, then the least-squares values of what stays,
 min tr (V - W) H (V - W)^T over V that is zero in the columns that went. Both are exact, under the same damping.
 
-Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see structured/select.py and structured/refit.py.
+Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see maths/greedy_obs.py and maths/refit.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.structured.refit import refit_kept
-from llmprune.structured.select import greedy_obs
-from llmprune.structured.units import Units
+from llmprune.maths.greedy_obs import greedy_obs
+from llmprune.maths.refit import refit_kept
+from llmprune.maths.units import Units
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 

@@ -1,7 +1,7 @@
 """Any criterion's mask, then Adam on all that survives in a block, min ||block(x') - y||^2: x' enters the block on the pruned path, y is what the
 dense block gave. Masks are frozen; norm scales and biases move too. After another solver (``admm+reconstruct``) it goes on from that one's weights.
 
-Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks in the place of rounding; Adam as in training.py.
+Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks in the place of rounding; Adam as in maths/masked_adam.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmprune.training import SurvivorAdam
+from llmprune.maths.masked_adam import SurvivorAdam
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 

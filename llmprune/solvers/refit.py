@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import masked_refit, scaled_of
+from llmprune.maths.linalg import masked_refit, scaled_of
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 

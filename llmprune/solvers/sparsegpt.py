@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.linalg import factor_of
+from llmprune.maths.linalg import factor_of
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 STRIP = 32  # columns between two matrix products inside a slab: keeps the column-by-column part in cache

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from transformers import PreTrainedConfig
 
-from llmprune.errors import RequestError
-
 EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry a layer
+
 SOME = ("mlp_only_layers", "full_attn_idxs")  # numbers of layers
+
 WITHOUT_ATTENTION = {"conv", "linear_attention"}
+
 FIRST = ("first_k_dense_replace",)  # so many layers at the start
-
-
-def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a stored config that change when only the layers ``kept`` stay, in their order.
-
-    What a config leaves to a rule (every fourth layer) is written out, as the rule would count the layers anew.
-    Raises RequestError for numbers that are not sorted, unique and in range.
-    """
-    total = config.num_hidden_layers
-    if list(kept) == list(range(total)):
-        return {}
-    if not kept or sorted({*kept} & {*range(total)}) != list(kept):
-        raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
-    full = config.to_dict()
-    if not attends(config, kept):
-        raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
-    changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
-    changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
-    changed |= {name: sum(i < full[name] for i in kept) for name in FIRST if full.get(name) is not None}
-    if full.get("decoder_sparse_step", 1) != 1:  # a mixture in every so-many-th layer
-        dense = [i for i in range(total) if (i + 1) % full["decoder_sparse_step"] or i in full["mlp_only_layers"]]
-        changed |= {"decoder_sparse_step": 1, "mlp_only_layers": _renumbered(dense, kept)}
-    count = {name for name, true in type(config).attribute_map.items() if "num_hidden_layers" in (name, true)}
-    count = {type(config).attribute_map.get(name, name) for name in count} | count
-    changed |= dict.fromkeys([name for name in count if name in source] or ["num_hidden_layers"], len(kept))
-    # predictors of further tokens are layers after the last one: their number would be another's
-    return changed | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if source.get(name)}
 
 
 def attends(config: PreTrainedConfig, kept: Iterable[int]) -> bool:
     """Whether one of these layers has attention, if any of the model has."""
     types = config.to_dict().get("layer_types") or []
     return bool({types[i] for i in kept if types} - WITHOUT_ATTENTION) or not set(types) - WITHOUT_ATTENTION
-
-
-def _renumbered(numbers: Sequence[int], kept: Sequence[int]) -> list[int]:
-    return [new for new, old in enumerate(kept) if old in numbers]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmprune.budget import on_levels
 from llmprune.errors import RequestError
+from llmprune.maths.budget import on_levels
+from llmprune.maths.units import Units
 from llmprune.model.matrices import Matrix, block_matrices
+from llmprune.results import Row
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
 from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, outer_space, refusal, required, tensors_of
-from llmprune.structured.units import Units
-from llmprune.types import Row
 
 ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the architecture can be cut by
 

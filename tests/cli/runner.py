@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
 

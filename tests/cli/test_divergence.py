@@ -50,8 +50,9 @@ def test_a_pruned_head_is_compared_with_the_dense_one(tmp_path: Path, monkeypatc
     from dataclasses import replace
 
     from llmprune.data.windows import Windows
-    from llmprune.job import prepare, run
-    from llmprune.recipe import read_recipe
+    from llmprune.recipe.recipe import read_recipe
+    from llmprune.run.job import run
+    from llmprune.run.prepare import prepare
 
     source, ids_NL = save_tiny("llama", tmp_path / "source", torch.float32), tiny_windows()
     ask = {"model": str(source), "sparsity": 0.5, "method": "wanda", "only": "^lm_head|mlp", "output": str(tmp_path / "out"), "device": "cpu"}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.checkpoint.resolve import BUNDLED
-from llmprune.recipe import Recipe
+from llmprune.recipe.recipe import Recipe
 
 
 def plain_perplexity(folder: Path, text: Path, window: int) -> float:

@@ -78,7 +78,7 @@ def test_a_disk_that_is_too_small(cli, model, monkeypatch):
     weights = sum(path.stat().st_size for path in model.iterdir())
     for free, fits in ((weights, False), (weights + (2 << 20), True)):
         blocks = free // status.f_frsize
-        monkeypatch.setattr("llmprune.preflight.os.statvfs", lambda path, n=blocks: os.statvfs_result((*status[:4], n, *status[5:])))
+        monkeypatch.setattr("llmprune.run.preflight.os.statvfs", lambda path, n=blocks: os.statvfs_result((*status[:4], n, *status[5:])))
         if not fits:
             refused(cli, model, "out", "bytes, the disk has")
     ran = cli(

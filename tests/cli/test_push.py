@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import LlmpruneError
-from llmprune.hub import MARK, push
-from llmprune.report.card import PLACE
+from llmprune.publish.card import PLACE
+from llmprune.publish.hub import MARK, push
 
 QUICK = {"model": "llama", "samples": 8, "sequence_length": 64}
 # Every kind of output, by the recipe that makes it.
@@ -192,13 +192,13 @@ def test_visibility_is_as_asked_or_refused(hub: Hub, output, private):
 def test_somebody_commits_meanwhile(hub: Hub, output, monkeypatch):
     """Their commit is not written over."""
     repository = hub.add("models/me/old", OLD, private=True)
-    real = llmprune.hub.send
+    real = llmprune.publish.hub.send
 
     def send(*arguments):
         repository.commit(OLD | {"theirs.txt": b"new"})
         return real(*arguments)
 
-    monkeypatch.setattr("llmprune.hub.send", send)
+    monkeypatch.setattr("llmprune.publish.hub.send", send)
     with pytest.raises(LlmpruneError, match="commit has happened since"):
         push(output, "me/old", existing=True)
     assert len(repository.commits) == 2

@@ -15,8 +15,9 @@ from faults.runs import contents, small_text
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
-from llmprune.job import prepare, run
-from llmprune.recipe import read_recipe
+from llmprune.recipe.recipe import read_recipe
+from llmprune.run.job import run
+from llmprune.run.prepare import prepare
 
 ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
 

@@ -11,10 +11,10 @@ from cli.runner import Cli
 from families import save_tiny, tiny_windows
 
 import llmprune
-from llmprune import sweep as sweeping
 from llmprune.data.windows import Windows
-from llmprune.recipe import recipes
-from llmprune.sweep import prepare_sweep, run_sweep
+from llmprune.recipe.recipe import recipes
+from llmprune.run import sweep as sweeping
+from llmprune.run.sweep import prepare_sweep, run_sweep
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "balanced"]
 SPARSITIES = ["0.3", "0.4", "0.5", "0.6"]

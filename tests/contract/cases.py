@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.linalg import notes_of
+from llmprune.maths.linalg import notes_of
 from llmprune.methods import build, names
 from llmprune.types import Criterion, Pattern, Pruned, Solver, Stats
 

@@ -30,7 +30,8 @@ from contract.cases import (
     units_only,
 )
 from llmprune.errors import RequestError
-from llmprune.methods import KINDS, METHODS, TRIED, build, document, names
+from llmprune.methods import KINDS, build, document, names
+from llmprune.recipe.named import METHODS, TRIED
 from llmprune.types import Pattern, Seen, Stats
 
 all_criteria = pytest.mark.parametrize("made", each(CRITERIA))

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,6 @@ def preload() -> None:
     """All that a run imports."""
     import transformers.models.llama.modeling_llama
     import transformers.tokenization_utils_tokenizers  # noqa: F401
-
-    import llmprune.job
-    import llmprune.report.tables  # noqa: F401
 
     assert threading.active_count() == 1, "a fork would lose threads"
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, deserialize
 
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import LlmpruneError
-from llmprune.recipe import Recipe, read_recipe
+from llmprune.recipe.recipe import Recipe, read_recipe
 
 NUMBERS = st.one_of(st.integers(-2, 20), st.integers(), st.floats(), st.booleans(), st.none())
 ANYTHING = st.recursive(

@@ -14,8 +14,9 @@ import torch
 from faults.runs import TINY, contents, small_text
 
 import llmprune
-from llmprune.job import prepare, run
-from llmprune.recipe import read_recipe
+from llmprune.recipe.recipe import read_recipe
+from llmprune.run.job import run
+from llmprune.run.prepare import prepare
 
 UNSTRUCTURED = TINY | {"method": "wanda", "sparsity": 0.5}
 GROUPS = TINY | {"method": "sparsegpt", "pattern": "2:4"}

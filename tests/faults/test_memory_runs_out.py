@@ -11,7 +11,7 @@ import pytest
 from faults.runs import contents, small_text
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 TORCH_SAYS = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12"
 ASK = ["--model", "llama", "--samples", "2", "--sequence-length", "16", "--eval", "small.txt", "--output", "out"]

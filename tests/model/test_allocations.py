@@ -138,7 +138,7 @@ def test_divergence_of_a_trial_is_that_of_the_pruned_model(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_search_meets_the_budget_and_is_no_worse_than_its_start(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.trials.STEP", 0.1)
+    monkeypatch.setattr("llmprune.ratios.trials.STEP", 0.1)
     report = llmprune.prune(tiny_model(family), 0.6, method="sparsegpt", calibration=torch.cat([IDS_NL] * 2), allocation="search")
     sizes = {row.matrix: row.rows * row.columns for row in report.rows}
     assert abs(sum(row.asked * sizes[row.matrix] for row in report.rows) - 0.6 * sum(sizes.values())) < 1

@@ -14,19 +14,20 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 import llmprune
-from llmprune import statistics
 from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.source import open_folder
-from llmprune.clock import Clock
-from llmprune.engine import selected
-from llmprune.linalg import damped
+from llmprune.maths.asymmetric_target import DAMPING, asymmetric_target
+from llmprune.maths.linalg import damped
 from llmprune.model.blocks import Call
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.admm import ADMM
-from llmprune.statistics import stage_by_stage
-from llmprune.stream import CheckpointStream, Flow
-from llmprune.target import DAMPING, asymmetric_target
+from llmprune.statistics import stages as statistics
+from llmprune.statistics.stages import stage_by_stage
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.clock import Clock
+from llmprune.stream.flow import Flow
+from llmprune.stream.selected import selected
 from llmprune.types import Plan, Stats
 
 IDS_NL = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -106,7 +107,7 @@ STRAIGHT = ["llama", "gemma2", "gpt2", "phi3", "gpt_neox", "falcon", "gptj", "co
 def test_forwards_that_wait_equal_forwards_that_start_anew(tmp_path, family, monkeypatch):
     """Bit for bit, whether all micro-batches wait side by side or memory is too short for that; threads end with the block."""
     save_tiny(family, tmp_path / "model")
-    monkeypatch.setitem(sys.modules["llmprune.stream"].TOKENS_PER_BATCH, "cpu", 16)
+    monkeypatch.setitem(sys.modules["llmprune.stream.flow"].TOKENS_PER_BATCH, "cpu", 16)
     passages = {"Waiting": 0, "Repeated": 0}
     for kind in passages:
         made = getattr(statistics, kind)

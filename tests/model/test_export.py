@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from llmprune.errors import RequestError
+from llmprune.export.config import export, padded
+from llmprune.export.live import empty_model, save_sliced, slice_model
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
-from llmprune.structured.export import export, padded
-from llmprune.structured.live import empty_model, save_sliced, slice_model
 from llmprune.structured.slicing import widened
 from llmprune.structured.spaces import all_spaces, closest_count, legal_counts, spaces_of
 

@@ -21,21 +21,26 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import open_folder
-from llmprune.clock import Clock
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.criteria.wanda import Wanda
-from llmprune.engine import prune, selected
+from llmprune.engine import prune
 from llmprune.errors import RequestError, StoppedError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
-from llmprune.model.watch import Watch
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
+from llmprune.results import BlockReport
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.sparsegpt import SparseGPT
-from llmprune.statistics import at_once
-from llmprune.stream import CheckpointStream, FileHidden, Flow, LiveStream, MemoryHidden
-from llmprune.types import BlockReport, Plan, Stat
+from llmprune.statistics.stages import at_once
+from llmprune.statistics.sums import Watch
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.clock import Clock
+from llmprune.stream.flow import Flow
+from llmprune.stream.hidden import FileHidden, MemoryHidden
+from llmprune.stream.live import LiveStream
+from llmprune.stream.selected import selected
+from llmprune.types import Plan, Stat
 
 CPU = torch.device("cpu")
 CANNOT_WALK = r"hidden states change between the blocks|shared with"
@@ -53,7 +58,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, and micro-batches of 4 and 2 windows."""
-    monkeypatch.setitem(sys.modules["llmprune.stream"].TOKENS_PER_BATCH, "cpu", 64)
+    monkeypatch.setitem(sys.modules["llmprune.stream.flow"].TOKENS_PER_BATCH, "cpu", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -322,7 +327,7 @@ def test_hidden_states_in_a_file(saved: Callable[..., Path], tmp_path: Path, fam
     stream = open_stream(saved(family))
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, MemoryHidden)
     _, in_memory, reports = prune_to(saved(family), tmp_path / "memory", PLANS["wanda"])
-    monkeypatch.setattr("llmprune.stream.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, FileHidden)
     _, in_file, same = prune_to(saved(family), tmp_path / "file", PLANS["wanda"])
     assert same == reports

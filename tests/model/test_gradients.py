@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.checkpoint.source import open_folder
-from llmprune.engine import selected
 from llmprune.errors import StoppedError
-from llmprune.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.model.matrices import Matrix, Selection
-from llmprune.model.taps import Taps
-from llmprune.stream import CheckpointStream, FileHidden, Flow, LiveStream, Stream
+from llmprune.statistics.gradient_taps import Taps
+from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.flow import Flow
+from llmprune.stream.hidden import FileHidden
+from llmprune.stream.live import LiveStream
+from llmprune.stream.selected import selected
+from llmprune.stream.stream import Stream
 from llmprune.types import Stat, Stats
 
 CPU = torch.device("cpu")
@@ -38,7 +42,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, and micro-batches of 3 and 2 windows."""
-    monkeypatch.setitem(sys.modules["llmprune.stream"].TOKENS_PER_BATCH, "cpu", 48)
+    monkeypatch.setitem(sys.modules["llmprune.stream.flow"].TOKENS_PER_BATCH, "cpu", 48)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -150,7 +154,7 @@ def test_tokens_are_those_that_reached_an_expert(family: str) -> None:
 def test_kept_in_a_file_is_the_same_to_the_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = LiveStream(live(family))
     in_memory = gradients(stream, *GRADIENTS)
-    monkeypatch.setattr("llmprune.stream.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, FileHidden)
     in_file = gradients(stream, *GRADIENTS)
     check_same(stream, in_memory, in_file)
@@ -186,7 +190,7 @@ def test_float32_residuals_of_a_half_precision_model_wait_in_a_file(monkeypatch:
     """Mamba's blocks take bfloat16 embeddings and go on in float32."""
     stream = LiveStream(live("mamba", torch.bfloat16))
     in_memory = gradients(stream, "grad")
-    monkeypatch.setattr("llmprune.stream.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
     check_same(stream, in_memory, gradients(stream, "grad"))
 
 

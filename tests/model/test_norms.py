@@ -9,8 +9,9 @@ from torch import nn
 
 import llmprune
 from llmprune.model.matrices import block_matrices
-from llmprune.model.norms import effective_scale, norm_scales
-from llmprune.stream import Flow, LiveStream
+from llmprune.statistics.norms import effective_scale, norm_scales
+from llmprune.stream.flow import Flow
+from llmprune.stream.live import LiveStream
 
 IDS_NL = tiny_windows()
 FED = {

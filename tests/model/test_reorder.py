@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import statistics
-from llmprune.engine import selected
 from llmprune.errors import RequestError
+from llmprune.maths.order import best_order
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.report.inspection import broken_groups
-from llmprune.statistics import inner_channels
-from llmprune.stream import Flow, LiveStream
-from llmprune.structured.reorder import best_order
+from llmprune.statistics import stages as statistics
+from llmprune.statistics.stages import inner_channels
+from llmprune.stream.flow import Flow
+from llmprune.stream.live import LiveStream
+from llmprune.stream.selected import selected
 
 IDS_NL = tiny_windows()
 ASK: dict[str, Any] = {"calibration": IDS_NL, "pattern": "2:4", "permute": True, "device": "cpu"}

@@ -11,10 +11,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import llmprune
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import RequestError
-from llmprune.rotate import check_rotation, rotate
-from llmprune.smaller import ALIKE
-from llmprune.stream import CheckpointStream
-from llmprune.structured.reload import difference
+from llmprune.export.reload import difference
+from llmprune.export.save import ALIKE
+from llmprune.pruners.rotation import check_rotation, rotate
+from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.structured.spaces import refusal
 
 IDS = tiny_windows(8, 24)

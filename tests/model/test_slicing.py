@@ -14,9 +14,9 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from llmprune.errors import RequestError
+from llmprune.export.config import export
+from llmprune.export.live import slice_model
 from llmprune.model.blocks import find_blocks
-from llmprune.structured.export import export
-from llmprune.structured.live import slice_model
 from llmprune.structured.slicing import mask_block, parameters_per_unit, rebuild, slice_parameters
 from llmprune.structured.spaces import Space, all_spaces, outer_space, refusal, spaces_of
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
-import llmprune.smaller
+import llmprune.export.save
+import llmprune.pruners.coarse
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import PromiseError, RequestError
 from llmprune.evaluation.divergence import after_blocks
-from llmprune.job import open_stream
+from llmprune.export.live import save_sliced
 from llmprune.report.result import Report
-from llmprune.structured.live import save_sliced
+from llmprune.run.prepare import open_stream
 from llmprune.structured.spaces import refusal, spaces_of
 
 IDS = tiny_windows(8, 24)
@@ -44,7 +45,7 @@ def in_this_process(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dt
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A process takes seconds: one test starts it, the others load the result beside themselves."""
-    monkeypatch.setattr(llmprune.smaller, "reloaded_logits", in_this_process)
+    monkeypatch.setattr(llmprune.export.save, "reloaded_logits", in_this_process)
 
 
 def works(family: str, pattern: str) -> bool:
@@ -234,7 +235,7 @@ def test_refusals(pattern, sparsity, options, said, tmp_path):
 def test_a_result_that_predicts_otherwise_is_not_published(tmp_path, monkeypatch):
     stored("llama", tmp_path / "model")
     wrong = lambda *about: in_this_process(*about) * 1.01  # noqa: E731
-    monkeypatch.setattr(llmprune.smaller, "reloaded_logits", wrong)
+    monkeypatch.setattr(llmprune.export.save, "reloaded_logits", wrong)
     with pytest.raises(PromiseError, match="differ"):
         cut(tmp_path / "model", "channels")
     assert not (tmp_path / "out").exists()
@@ -353,7 +354,7 @@ def test_rows_and_columns_of_one_matrix_are_zeroed(pattern, dim, tmp_path):
 def test_layers_that_stay_make_up_for_those_that_go(tmp_path, monkeypatch):
     """On the calibration windows the repaired model is nearer to the uncut one."""
     model = stored("qwen3", tmp_path / "model", num_hidden_layers=4)
-    monkeypatch.setattr(llmprune.smaller, "choose_layers", lambda *about: {0: 0.0})
+    monkeypatch.setattr(llmprune.pruners.coarse, "choose_layers", lambda *about: {0: 0.0})
     apart = []
     for target in ("symmetric", None):
         report = cut(tmp_path / "model", "layers", 0.25, target=target, overwrite=True)

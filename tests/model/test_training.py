@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.errors import RequestError
+from llmprune.maths.masked_adam import SurvivorAdam, vectors
 from llmprune.model.matrices import Selection
 from llmprune.solvers.reconstruct import Reconstruct
-from llmprune.training import SurvivorAdam, vectors
 
 IDS_NL = tiny_windows(8)
 FAMILIES = ["llama", "gpt2", "phi3", "mixtral", "gpt_oss", "falcon", "gemma2", "mamba", "lfm2", "gemma4_text", "qwen3_next", "bloom"]
@@ -157,7 +157,7 @@ def test_refused(ask: dict[str, Any], says: str, tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_to_train_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.preflight.memory_of", lambda device: 1000)
+    monkeypatch.setattr("llmprune.run.preflight.memory_of", lambda device: 1000)
     with pytest.raises(RequestError, match="training the whole model takes"):
         llmprune.prune(tiny_model("llama"), 0.5, calibration=IDS_NL, quality="max")
     llmprune.prune(tiny_model("llama"), 0.5, calibration=IDS_NL, quality="max", polish="none")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llmprune.allocation.search import Search
-from llmprune.budget import cheapest, log_histogram, on_levels, share_above, shares_below, spend
 from llmprune.errors import RequestError
-from llmprune.linalg import drop_smallest
+from llmprune.maths.budget import cheapest, log_histogram, on_levels, share_above, shares_below, spend
+from llmprune.maths.linalg import drop_smallest
 from llmprune.methods import build
 from llmprune.types import Seen, Stats
 

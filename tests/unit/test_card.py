@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.resolve import BUNDLED, open_source
 from llmprune.checkpoint.source import Source
-from llmprune.recipe import Recipe, read_recipe
-from llmprune.report.card import CARD, card
+from llmprune.publish.card import CARD, card
+from llmprune.recipe.recipe import Recipe, read_recipe
 from llmprune.report.result import Measured, Report
-from llmprune.types import Perplexity
+from llmprune.results import Perplexity
 
 ON_HUB = {"name": "org/base", "revision": "a" * 40}
 

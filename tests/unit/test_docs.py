@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import typer
 
-from llmprune import cli
-from llmprune.recipe import Recipe, read_recipe
+from llmprune.cli.console import app
+from llmprune.cli.main import prune  # noqa: F401  the commands are added to the application
+from llmprune.recipe.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +33,7 @@ def words_of(line: str) -> list[str]:
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     """(the command's name, its values), as the command line would have them; nothing is run."""
     words = ["prune", *words] if words[0].startswith("-") else words
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     while subcommands := getattr(command, "commands", {}):
         command, words = subcommands[words[0]], words[1:]
     return command.name, command.make_context(command.name, words).params

@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import tiny_model
 
-from llmprune import latency
 from llmprune.errors import RequestError
-from llmprune.latency import first_units, kind_of, sparsity_for
+from llmprune.ratios import latency
+from llmprune.ratios.latency import first_units, kind_of, sparsity_for
 from llmprune.structured.structure import structure_of
 
 

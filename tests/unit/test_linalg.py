@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune.errors import StoppedError
-from llmprune.linalg import SMALL_GROUP, all_finite, damped, drop_smallest, factor_of, inverse_factor, triangular_inverse
+from llmprune.maths.linalg import SMALL_GROUP, all_finite, damped, drop_smallest, factor_of, inverse_factor, triangular_inverse
 from llmprune.types import Stats
 from unit.references import stable_argsort_keep
 

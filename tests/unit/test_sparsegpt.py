@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmprune.criteria.magnitude import Magnitude
 from llmprune.criteria.wanda import Wanda
-from llmprune.linalg import Factor, inverse_factor
+from llmprune.maths.linalg import Factor, inverse_factor
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.mask_only import MaskOnly

@@ -11,10 +11,10 @@ from rich.console import Console
 from torch import nn
 from transformers import DynamicCache
 
-from llmprune.evaluation.memory import forget_peak, peak_resident, resident
-from llmprune.evaluation.sparse24 import Kernel, convert, keeps_2of4, two_of_four, why_not
-from llmprune.evaluation.speed import Lap, Runner, Spread, Workload, cache_bytes, in_turns
-from llmprune.report.speed import Bench, Measured, compared
+from llmprune.benchmark.kernels import Kernel, convert, keeps_2of4, two_of_four, why_not
+from llmprune.benchmark.laps import Lap, Runner, Spread, Workload, cache_bytes, in_turns
+from llmprune.benchmark.memory import forget_peak, peak_resident, resident
+from llmprune.benchmark.result import Bench, Measured, compared
 from llmprune.report.tables import print_bench
 
 CACHED = sorted(FAMILIES.keys() - {"openai_gpt"})

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from llmprune.criteria.taylor import Taylor
 from llmprune.errors import RequestError, StoppedError
-from llmprune.structured import counts, scores
-from llmprune.structured.refit import mean_bias, refit_kept
-from llmprune.structured.select import greedy_obs
-from llmprune.target import asymmetric_target
+from llmprune.maths import counts, scores
+from llmprune.maths.asymmetric_target import asymmetric_target
+from llmprune.maths.greedy_obs import greedy_obs
+from llmprune.maths.refit import mean_bias, refit_kept
 from llmprune.types import Stats
 from unit.references import best_repair, damped, naive_greedy, output_error
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import StoppedError
 from llmprune.model.matrices import block_matrices
-from llmprune.model.watch import PANEL, Watch
+from llmprune.statistics.sums import PANEL, Watch
 from llmprune.types import Stat
 
 BOTH: frozenset[Stat] = frozenset({"gram", "input_sq"})

@@ -1,0 +1,234 @@
+"""Commands that look at models and results, or send them on. Words only, as in cli/main.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from llmprune.cli.console import Count, Text, announce, app, err, out, progress_bars
+from llmprune.errors import PromiseError, RequestError, at_home
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
+    repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
+    public: Annotated[bool, typer.Option("--public", help="everybody may see it; private otherwise")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="the repository may be there, and its model is replaced")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be sent, stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. Cut off, the same command goes on."""
+    from dataclasses import asdict
+
+    from llmprune.publish.hub import push as publish
+
+    pushed = publish(Path(folder).expanduser(), repo, public=public, existing=existing, dry_run=dry_run)
+    print(json.dumps(asdict(pushed), indent=1)) if as_json else out.print(str(pushed), markup=False, soft_wrap=True)
+
+
+@app.command()
+def eval(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,
+    tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]")] = None,
+    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones")] = None,
+    window: Annotated[Count, typer.Option(help="tokens of a window")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = "auto",
+    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory, which go into the
+    llmprune.json of a result."""
+    if task_dir and not tasks:
+        raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
+    if not data and not tasks and model != "llama":
+        raise RequestError("no data", "add --data wikitext2, c4, or a file; or --tasks")
+    announce(model, as_json)
+    from dataclasses import asdict
+
+    from llmprune.api import evaluate, evaluate_tasks
+    from llmprune.recipe.values import listed
+    from llmprune.report.stored import add_tasks, result_of
+
+    result = result_of(model) if tasks else None
+    shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
+    # tasks go first: a name that lm-eval does not know is refused before any work
+    answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
+    sets = data or ([] if tasks else ["bundled-evaluation"])
+    with progress_bars() as progress:
+        found = evaluate(model, sets, window=window, on_progress=progress, **shared) if sets else []
+    if as_json:
+        values = [asdict(p) for p in found]
+        print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
+    else:
+        for said in (*(f"perplexity: {value}" for value in found), *map(str, answers)):
+            out.print(said, markup=False, soft_wrap=True)
+    if result:
+        add_tasks(result, answers)
+        err.print(f"added to {model}/llmprune.json; llmprune report {model} puts it into the page", markup=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at")] = None,
+    manifest: Annotated[
+        bool, typer.Option("--manifest", help="check an output against the hashes in its llmprune.json instead; exit 1 otherwise")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count the zeros of every block matrix, and check an N:M pattern group by group; or check the hashes of every file and tensor."""
+    if manifest:
+        if verify or skip or only:
+            raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; ask one after the other")
+        return check_hashes(Path(model).expanduser(), as_json)
+    from llmprune.recipe.named import parse_nm
+
+    asked = parse_nm(verify) if verify else None
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.resolve import open_source
+    from llmprune.model.matrices import Selection
+    from llmprune.report.inspection import inspect as inspect_source
+    from llmprune.report.tables import print_inspection
+
+    found = inspect_source(open_source(model), Selection(skip, only), asked)
+    print(json.dumps([asdict(i) for i in found], indent=1)) if as_json else print_inspection(found, out)
+    if asked and verify:
+        broken = [i for i in found if i.broken]
+        if broken:
+            groups = sum(i.broken or 0 for i in broken)
+            raise PromiseError(
+                f"{verify}: broken in {groups:,} groups of {len(broken)} matrices, first {broken[0].matrix}", "prune with --pattern " + verify
+            )
+        err.print(f"{verify}: kept by every group of all {len(found)} matrices")
+
+
+def check_hashes(folder: Path, as_json: bool) -> None:
+    """Say whether an output is as its run left it. Raises PromiseError naming every file and tensor that is not."""
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.manifest import check_manifest
+
+    listed, checked = check_manifest(folder)
+    if as_json:
+        print(json.dumps(asdict(checked), indent=1))
+    if str(checked):
+        raise PromiseError(f"manifest of {folder.name}: {checked}", "prune again, or fetch the output again")
+    err.print(f"manifest of {folder.name}: all {len(listed.files)} files and {len(listed.tensors)} tensors are as the run left them", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
+    against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it")] = None,
+    prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default")] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one")] = 64,
+    batch: Annotated[int, typer.Option(help="sequences side by side")] = 1,
+    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up")] = 5,
+    threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="through torch.compile, with a cache of fixed size")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that a checkpoint brings along")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure prefill and decode speed, memory and size; on CUDA also the 2:4 kernels. It measures and promises nothing."""
+    options = {k: v for k, v in locals().items() if k not in ("model", "as_json")}
+    announce(model, as_json)
+    from llmprune.benchmark.run import bench as measure
+    from llmprune.report.tables import print_bench
+
+    with progress_bars() as progress:
+        found = measure(model, progress=progress, **options)
+    print(json.dumps(found.to_json(), indent=1)) if as_json else print_bench(found, out)
+
+
+@app.command()
+def report(
+    result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json")],
+    bench: Annotated[Text, typer.Option(help="file with what llmprune bench --json printed: measured speeds go into the page")] = None,
+    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default")] = None,
+) -> None:
+    """Make report.html of a result again, from its llmprune.json alone."""
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.page import page
+    from llmprune.report.stored import read_bench, read_run
+
+    path = Path(result).expanduser()
+    made = page(read_run(path), read_bench(Path(bench).expanduser()) if bench else None)
+    target = Path(html).expanduser() if html else (path if path.is_dir() else path.parent) / "report.html"
+    write_whole(target, made.encode())
+    out.print(f"saved: {at_home(target)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    results: Annotated[list[str], typer.Argument(help="output folders of runs and sweeps")],
+    html: Annotated[Text, typer.Option(help="also write a page with pictures into this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Several results side by side, and which of them nothing beats."""
+    from dataclasses import asdict
+
+    from llmprune.checkpoint.files import write_whole
+    from llmprune.report.compare import entries
+    from llmprune.report.page import comparison
+    from llmprune.report.tables import print_comparison
+
+    found = entries([Path(result).expanduser() for result in results])
+    if html:
+        write_whole(Path(html).expanduser(), comparison(found).encode())
+    if as_json:
+        print(json.dumps([{k: v for k, v in asdict(entry).items() if k != "report"} for entry in found], indent=1))
+        return
+    print_comparison(found, out)
+    if html:
+        out.print(f"saved: {at_home(html)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
+    """List what can be asked for, or show one method's equation and paper."""
+    from llmprune.checkpoint.aliases import ALIASES
+    from llmprune.methods import KINDS, check_name, document, names
+    from llmprune.recipe.named import DEFAULT_QUALITY, METHODS, QUALITIES, STRUCTURED_PATTERNS
+
+    everything = {kind: names(kind) for kind in KINDS}
+    if name is not None:
+        check_name(
+            "method",
+            name,
+            sorted({n for ns in everything.values() for n in ns} | METHODS.keys() | QUALITIES.keys() | STRUCTURED_PATTERNS.keys() | {"flap"}),
+        )
+    for flag, named in (("quality", QUALITIES), ("method", METHODS)):
+        for method, parts in named.items():
+            if name in (None, method):
+                said = [" + ".join(p for p in (parts.criterion, parts.solver) if p), f"unstructured weights compete per {parts.group}"]
+                said += ["towards the dense path's outputs"] if parts.asymmetric else []
+                said += ["rows weighed by their Fisher information"] if parts.fisher_rows else []
+                said += [f"{parts.allocation} ratios"] if parts.allocation != "uniform" else []
+                said += [f"then distilled for {parts.polish_steps} steps"] if parts.polish_steps else []
+                said += ["the default"] if method == DEFAULT_QUALITY else []
+                out.print(f"--{flag} {method}: {', '.join(said)}", markup=False, soft_wrap=True)
+    for pattern, text in STRUCTURED_PATTERNS.items():
+        if name in (None, pattern):
+            out.print(f"--pattern {pattern}: {text}", markup=False, soft_wrap=True)
+    for kind, ns in everything.items():
+        for one in ns:
+            text = document(kind, one)
+            if name is None:
+                out.print(f"{kind}/{one}: {text.splitlines()[0]}", markup=False)
+            elif name == one:
+                out.print(f"\n{kind}/{one}\n{text}", markup=False)
+    if name is None:
+        out.print("aliases: " + ", ".join(f"{a} = {i or 'bundled'}" for a, i in ALIASES.items()), markup=False)

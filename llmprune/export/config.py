@@ -1,0 +1,193 @@
+"""The config that a smaller model is saved with: its own kind where that can say the sizes, the nearest kind that can, or a config of each
+layer with a few lines of model code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmprune.errors import RequestError
+from llmprune.export.layers import fewer_layers
+from llmprune.model.families import family_of
+from llmprune.model.families.table import HEADS, KV_HEADS
+from llmprune.model.skeleton import MODULE, READABLE
+from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
+from llmprune.structured.spaces import Space, required
+
+# transformers renames the tensors of some models by the name of their class, which is another here
+RENAMING = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
+"""
+NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
+CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
+
+from {module} import {layer}, {model}
+{renaming}
+
+class Pruned{model}({model}):
+    def __init__(self, config):
+        if config.is_heterogeneous:
+            config.allow_global_per_layer_attribute_access = True
+        super().__init__(config)
+        if config.is_heterogeneous:
+            layers = self.get_submodule("{path}")
+            for i, own in enumerate(config.per_layer_config):
+                layers[i] = {layer}(own, i)
+            self.post_init()
+'''
+
+
+@dataclass(frozen=True)
+class Export:
+    """config.json, the files beside it (name -> text), and what the report should say about them."""
+
+    config: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def per_layer(self) -> dict[int, Sizes]:
+        """Sizes of the layers that differ from the config's own; empty for a uniform model."""
+        return {int(layer): sizes for layer, sizes in self.config.get("per_layer_config", {}).items()}
+
+
+def export(
+    source: dict[str, Any],
+    model: PreTrainedModel,
+    path: str,
+    spaces: Sequence[Sequence[Space]],
+    keeps: Sequence[Keeps],
+    kept: Sequence[int] | None = None,
+) -> Export:
+    """What to save for a model whose blocks lose units, or go.
+
+    source: the config as stored. model: the uncut one, on any device; ``path`` its list of blocks. spaces: all of each block. kept: numbers of
+    the blocks that stay. Raises RequestError for sizes or layers that no config can say.
+    """
+    config = model.config
+    if kept is not None and len(kept) < len(spaces):
+        required(config, "layers")
+    kept = range(len(spaces)) if kept is None else kept
+    wanted, fixed = _fields(spaces, keeps)
+    saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config")}
+    saved |= fewer_layers(source, config, kept)
+    for name, value in fixed.items():
+        put(saved, config, name, value)
+    layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]
+    varied = any(len({sizes[name] for sizes in layers if name in sizes}) > 1 for name in wanted)
+    for name in wanted:
+        put(saved, config, name, _shared(config, name, layers, varied))
+    different = {i: own for i, sizes in enumerate(layers) if (own := _own(config, saved, sizes))}
+    if different:
+        return _each_layer(saved, model, path, different)
+    return _uniform(saved, config)
+
+
+def put(saved: dict[str, Any], config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set a field under every name that a stored config has for it."""
+    names = [n for n in _names(config, name) if n in saved] or [_canonical(config, name)]
+    saved.update(dict.fromkeys(names, value))
+
+
+def padded(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> list[dict[str, Any]]:
+    """Keeps as wide as the widest of all layers for each config field, filled up with dropped units: mask with the true keeps, slice with these.
+
+    Raises RequestError for experts: zeros would still be chosen.
+    """
+    widest: dict[tuple[str, str], int] = {}
+    for layer, cut in zip(spaces, keeps, strict=True):
+        for space in layer:
+            count = len(cut[space.name]) if space.name in cut else space.units
+            widest[_same(space)] = max(widest.get(_same(space), 0), count)
+    for layer, cut in zip(spaces, keeps, strict=True):
+        for space in layer:
+            if space.pattern == "experts" and space.name in cut and len(cut[space.name]) < widest[_same(space)]:
+                raise RequestError(
+                    f"{space.name}: experts cannot be padded with zeros, a router would choose them", "keep equally many in every layer"
+                )
+    return [{s.name: widened(s, cut[s.name], widest[_same(s)]) for s in layer if s.name in cut} for layer, cut in zip(spaces, keeps, strict=True)]
+
+
+def _same(space: Space) -> tuple[str, str]:
+    return space.pattern, space.config[0][0]
+
+
+def _fields(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> tuple[set[str], dict[str, Any]]:
+    """The config fields that any cut touches, and those to write out with them."""
+    cut = [space for layer, keep in zip(spaces, keeps, strict=True) for space in layer if space.name in keep]
+    return {name for space in cut for name, _ in space.config}, {name: value for space in cut for name, value in space.fixed}
+
+
+def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied: bool) -> int:
+    """What the config of the whole model says: the one size, else the widest. Where layers have configs of their own (``varied``) a head count
+    stays the source's: configs check it.
+    """
+    found = {sizes[name] for sizes in layers if name in sizes}
+    if (varied and name in (HEADS, KV_HEADS)) or not found:
+        return getattr(config, name)
+    return max(found)
+
+
+def _own(config: PreTrainedConfig, saved: dict[str, Any], sizes: Sizes) -> Sizes:
+    """Where a layer differs from the config of the whole model."""
+    stored = {name: next(saved[n] for n in _names(config, name) if n in saved) for name in sizes}
+    return {_canonical(config, name): value for name, value in sizes.items() if value != stored[name]}
+
+
+def _uniform(saved: dict[str, Any], config: PreTrainedConfig) -> Export:
+    family = family_of(config)
+    if family is None or not family.divides:
+        return Export(saved)
+    heads, width = (saved.get(name, getattr(config, name)) for name in (HEADS, "hidden_size"))
+    if width % heads == 0:
+        return Export(saved)
+    why = f"{heads} heads do not divide a hidden size of {width}, which a {config.model_type} config insists on"
+    if family.substitute is None:
+        raise RequestError(f"{config.model_type}: {why}", "keep another number")
+    return _substituted(saved, config, family.substitute, why)
+
+
+def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why: str) -> Export:
+    """The other kind has defaults of its own, so every field is written out."""
+    full = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    named = {name: value for name, value in (full | saved).items() if name not in NOT_SHARED}
+    named |= {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "sliding_window": None,
+        "rope_parameters": full["rope_parameters"],
+    }
+    return Export(named, notes=(f"saved as {kind}, which has the same tensors and the same forward: {why}",))
+
+
+def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, different: dict[int, Sizes]) -> Export:
+    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    layer, name = type(blocks[0]), type(model).__name__
+    count = 1 + len({tuple(sorted(sizes.items())) for sizes in different.values()})
+    family = family_of(model.config)
+    renaming = RENAMING.format(model=name) if family and family.named_by_class else ""
+    code = CODE.format(renaming=renaming, layer=layer.__name__, model=name, module=type(model).__module__, path=path, sizes=count)
+    saved |= {
+        "architectures": [f"Pruned{name}"],
+        "auto_map": {"AutoModelForCausalLM": f"{MODULE}.Pruned{name}"},
+        "per_layer_config": {str(i): sizes for i, sizes in different.items()},
+    }
+    if any(HEADS in sizes for sizes in different.values()):
+        saved[READABLE] = True
+    note = f"layers of different sizes: load with trust_remote_code=True, which runs {MODULE}.py beside the weights"
+    return Export(saved, {f"{MODULE}.py": code}, (note,))
+
+
+def _canonical(config: PreTrainedConfig, name: str) -> str:
+    return type(config).attribute_map.get(name, name)
+
+
+def _names(config: PreTrainedConfig, name: str) -> list[str]:
+    true = _canonical(config, name)
+    return [true, *(alias for alias, target in type(config).attribute_map.items() if target == true)]

@@ -1,0 +1,120 @@
+"""From masked blocks to a smaller checkpoint: the dropped units are cut out block by block, under the checkpoint's own names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.loader import Loader
+from llmprune.checkpoint.names import revert
+from llmprune.checkpoint.shards import Shape, Shards
+from llmprune.checkpoint.sink import copy_companions
+from llmprune.checkpoint.source import DTYPES, INDEX
+from llmprune.errors import ConversionError
+from llmprune.export.config import Export
+from llmprune.structured.slicing import Keeps, slice_parameters
+from llmprune.structured.spaces import Space, tensors_of
+
+OuterOf = Callable[[], AbstractContextManager[None]]
+BlockOf = Callable[[int], AbstractContextManager[nn.Module]]
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Cutter:
+    """Cuts the blocks of a checkpoint and names what is left of them. keeps: of each block; kept: the blocks that stay; outer: the space of the
+    residual channels outside the blocks, where those are cut.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        path: str,
+        spaces: Sequence[Sequence[Space]],
+        keeps: Sequence[Keeps],
+        kept: Sequence[int],
+        outer: Space | None = None,
+    ) -> None:
+        self.loader = loader
+        self.path = path
+        self.spaces = spaces
+        self.keeps = keeps
+        self.kept = kept
+        self.outer = outer
+
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes all the same."""
+        found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside().items()}
+        for new, old in enumerate(self.kept):
+            block = self.loader.skeleton.get_submodule(f"{self.path}.{old}")
+            found |= {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.tensors(new, block).items()}
+        return found
+
+    def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
+        """Write every tensor, with one block in memory at a time."""
+        with outer_of():
+            shards.put({key: tensor.cpu() for key, tensor in self.outside().items()})
+        for new, old in enumerate(self.kept):
+            with block_of(old) as block:
+                shards.put({key: tensor.cpu() for key, tensor in self.tensors(new, block).items()})
+
+    def tensors(self, new: int, block: nn.Module) -> dict[str, Tensor]:
+        """What is left of the block that becomes number ``new``, as checkpoint tensors in their stored dtype."""
+        old = self.kept[new]
+        plain: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
+        for name, tensor in slice_parameters(block, self.spaces[old], self.keeps[old]).items():
+            parameter = f"{self.path}.{old}.{name}"
+            keys = self.loader.keys_of.get(parameter, [])
+            if not keys:  # made by the model itself
+                continue
+            dtype = self.loader.stored_dtype(parameter)
+            if self.loader.converted.isdisjoint(keys):
+                plain[self._renumbered(keys[0], old, new)] = tensor.to(dtype)
+            else:
+                merged[f"{self.path}.{new}.{name}"] = tensor.to(dtype)
+        return plain | (self._reverted(merged) if merged else {})
+
+    def outside(self) -> dict[str, Tensor]:
+        """What is left outside the blocks, as checkpoint tensors in their stored dtype."""
+        space, model, found = self.outer, self.loader.skeleton, {}
+        cut: dict[str, Tensor] = {}
+        if space is not None:
+            cut = slice_parameters(model, [space], self.keeps[0], [axis.parameter for axis in space.axes])
+        for key in self.loader.outer_keys:
+            name = self.loader.parameter_of[key]
+            name = self.loader.tied.get(name, name)
+            found[key] = (cut[name] if name in cut else tensors_of(model)[name].detach()).to(DTYPES[self.loader.source.tensors[key].dtype])
+        return found
+
+    def _reverted(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor.contiguous() for key, tensor in revert(self.loader.skeleton, merged).items()}
+
+    def _renumbered(self, key: str, old: int, new: int) -> str:
+        list_name = self.path.rpartition(".")[2]
+        changed, count = re.subn(rf"(^|\.){re.escape(list_name)}\.{old}\.", rf"\g<1>{list_name}.{new}.", key, count=1)
+        if not count:
+            raise ConversionError(f"{key}: does not name block {old} of {self.path}", "report this architecture")
+        return changed
+
+
+def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: BlockOf, outer_of: OuterOf) -> int:
+    """The whole smaller checkpoint in an empty folder; bytes of its weight files."""
+    shards = Shards(folder, cutter.shapes())
+    cutter.fill(shards, block_of, outer_of)
+    shards.sync()
+    write_whole(folder / "config.json", to_json(exported.config))
+    for name, text in exported.files.items():
+        write_whole(folder / name, text.encode())
+    copy_companions(cutter.loader.source.folder, folder, ("config.json", INDEX))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def parameters_of(cutter: Cutter) -> int:
+    """Numbers that the smaller checkpoint holds."""
+    return sum(torch.Size(shape.shape).numel() for shape in cutter.shapes().values())

@@ -1,0 +1,42 @@
+"""Fields of a config that count layer by layer, for a model with fewer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from llmprune.errors import RequestError
+from llmprune.structured.layers import EACH, FIRST, SOME, attends
+
+
+def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The fields of a stored config that change when only the layers ``kept`` stay, in their order.
+
+    What a config leaves to a rule (every fourth layer) is written out, as the rule would count the layers anew.
+    Raises RequestError for numbers that are not sorted, unique and in range.
+    """
+    total = config.num_hidden_layers
+    if list(kept) == list(range(total)):
+        return {}
+    if not kept or sorted({*kept} & {*range(total)}) != list(kept):
+        raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
+    full = config.to_dict()
+    if not attends(config, kept):
+        raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
+    changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
+    changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
+    changed |= {name: sum(i < full[name] for i in kept) for name in FIRST if full.get(name) is not None}
+    if full.get("decoder_sparse_step", 1) != 1:  # a mixture in every so-many-th layer
+        dense = [i for i in range(total) if (i + 1) % full["decoder_sparse_step"] or i in full["mlp_only_layers"]]
+        changed |= {"decoder_sparse_step": 1, "mlp_only_layers": _renumbered(dense, kept)}
+    count = {name for name, true in type(config).attribute_map.items() if "num_hidden_layers" in (name, true)}
+    count = {type(config).attribute_map.get(name, name) for name in count} | count
+    changed |= dict.fromkeys([name for name in count if name in source] or ["num_hidden_layers"], len(kept))
+    # predictors of further tokens are layers after the last one: their number would be another's
+    return changed | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if source.get(name)}
+
+
+def _renumbered(numbers: Sequence[int], kept: Sequence[int]) -> list[int]:
+    return [new for new, old in enumerate(kept) if old in numbers]

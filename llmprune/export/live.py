@@ -1,0 +1,132 @@
+"""A live model made smaller: a new model of the sizes that are left, with the old one's tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmprune.errors import RequestError
+from llmprune.export.config import READABLE, Export, export
+from llmprune.model.blocks import find_blocks
+from llmprune.model.skeleton import build_skeleton
+from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
+from llmprune.structured.spaces import Space, all_spaces, outer_space
+
+
+def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
+    """A working model without the dropped units and layers; ``model`` stays as it is.
+
+    keeps: for each block, space name -> sorted numbers of the units that stay. Tensors outside the blocks are shared with ``model``.
+    With one size for all layers it saves and loads like any model; with several, use ``save_sliced``.
+    Raises RequestError for sizes that cannot be saved, and for an architecture without a table.
+    """
+    smaller, _ = sliced_with_export(model, keeps, kept_layers)
+    return smaller
+
+
+def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> Export:
+    """Save a smaller model with everything needed to load it; what stands in its config."""
+    smaller, exported = sliced_with_export(model, keeps, kept_layers)
+    smaller.save_pretrained(folder)
+    for name, text in exported.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if exported.per_layer:
+        _as_exported(folder / "config.json", exported)
+    return exported
+
+
+def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, Export]:
+    """``slice_model``, and what its config and the files beside it would say."""
+    path = find_blocks(model)
+    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
+    spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks)]
+    exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
+    smaller = empty_model(model, exported, path, spaces, keeps, kept)
+    _compute_alike(model, smaller)
+    state = _outside(model, path, keeps)
+    for new, old in enumerate(kept):
+        state |= {f"{path}.{new}.{name}": tensor for name, tensor in slice_parameters(blocks[old], spaces[old], keeps[old]).items()}
+    _fill(smaller, state)
+    _take_over(model, smaller, path, kept)
+    return smaller, exported
+
+
+def empty_model(
+    model: PreTrainedModel,
+    exported: Export,
+    path: str,
+    spaces: Sequence[Sequence[Space]],
+    keeps: Sequence[Keeps],
+    kept: Sequence[int],
+) -> PreTrainedModel:
+    """A model of the exported sizes without weights (parameters on the meta device); ``model`` may be without weights too."""
+    uniform = {name: value for name, value in exported.config.items() if name not in ("auto_map", "per_layer_config")}
+    smaller = build_skeleton(uniform, model.dtype)
+    if not exported.per_layer:
+        return smaller
+    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    own: nn.ModuleList = smaller.get_submodule(path)  # type: ignore[assignment]
+    for new, old in enumerate(kept):
+        if keeps[old]:
+            own[new] = empty_block(blocks[old], smaller.config, new, spaces[old], keeps[old])
+    smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
+    smaller.config.per_layer_config = exported.config["per_layer_config"]
+    smaller.config.allow_global_per_layer_attribute_access = True
+    return smaller
+
+
+def _as_exported(file: Path, exported: Export) -> None:
+    """A live model's config has another class, and lets the one size of the whole model be read."""
+    stored = {name: value for name, value in json.loads(file.read_text(encoding="utf-8")).items() if name != READABLE}
+    stored |= {name: exported.config[name] for name in ("architectures", READABLE) if name in exported.config}
+    file.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+
+
+def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[str, Tensor]:
+    """The tensors outside the blocks, with the residual channels that every block keeps."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{path}.")}
+    hidden = [cut["hidden"] for cut in keeps if "hidden" in cut]
+    if not hidden:
+        return state
+    if len(hidden) < len(keeps) or any(not torch.equal(keep, hidden[0]) for keep in hidden):
+        raise RequestError("hidden: not the same residual channels in every block", "give every block the same")
+    space = outer_space(model)
+    cut = slice_parameters(model, [space], {"hidden": hidden[0]}, [axis.parameter for axis in space.axes])
+    tied = {target: cut[source] for target, source in model.all_tied_weights_keys.items() if source in cut}
+    return state | cut | tied
+
+
+def _compute_alike(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Kernels and generation settings of the old model. Layers of their own sizes hold configs of their own."""
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    smaller.set_attn_implementation(model.config._attn_implementation)
+    smaller.set_experts_implementation(model.config._experts_implementation)
+    for module in smaller.modules():
+        own = vars(module).get("config")
+        if isinstance(own, PreTrainedConfig) and own is not smaller.config:
+            own._attn_implementation = smaller.config._attn_implementation
+            own._experts_implementation = smaller.config._experts_implementation
+
+
+def _fill(smaller: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    smaller.load_state_dict(state, assign=True)
+    smaller.tie_weights()
+
+
+def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
+    """Device, mode, and which parameters are trained."""
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in smaller.named_parameters():
+        old = name
+        if name.startswith(f"{path}."):
+            number, _, rest = name.removeprefix(f"{path}.").partition(".")
+            old = f"{path}.{kept[int(number)]}.{rest}"
+        parameter.requires_grad_(trained[old])
+    smaller.to(model.device).train(model.training)  # type: ignore[arg-type]

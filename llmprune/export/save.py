@@ -1,0 +1,119 @@
+"""The end of a structured run: the masked checkpoint without what was masked, loaded again by plain transformers before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.files import make_folder, remove
+from llmprune.checkpoint.source import DTYPES, Source
+from llmprune.errors import PromiseError
+from llmprune.evaluation.divergence import after_blocks
+from llmprune.export.config import export, padded
+from llmprune.export.cutter import Cutter, parameters_of, write_smaller
+from llmprune.export.reload import difference, reloaded_logits
+from llmprune.results import BlockReport
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.hidden import memory_limit
+from llmprune.stream.reshaped import Reshaped
+from llmprune.structured.slicing import Keeps
+from llmprune.structured.structure import Structure
+
+OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
+
+ALIKE = {torch.float32: 1e-4}  # relative difference of logits; other dtypes round at every step
+
+ROUNDED_ALIKE = 0.1
+
+MOST_TOKENS = 256  # of the window that is compared
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller checkpoint as it was saved. ``difference``: of its logits from the masked model's, relative; None where it was not loaded."""
+
+    pattern: str
+    patterns: tuple[str, ...]
+    layers: tuple[int, ...]  # numbers in the source of the blocks that stay
+    parameters: int
+    bytes: int
+    difference: float | None
+    remote_code: bool
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def save_smaller(
+    stream: CheckpointStream,
+    shown: Reshaped,
+    structure: Structure,
+    blocks: Sequence[BlockReport],
+    ids_NL: Tensor,
+    pad: bool,
+    folder: Path,
+    scratch: Path,
+) -> Smaller:
+    """Write the smaller checkpoint into ``folder`` and load it again. shown: the stream as the model is now.
+
+    Raises PromiseError when it does not load, or predicts otherwise.
+    """
+    written, kept = cuts(structure, blocks, pad), kept_layers(shown)
+    exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
+    cutter = Cutter(stream.loader, stream.walk.path, structure.spaces, written, kept, structure.outer)
+    if folder.exists():
+        remove(folder)
+    make_folder(folder)
+    size = write_smaller(folder, cutter, exported, stream.block, stream.outer)
+    parameters = parameters_of(cutter)
+    rounded_to = stored_dtype(stream.source) if rescaled(structure, written) else stream.dtype
+    apart, notes = compare(stream, shown, ids_NL, parameters, folder, scratch, rounded_to)
+    return Smaller(structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), (*exported.notes, *notes))
+
+
+def rescaled(structure: Structure, keeps: Sequence[Keeps]) -> bool:
+    """Whether a norm runs over units that go, so that what stays is saved on another scale."""
+    return any(structure.rescales(index, cut) for index, cut in enumerate(keeps))
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The coarsest float dtype of a checkpoint."""
+    found = {DTYPES[entry.dtype] for entry in source.tensors.values() if entry.dtype in DTYPES}
+    return min((dtype for dtype in found if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
+
+
+def kept_layers(shown: Reshaped) -> list[int]:
+    return [index for index in range(len(shown.names)) if index not in shown.gone]
+
+
+def cuts(structure: Structure, blocks: Sequence[BlockReport], pad: bool) -> Sequence[Keeps]:
+    """The units that each block is saved with."""
+    keeps = structure.keeps(row for block in blocks for row in block.rows) if structure.cut else [{} for _ in structure.spaces]
+    return padded(structure.spaces, keeps) if pad else keeps
+
+
+@torch.no_grad()
+def compare(
+    stream: CheckpointStream, shown: Reshaped, ids_NL: Tensor, parameters: int, folder: Path, scratch: Path, rounded_to: torch.dtype
+) -> tuple[float | None, Sequence[str]]:
+    """(relative difference of the logits on one calibration window, what has to be said). rounded_to: the coarsest dtype that tensors are computed
+    in or, if they are rescaled, stored in.
+    """
+    need = 2 * parameters * stream.dtype.itemsize
+    if need > memory_limit():
+        return None, (f"not loaded again: that takes some {need:,} bytes, {memory_limit():,} are free",)
+    ids_1L = ids_NL[:1, :MOST_TOKENS]
+    ((_, wanted_1LV),) = after_blocks(shown, ids_1L).logits()
+    apart = difference(wanted_1LV, reloaded_logits(folder, scratch, ids_1L, stream.dtype))
+    most = ALIKE.get(rounded_to, ROUNDED_ALIKE)
+    if not apart <= most:
+        raise PromiseError(
+            f"the saved model's logits differ from the pruned model's by {apart:.3g} of the largest, more than {most:g}",
+            "report this architecture; nothing was published",
+        )
+    return apart, ()

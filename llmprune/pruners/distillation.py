@@ -1,0 +1,70 @@
+"""Distillation of the whole pruned model into what survives of it: min KL(dense || pruned) of the next-token distributions on the calibration
+windows, by Adam with frozen masks. Block matrices and the blocks' norm scales and biases move; embeddings, final norm and head do not.
+
+Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; Adam as in maths/masked_adam.py.
+
+Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.evaluation.divergence import kl
+from llmprune.maths.masked_adam import SurvivorAdam
+from llmprune.results import Polished
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
+
+TOKENS_PER_STEP = 1024
+RATE = 0.01  # of a tensor's root mean square
+BYTES_PER_WEIGHT = 29  # the weight, its gradient and the one that is added to it, two moments, the float32 copy, the value before, the mask
+
+
+def distill(
+    stream: Stream,
+    teacher: Flow,
+    masked: dict[int, dict[str, nn.Parameter]],
+    free: dict[int, dict[str, nn.Parameter]],
+    steps: int,
+    settle: Callable[[], None],
+    progress: Callable[[int, int], None],
+) -> Polished:
+    """Train a model in place whose every block and outer part is loaded. teacher: the flow of the unpruned model, after its last block; its hidden
+    states and the model's own head say what it predicts. masked, free: the pruned parameters of each block, and its vectors that are trained
+    too. settle: rounds them to what is stored. What gains nothing is undone.
+    """
+    windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in teacher.windows()]
+    before = mean_divergence(stream, windows)
+    each = min(len(windows), max(1, TOKENS_PER_STEP // windows[0][0].shape[1]))
+    draw = torch.Generator().manual_seed(0)
+    survivors, vectors = ([p for named in kind.values() for p in named.values()] for kind in (masked, free))
+    with SurvivorAdam(survivors, vectors, steps, RATE) as adam:
+        for step in range(steps):
+            for n in torch.randperm(len(windows), generator=draw)[:each].tolist():
+                with torch.enable_grad():
+                    adam.add(divergence(stream, *windows[n]) / each)
+            adam.step()
+            progress(step + 1, steps)
+        settle()
+        after = mean_divergence(stream, windows)
+        adam.keep = after < before
+    changed = {i: [*masked[i], *free[i]] for i in masked} if adam.keep else {}
+    return Polished(steps, before, min(before, after), changed)
+
+
+def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor) -> Tensor:
+    """Mean over tokens of KL(dense || pruned), in nats."""
+    device = stream.device_of(len(stream.names))
+    ids_1L = ids_1L.to(device)
+    with torch.no_grad():
+        teacher_LV = stream.walk.logits(ids_1L, hidden_1LD.to(device))[0]
+    return kl(teacher_LV, stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0]).mean()
+
+
+def mean_divergence(stream: Stream, windows: list[tuple[Tensor, Tensor]]) -> float:
+    with torch.no_grad():
+        return sum(float(divergence(stream, *window)) for window in windows) / len(windows)

@@ -1,0 +1,123 @@
+"""Experts that go: those that add least to the tokens that are routed to them, equally many in every block.
+
+Score of an expert: the mean over its tokens of gate weight times ||expert(x)||_2. Lasby et al., REAP the Experts, https://arxiv.org/abs/2510.13999;
+there on the unpruned model, here on what comes out of the blocks that have lost theirs.
+
+Shapes: T = tokens, E = experts, P = experts a token goes to, D = hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.maths.linalg import drop_smallest
+from llmprune.maths.scores import Mean, routed_norm
+from llmprune.pruners.errors import output_error, run_again, run_finished
+from llmprune.results import BlockReport, Row
+from llmprune.stream.clock import Clock
+from llmprune.stream.flow import Flow
+from llmprune.stream.reshaped import Reshaped
+from llmprune.structured.spaces import Space
+from llmprune.structured.structure import Structure
+from llmprune.types import Plan
+
+
+class Routed:
+    """While it is active, notes what each expert of a stack adds to its tokens."""
+
+    def __init__(self, experts: nn.Module, count: int) -> None:
+        self._experts = experts
+        self.means = [Mean() for _ in range(count)]
+        self.tokens = 0
+        self._handle: Any = None
+
+    def __enter__(self) -> Routed:
+        self._handle = self._experts.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _note(self, experts: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        hidden, index_TP, gate_TP = (*args, *kwargs.values())
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        self.tokens += len(hidden_TD)
+        self._handle.remove()  # the experts run once more, each with its own tokens
+        for expert in range(len(self.means)):
+            token_N, place_N = torch.where(index_TP == expert)
+            if len(token_N):
+                # some families' gates have a column for every expert, others one for every choice
+                gate_N = gate_TP[token_N, place_N if gate_TP.shape == index_TP.shape else expert]
+                self.means[expert] += routed_norm(gate_N, self._alone(expert, hidden_TD[token_N]))
+        self.__enter__()
+
+    def _alone(self, expert: int, hidden_ND: Tensor) -> Tensor:
+        index_N1 = torch.full((len(hidden_ND), 1), expert, device=hidden_ND.device)
+        out: Tensor = self._experts(hidden_ND, index_N1, torch.ones_like(index_N1, dtype=hidden_ND.dtype))
+        return out.reshape(hidden_ND.shape)
+
+    @property
+    def score_E(self) -> Tensor:
+        return torch.tensor([mean.value for mean in self.means], dtype=torch.float64)
+
+
+@torch.no_grad()
+def prune_experts(
+    stream: Reshaped,
+    windows_NL: Tensor,
+    plan: Plan,
+    structure: Structure,
+    asked: dict[str, float],
+    finished: Mapping[int, BlockReport],
+    on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
+) -> list[BlockReport]:
+    """Choose the experts that stay in every block, and tell ``stream`` of them, so that the next block sees what is left."""
+    flow = Flow(stream, windows_NL)
+    reports = []
+    for index, name in enumerate(stream.names):
+        if index in finished:
+            tell(stream, structure, index, finished[index])
+            run_finished(flow, None, index)
+            reports.append(finished[index])
+            continue
+        clock = Clock()
+        with stream.block(index, dense=True) as block:
+            rows = []
+            for full, cut in structure.cut.items():
+                if cut.block == index:
+                    rows.append(choose(flow, index, block, cut.space, full, asked[full], cut.size))
+            if not rows:
+                flow.through(index, block)
+            clock.lap("solve")
+            error = 0.0
+            if rows:
+                tell(stream, structure, index, BlockReport(name, 0.0, tuple(rows)))
+                left = stream.rebuilt(index, block) if index in stream.keeps else block
+                error = output_error(run_again(flow, None, index, left), name, plan)
+            clock.lap("forward")
+        reports.append(BlockReport(name, error, tuple(rows), (), clock.seconds))
+        on_block(index, reports[-1], {})
+    return reports
+
+
+def tell(stream: Reshaped, structure: Structure, index: int, report: BlockReport) -> None:
+    keeps = structure.keeps(report.rows)[index]
+    if keeps:
+        stream.keeps[index] = keeps
+
+
+def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ratio: float, size: int) -> Row:
+    """Which experts of one stack stay. What leaves the whole block waits in ``flow.outputs``."""
+    with Routed(block.get_submodule(space.name), space.units) as routed:
+        for batch in range(len(flow)):
+            flow.outputs[batch] = flow.run(index, block, batch)
+    drop = round(ratio * space.units)
+    keep_E = drop_smallest(routed.score_E.view(space.groups, -1), drop // space.groups).flatten()
+    silent = sum(mean.tokens == 0 for mean in routed.means)
+    notes = (f"{silent} of {space.units} experts were never chosen: they go first",) if silent and drop else ()
+    kept = tuple(keep_E.nonzero().flatten().tolist())
+    return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)

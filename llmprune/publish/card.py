@@ -1,0 +1,242 @@
+"""The model card: README.md of an output, with metadata that the Hub reads. Equal runs write equal cards: no date, no path, no name of the folder.
+
+It cannot know where it will be published, so ``PLACE`` stands for that, until a push puts the repository's name there.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
+
+import llmprune
+from llmprune.checkpoint.files import write_whole
+from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.checkpoint.source import MAX_JSON, Source, read_json
+from llmprune.data.sources import KNOWN
+from llmprune.methods import document, names
+from llmprune.recipe.named import COARSE, DEFAULT_QUALITY
+from llmprune.recipe.recipe import NAMED, Recipe
+from llmprune.recipe.values import as_toml
+from llmprune.report.result import Measured, Report
+from llmprune.results import Perplexity
+
+CARD = "README.md"
+PLACE = "path/to/this/model"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what goes
+
+
+def write_card(folder: Path, report: Report, recipe: Recipe, source: Source) -> None:
+    """Write the card of a finished checkpoint into its folder."""
+    write_whole(folder / CARD, card(folder, report, recipe, source).encode())
+
+
+def card(folder: Path, report: Report, recipe: Recipe, source: Source) -> str:
+    """The text of the card. ``folder`` is the finished checkpoint, whose config.json says how it is loaded."""
+    metadata = metadata_of(folder, report, recipe, source).to_yaml()
+    parts = (title(recipe, report, source), loading(folder), figures(report), making(report, recipe), limits(recipe), licence_text(folder, source))
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def metadata_of(folder: Path, report: Report, recipe: Recipe, source: Source) -> ModelCardData:
+    """What the Hub indexes: base model, licence, tags, and each perplexity with its definition."""
+    named: dict[str, Any] = {"base_model": source.name, "base_model_relation": "finetune"} if on_hub(source) else {}
+    return ModelCardData(
+        **named,
+        **licence_of(folder, source),
+        language=language_of(source),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "llmprune", recipe.pattern, method_of(recipe)],
+        model_name=recipe.default_output,
+        eval_results=[result_of(pair) for pair in report.perplexity] or None,
+    )
+
+
+def on_hub(source: Source) -> bool:
+    """Whether it was fetched by its Hub id; only then is its name one that others can look up."""
+    return source.revision is not None
+
+
+def is_bundled(source: Source) -> bool:
+    return source.folder.resolve().parent == BUNDLED.resolve()
+
+
+def method_of(recipe: Recipe) -> str:
+    """The word for what was done: a quality, a method, or a method's parts."""
+    named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion_name, recipe.solver) if p)
+    return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
+
+
+def result_of(pair: Measured) -> EvalResult:
+    """A perplexity as the Hub's metadata has it. The Hub tells results apart by the data set's type, so that every file needs its own."""
+    pruned = pair.pruned
+    name, _, revision = pruned.dataset.partition("@")
+    known = KNOWN.get(name)
+    repo, _, config = (known.repo, "", known.config) if known else name.partition(":")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=repo.replace(" ", "-"),
+        dataset_name=pruned.dataset,
+        dataset_config=config or None,
+        dataset_split=pruned.split,
+        dataset_revision=revision or None,
+        metric_type="perplexity",
+        metric_name=f"perplexity ({definition(pruned)})",
+        metric_value=finite(pruned.value),
+        metric_args={
+            "window": pruned.window,
+            "stride": pruned.window,
+            "windows": pruned.windows,
+            "targets": pruned.tokens,
+            "dtype": pruned.dtype,
+            "dense": finite(pair.dense.value),
+        },
+    )
+
+
+def finite(value: float) -> float | str:
+    """YAML has infinity, but JSON has not, and the Hub reads the one into the other."""
+    return value if math.isfinite(value) else str(value)
+
+
+def definition(value: Perplexity) -> str:
+    return f"{value.windows} windows of {value.window}, stride {value.window}, {value.tokens:,} targets, {value.dtype}"
+
+
+def licence_of(folder: Path, source: Source) -> dict[str, Any]:
+    """The source's licence, as its card states it, or by its licence file; empty where neither is there. Nothing is guessed from a text."""
+    if is_bundled(source):
+        return {"license": "apache-2.0"}
+    stated = front_matter(source)
+    found = {key: stated[key] for key in LICENCE_KEYS if is_text(stated.get(key))}
+    if "license" not in found:
+        files = sorted(path.name for path in folder.glob("LICENSE*"))
+        return {"license": "other", "license_name": "as-the-base-model", "license_link": files[0]} if files else {}
+    link = found.get("license_link")
+    if isinstance(link, str) and "://" not in link and not (folder / link).is_file():
+        del found["license_link"]
+        found |= {"license_link": f"https://huggingface.co/{source.name}/blob/{source.revision}/{link}"} if on_hub(source) else {}
+    return found
+
+
+def language_of(source: Source) -> Any:
+    language = front_matter(source).get("language")
+    return language if is_text(language) else None
+
+
+def is_text(value: Any) -> bool:
+    """A string or a list of them; YAML makes other things of some words, such as `no`."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def front_matter(source: Source) -> dict[str, Any]:
+    """The metadata of the source's own card; empty where it has none that can be read."""
+    path = source.folder / CARD
+    try:
+        return (metadata_load(path) or {}) if path.stat().st_size <= MAX_JSON else {}
+    except (OSError, ValueError, YAMLError, RecursionError):
+        return {}
+
+
+def title(recipe: Recipe, report: Report, source: Source) -> str:
+    if on_hub(source):
+        base = f"[{source.name}](https://huggingface.co/{source.name}) at revision `{source.revision}`"
+    elif is_bundled(source):
+        base = "the small Llama that llmprune bundles, a demonstration and no useful language model"
+    else:
+        base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
+    share = f"{report.zeros:,} of the {report.weights:,}"
+    if report.smaller:
+        now, units = report.smaller["parameters"], UNITS.get(recipe.pattern, recipe.pattern)
+        what = f"{share} parameters of its {units} were taken out ({report.sparsity:.2%}), {now:,} of {report.parameters:,} are left."
+    else:
+        what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
+    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}"
+
+
+def loading(folder: Path) -> str:
+    own = "auto_map" in read_json(folder / "config.json")
+    trust = ", trust_remote_code=True" if own else ""
+    said = "\n\nThe class of the model is a file of this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
+    return (
+        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}"{trust})\n```{said}'
+    )
+
+
+def figures(report: Report) -> str:
+    if not report.perplexity:
+        return "## Figures\n\nNo perplexity was measured."
+    rows = ["| perplexity on | dense | pruned | by |", "|---|---:|---:|---|"]
+    for pair in report.perplexity:
+        name = f"{pair.pruned.dataset}, {pair.pruned.split}".replace("|", "\\|")
+        rows.append(f"| {name} | {pair.dense.value:.4g} | {pair.pruned.value:.4g} | {definition(pair.pruned)} |")
+    said = "Exp of the mean negative log-likelihood over the targets of windows that do not overlap; comparable only where all of this is equal."
+    return "## Figures\n\n" + "\n".join(rows) + f"\n\n{said}"
+
+
+def making(report: Report, recipe: Recipe) -> str:
+    """What was done, in words and as a recipe that does it again."""
+    resolved, calibration = report.recipe, report.calibration
+    lines = [f"- pattern {recipe.pattern}, {report.asked:.4g} asked for, shared out by `{resolved['allocation']}`"]
+    lines += [f"- criterion {said('criteria', resolved['criterion'])}"] if resolved["criterion"] else []
+    if recipe.pattern not in COARSE:
+        lines.append(f"- solver {said('solvers', resolved['solver'].partition('+')[0])}")
+    if resolved["solver"] != "mask_only":
+        lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'the outputs that it had'}")
+    if report.polish:
+        lines.append(f"- {report.polish['steps']} steps of distillation of the whole pruned model from the dense one")
+    lines.append(
+        f"- calibration: {calibration['windows']} windows of {calibration['window']} tokens of {calibration['dataset']}, {calibration['split']}"
+    )
+    lines += [f"- {note}" for note in (report.smaller["notes"] if report.smaller else ())]
+    toml = "\n".join(as_toml(given(recipe, report)))
+    fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"
+    return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has its row in `llmprune.json`.\n\n{fold}"
+
+
+def said(kind: str, name: str) -> str:
+    """The name of a method and the first sentence of its description, where it has a file of its own."""
+    first = document(kind, name).split("\n\n")[0].replace("\n", " ") if name in names(kind) else ""
+    return f"`{name}`: {first.split('. ')[0].rstrip('.')}" if first else f"`{name}`"
+
+
+def given(recipe: Recipe, report: Report) -> dict[str, Any]:
+    """What was asked for, places left out and the source's revision pinned; read as a recipe, it asks for the same again."""
+    chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
+    chosen |= {key: report.recipe[key] for key in ("model", "criterion", "calibration", "eval") if key in chosen}  # paths are their last names there
+    if report.source["revision"]:
+        chosen["revision"] = report.source["revision"]
+    return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}
+
+
+def limits(recipe: Recipe) -> str:
+    """What it is not good for, without comfort."""
+    lines = []
+    if not recipe.structured:
+        lines.append("Speed or size as it is: the zeros are stored as numbers, so the files are no smaller, and dense kernels are no faster.")
+        if recipe.pattern == "2:4":
+            lines.append("2:4 kernels exist for NVIDIA GPUs since Ampere, and need a conversion after loading; measure before you count on them.")
+        lines.append("Ordinary fine-tuning: it fills the zeros again unless their places are held.")
+    else:
+        lines.append("Adapters and merges made for the base model: shapes differ.")
+        lines.append("Speed that was not measured: `llmprune bench` compares it with its base model on your machine.")
+    lines.append("Anything that was not measured: perplexity on the texts above says little about tasks, other languages, long contexts or safety.")
+    lines.append("Fixing what the base model gets wrong; its limits and biases are all still here.")
+    return "## What it is not good for\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def licence_text(folder: Path, source: Source) -> str:
+    found = licence_of(folder, source)
+    if not found:
+        return "## Licence\n\nThe base model's folder states none. Find out what it is before you share this model."
+    name = found.get("license_name") or found["license"]
+    link = f", {found['license_link']}" if "license_link" in found else ""
+    return f"## Licence\n\nThat of the base model, carried over: {name if isinstance(name, str) else ', '.join(map(str, name))}{link}."

@@ -1,0 +1,137 @@
+"""What each matrix gives up: the plan's allocation, measured on the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.allocation.auto import Auto
+from llmprune.allocation.search import Search
+from llmprune.maths.budget import on_levels
+from llmprune.methods import build
+from llmprune.model.matrices import Matrix
+from llmprune.pruners.weights import SCORED, solve_at
+from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
+from llmprune.statistics.stages import at_head, at_once
+from llmprune.stream.clock import Clock
+from llmprune.stream.flow import Flow
+from llmprune.stream.stream import Stream
+from llmprune.structured.structure import Structure
+from llmprune.types import Allocation, Plan, Seen, Stat, Stats, TriedAllocation
+
+Progress = Callable[[int, int], None]
+Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> what it has measured
+SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
+MOST_LEVELS = 9  # at which a matrix with levels of its own is pruned to be measured
+FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What each matrix gives up, by full name, and the number that this rests on; where several allocations were tried out, the figures of all."""
+
+    asked: dict[str, float]
+    reasons: dict[str, float]
+    tried: tuple[dict[str, Any], ...] = ()
+
+
+def is_tried(allocation: Allocation | TriedAllocation) -> TypeGuard[TriedAllocation]:
+    return isinstance(allocation, Auto | Search)
+
+
+def allocations(plan: Plan) -> dict[str, Allocation]:
+    """The closed-form allocations that a plan needs, by name; its own is "", those that it tries out have theirs."""
+    if isinstance(plan.allocation, Auto | Search):
+        return {name: build("allocation", name) for name in plan.allocation.starts}
+    return {"": plan.allocation}  # type: ignore[dict-item]
+
+
+def needs_of(plan: Plan) -> frozenset[Stat]:
+    """All statistics that a plan's pruning and its allocation rest on."""
+    return plan.needs.union(*(a.needs for a in allocations(plan).values()))
+
+
+def dense_gradients(
+    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], progress: Progress
+) -> LossGradients | None:
+    """The loss gradients among ``needs``, of the model before it is pruned; None where there are none."""
+    needs &= GRADIENTS
+    if not needs:
+        return None
+    return loss_gradients(stream, windows_NL if needs - {"grad_out_sq"} else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
+
+
+@torch.no_grad()
+def measure(
+    stream: Stream, windows_NL: Tensor, plan: Plan, matrices: dict[int, list[Matrix]], gradients: LossGradients | None, progress: Progress
+) -> Measured:
+    """What the plan's allocations have to know of the dense model, all in one pass; to be called before anything is pruned."""
+    looking = {name: a for name, a in allocations(plan).items() if a.looks_at != "nothing"}
+    measured: Measured = {name: {} for name in looking}
+    needs = survey_needs(plan, list(looking.values()))
+    forward = any(a.looks_at != "weights" for a in looking.values())
+    flow = Flow(stream, windows_NL[:SURVEY_WINDOWS]) if forward else None
+    own = replace(plan, asymmetric=False)  # the dense path is the only one
+    for index, ms in matrices.items() if looking else ():
+        with stream.block(index) as block:
+            statistics = survey(flow, index, block, ms, needs) if flow else {m.name: Stats() for m in ms}
+            if gradients is not None:
+                gradients.add_to(index, statistics)
+            for m in ms:
+                weight_RC, stats = m.view(block).float(), statistics.pop(m.name)
+                unreached = (needs and stats.tokens == 0) or (needs & SCORED and stats.grad_tokens == 0)
+                scored = plan.criterion is not None and any(a.scored for a in looking.values()) and not unreached
+                score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
+                full = f"{stream.path_of(index)}.{m.name}"
+                cut = plan.pattern.cut[full] if isinstance(plan.pattern, Structure) else None
+                levels, units_UK = (thinned(cut.levels), cut.space.readers[0].columns_UK) if cut else ((), None)
+                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), levels, units_UK)
+                for name, allocation in looking.items():
+                    measured[name][full] = allocation.measure(seen)
+        progress(index + 1, len(matrices))
+    return measured
+
+
+def survey_needs(plan: Plan, looking: list[Allocation]) -> frozenset[Stat]:
+    needs: frozenset[Stat] = frozenset().union(*(a.needs for a in looking))
+    if plan.criterion is not None and any(a.scored for a in looking):
+        needs |= plan.criterion.needs
+    return needs | plan.needs if any(a.looks_at == "prunings" for a in looking) else needs
+
+
+def _pruned_at(weight_RC: Tensor, stats: Stats, plan: Plan, name: str, ratio: float) -> Tensor:
+    return solve_at(weight_RC, stats, plan, ratio, name).weight_RC
+
+
+def thinned(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """At most so many of the levels, evenly, both ends among them."""
+    if len(levels) <= MOST_LEVELS:
+        return levels
+    return tuple(levels[round(k * (len(levels) - 1) / (MOST_LEVELS - 1))] for k in range(MOST_LEVELS))
+
+
+def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
+    """What enters the matrices of a block, or the head, of the dense model."""
+    if index == len(flow.stream.names):
+        return at_head(flow, None, block, matrices, needs)
+    statistics = at_once(flow, index, block, matrices, needs, Clock())
+    flow.advance()
+    return statistics
+
+
+def share(stream: Stream, plan: Plan, matrices: dict[int, list[Matrix]], measured: Measured, name: str = "") -> Ratios:
+    """The ratios of one of the plan's allocations for the plan's budget, on the levels of its pattern. Raises RequestError if it cannot be met."""
+    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    sizes = structure.sizes if structure else {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
+    blocks = {f"{stream.path_of(i)}.{m.name}": stream.path_of(i) for i, ms in matrices.items() for m in ms}
+    asked, reasons = allocations(plan)[name].share(measured.get(name, {}), sizes, blocks, plan.sparsity)
+    if structure:
+        asked = structure.legal(asked, plan.sparsity)
+    elif plan.pattern.levels:
+        asked = on_levels(asked, sizes, dict.fromkeys(sizes, plan.pattern.levels), plan.sparsity)
+    return Ratios(asked, reasons)

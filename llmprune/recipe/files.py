@@ -1,0 +1,103 @@
+"""Recipe files for people and their editors: checked as a run reads them, begun with comments, described by a JSON schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import RequestError
+from llmprune.methods import names
+from llmprune.recipe.named import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QUALITIES, RECONSTRUCT, STRUCTURED, STRUCTURED_METHODS
+from llmprune.recipe.recipe import Recipe, keys, read_recipe
+from llmprune.recipe.refusals import BUDGETS
+from llmprune.recipe.user_criterion import refuse_code
+from llmprune.recipe.values import spelt
+
+HEAD = """\
+# Run it: llmprune --recipe FILE, with flags on top of what stands here. Check it: llmprune recipe check FILE
+# For editors that know JSON schemas: llmprune recipe schema > recipe.schema.json, and a first line here that says
+# #:schema ./recipe.schema.json
+"""
+UNSET = "..."  # where a default hangs on the model, the pattern or the quality
+
+
+def problem(path: Path) -> str | None:
+    """Why a run would refuse a recipe before it has seen the model; None if it would not."""
+    try:
+        read_recipe(path, {})
+    except RequestError as error:
+        return f"{error.message} (hint: {error.hint})"
+    return None
+
+
+def draft(given: dict[str, Any]) -> str:
+    """A recipe of what is given (half of the weights of the bundled model, where nothing is), and every other key as a comment.
+
+    Raises RequestError as a run of it would.
+    """
+    refuse_code("a recipe", given.get("criterion"))
+    values = {"model": "llama"} | given
+    pattern = values.get("pattern", "unstructured")
+    if not values.keys() & set(BUDGETS) and pattern in ("unstructured", *LINES, *STRUCTURED):
+        values["sparsity"] = 0.25 if pattern in STRUCTURED else 0.5
+    chosen = read_recipe(None, values).model_dump(exclude_unset=True)
+    said = [_line(key, spelt(chosen[key])) for key in keys() if key in chosen]
+    others = [f"# {_line(key, _default(key))}" for key in keys() if key not in chosen]
+    return "\n".join((HEAD, *said, "\n# What else can be said:", *others)) + "\n"
+
+
+def _line(key: str, value: str) -> str:
+    return f"{key} = {value}  # {Recipe.model_fields[key].description}"
+
+
+def _default(key: str) -> str:
+    value = Recipe.model_fields[key].get_default(call_default_factory=True)
+    return UNSET if value is None else spelt(value)
+
+
+def write_draft(path: Path, given: dict[str, Any]) -> None:
+    """``draft`` as a file. Raises RequestError where one is already, or none can be."""
+    text = draft(given)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RequestError(f"recipe {path.name}: exists already", "choose another name") from None
+    except OSError as error:
+        raise RequestError(f"recipe {path.name}: cannot be written ({error.strerror})", "check the path") from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, from the fields of ``Recipe`` and the methods that there are."""
+    raw = Recipe.model_json_schema()
+    properties = {key: _property(raw["properties"][key]) for key in keys()}
+    for key, known in _choices().items():
+        properties[key]["enum"] = known
+    spelled = {"pattern": r"^(\d+:\d+|block:\d+x\d+)$"}
+    properties["pattern"]["anyOf"] = [{"enum": ["unstructured", *LINES, *STRUCTURED]}, spelled]
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Recipe of llmprune",
+        "description": "What a pruning run can be asked for; flags of the command line go on top.",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _property(raw: dict[str, Any]) -> dict[str, Any]:
+    """A field as an editor needs it: TOML has no null, and the key is title enough."""
+    kept = {key: value for key, value in raw.items() if key != "title" and not (key == "default" and value is None)}
+    kinds = [kind for kind in kept.pop("anyOf", []) if kind != {"type": "null"}]
+    return kept | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
+
+
+def _choices() -> dict[str, list[str]]:
+    solvers = names("solvers")
+    return {
+        "quality": list(QUALITIES),
+        "method": sorted(METHODS | STRUCTURED_METHODS),
+        "criterion": [*names("criteria"), *LAYER_CRITERIA, *EXPERT_CRITERIA],
+        "solver": [*solvers, *(f"{solver}+{RECONSTRUCT}" for solver in solvers if solver != RECONSTRUCT)],
+        "allocation": names("allocation"),
+    }

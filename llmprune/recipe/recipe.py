@@ -1,0 +1,392 @@
+"""The request: a TOML recipe with command-line flags on top, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+
+from llmprune.errors import RequestError
+from llmprune.methods import build, check_name
+from llmprune.recipe.named import (
+    COARSE,
+    DEFAULT_QUALITY,
+    EXPERT_CRITERIA,
+    LAYER_CRITERIA,
+    LINES,
+    METHODS,
+    POLISH_STEPS,
+    QUALITIES,
+    RECONSTRUCT,
+    STRUCTURED,
+    STRUCTURED_METHODS,
+    STRUCTURED_QUALITIES,
+    TRIED,
+    WIDTH_CRITERION,
+    Group,
+    Method,
+    build_pattern,
+    in_groups,
+    parse_block,
+    parse_nm,
+    split_solver,
+)
+from llmprune.recipe.refusals import (
+    BUDGETS,
+    check_allocation,
+    check_budget,
+    check_groups,
+    check_names,
+    check_parts,
+    check_structured,
+    refuse_structured,
+)
+from llmprune.recipe.user_criterion import UserCriterion, read_criterion, refuse_code
+from llmprune.recipe.values import read_count, read_share, read_toml
+
+if TYPE_CHECKING:
+    from llmprune.types import Plan
+
+NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
+STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
+MOST_SPARSITY = 0.99  # where another budget decides
+MOST_INCREASE = 10.0
+
+
+def _read_criterion(value: Any) -> Any:
+    if value is None or isinstance(value, str | UserCriterion):
+        return value
+    raise ValueError("is no name")
+
+
+class Recipe(BaseModel):
+    """Everything that a pruning run can be asked for. Unset fields take the defaults that README names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field(description="folder, Hub id or alias")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
+    sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
+    target_params: int | None = Field(None, gt=0, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
+    target_size: int | None = Field(None, gt=0, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
+    target_latency_ratio: float | None = Field(
+        None, gt=0, lt=1, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
+    )
+    max_ppl_increase: float | None = Field(
+        None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
+    )
+    pattern: str = Field(
+        "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or structured: {', '.join(STRUCTURED)}"
+    )
+    round_to: int | None = Field(None, ge=1, description="structured: sizes are multiples of this (8 for channels and kernel, 1 otherwise)")
+    uniform: bool = Field(False, description="structured: the same sizes in every layer")
+    rotate: bool = Field(False, description="hidden: turn the residual stream to its principal axes first, as SliceGPT does")
+    pad: bool = Field(False, description="structured: zeros up to the widest layer, so that one size holds for all")
+    quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
+    method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
+    criterion: Annotated[Any, PlainValidator(_read_criterion, str | None)] = Field(None, description="what scores the weights")
+    solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay; +reconstruct goes over blocks after it")
+    target: Literal["symmetric", "asymmetric"] | None = Field(
+        None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
+    )
+    polish: Literal["kd", "none"] | None = Field(
+        None, description="kd: distillation of the whole pruned model at the end, which has to fit in memory"
+    )
+    polish_steps: int | None = Field(None, ge=1, description="steps of the polish")
+    permute: bool = Field(False, description="N:M: reorder inner channels so that the groups hold more; folded into the weights")
+    group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
+    allocation: str | None = Field(None, description="how the ratio is shared out over the matrices")
+    ratios: dict[str, float] = Field(default_factory=dict, description="explicit allocation: regular expression of a name -> ratio")
+    calibration: str | None = Field(
+        None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
+    )
+    samples: int | None = Field(None, ge=1, description="calibration windows")
+    sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
+    shuffle: bool = Field(False, description="draw the windows at random instead of taking the first")
+    seed: int = Field(0, ge=0, description="of everything that is drawn at random")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype; the saved dtype is the source's")
+    skip: str | None = Field(None, description="regular expression: matrices that are left alone")
+    only: str | None = Field(None, description="regular expression: the only matrices that are pruned")
+    eval: list[str] = Field(default_factory=list, description="data to measure the perplexity on, before and after")
+    accept_damage: bool = Field(False, description="go on when a block's output is destroyed")
+    output: str | None = Field(None, description="folder of the result")
+    push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
+
+    @field_validator("sparsity", mode="before", json_schema_input_type=float | str)
+    @classmethod
+    def _read_sparsity(cls, value: Any) -> Any:
+        value = read_share(value)
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
+        return value
+
+    @field_validator("target_params", "target_size", mode="before", json_schema_input_type=int | str)
+    @classmethod
+    def _read_count(cls, value: Any) -> Any:
+        return read_count(value)
+
+    @field_validator("target_latency_ratio", mode="before", json_schema_input_type=float | str)
+    @classmethod
+    def _read_ratio(cls, value: Any) -> Any:
+        return read_share(value)
+
+    @field_validator("max_ppl_increase", mode="before", json_schema_input_type=float | str)
+    @classmethod
+    def _read_increase(cls, value: Any) -> Any:
+        value = read_share(value)
+        if isinstance(value, float) and not 0 < value <= MOST_INCREASE:
+            raise ValueError(f'is outside 0 < increase <= {MOST_INCREASE:g} (five per cent is 0.05 or "5%")')
+        return value
+
+    @field_validator("skip", "only")
+    @classmethod
+    def _check_pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression ({error})") from None
+        return value
+
+    @property
+    def in_groups(self) -> bool:
+        """N:M, which says by itself how much goes."""
+        return in_groups(self.pattern)
+
+    @property
+    def structured(self) -> bool:
+        """A pattern that makes the model smaller."""
+        return self.pattern in STRUCTURED
+
+    @property
+    def one_size(self) -> bool:
+        """Structured: every layer has the same sizes."""
+        return self.parts.allocation == "uniform"
+
+    @property
+    def mixed(self) -> bool:
+        """N:M as the sparsest pattern of a matrix; others get more of every M, or stay dense."""
+        return self.in_groups and self.allocation not in (None, "uniform")
+
+    @property
+    def most(self) -> float:
+        """The most that can go."""
+        if not self.in_groups:
+            return MOST_SPARSITY
+        n, m = parse_nm(self.pattern)
+        return 1 - n / m
+
+    @property
+    def ratio(self) -> float | None:
+        """The sparsity asked for, from the pattern where it is left out; None where another budget decides."""
+        return self.most if self.in_groups and not self.mixed else self.sparsity
+
+    @property
+    def makes_trials(self) -> bool:
+        """Whether windows have to be held back to try something out on."""
+        return self.max_ppl_increase is not None or self.parts.allocation in TRIED
+
+    @property
+    def budget(self) -> str:
+        """What is asked for, in a word that can stand in a file's name."""
+        if self.ratio is not None:
+            return f"{self.ratio:g}"
+        if self.target_size is not None:
+            return f"{self.target_size}-bytes"
+        if self.target_latency_ratio is not None:
+            return f"latency-{self.target_latency_ratio:g}"
+        return f"{self.target_params}-parameters" if self.target_params else f"ppl-{self.max_ppl_increase:g}"
+
+    @property
+    def criterion_name(self) -> str | None:
+        """The criterion in a word, a function of the user's own by its file's last name and hash."""
+        return None if self.criterion is None else str(self.criterion)
+
+    @property
+    def parts(self) -> Method:
+        """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
+        if self.pattern in COARSE:
+            default = {"layers": LAYER_CRITERIA[0], "experts": EXPERT_CRITERIA[0], "hidden": WIDTH_CRITERION}[self.pattern]
+            repaired = self.pattern != "experts" and self.target != "symmetric"
+            return Method(self.criterion_name or default, "mask_only", "matrix", asymmetric=repaired)
+        if self.method is not None:
+            named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
+        elif self.criterion is not None or self.solver is not None:
+            named = Method(self.criterion_name, self.solver or "mask_only", "row")
+        else:
+            named = (STRUCTURED_QUALITIES if self.structured else QUALITIES)[self.quality or DEFAULT_QUALITY]
+        group = self.group or named.group
+        steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
+        asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
+        if self.pattern.startswith("block:") or self.pattern in LINES or self.structured:
+            group = "matrix"  # where blocks and units compete
+        allocation = named.allocation
+        if self.max_ppl_increase is not None and allocation in TRIED:
+            allocation = "fisher"  # a budget that is found by trials leaves none to an allocation
+        one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
+        return replace(
+            named,
+            group=group,
+            asymmetric=asymmetric,
+            polish_steps=steps and (self.polish_steps or steps),
+            allocation=self.allocation or ("uniform" if one_size else allocation),
+            fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
+        )
+
+    def checked(self) -> Recipe:
+        """Self, when the fields agree with each other; RequestError otherwise."""
+        if self.structured:
+            check_budget(self, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
+            self._refuse_group()
+            check_structured(self)
+            check_names(self)
+            if self.pattern not in COARSE:
+                check_allocation(self)
+                check_parts(self)
+            return self
+        refuse_structured(self)
+        if not self.in_groups:
+            if self.pattern != "unstructured":
+                if self.pattern not in LINES:
+                    parse_block(self.pattern)
+                self._refuse_group()
+            check_budget(self, "add --sparsity 0.5, or --pattern 2:4")
+            if self.permute:
+                raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
+        else:
+            check_groups(self)
+            self._refuse_group()
+        check_names(self)
+        check_allocation(self)
+        check_parts(self)
+        return self
+
+    def _refuse_group(self) -> None:
+        if self.group is not None:
+            raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
+
+    def plan(self, structure: Any = None) -> Plan:
+        """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
+        pattern is a structured one.
+        """
+        from llmprune.types import Plan
+
+        parts = self.parts
+        solver, reconstruct = split_solver(parts.solver)
+        return Plan(
+            criterion=self._criterion(parts.criterion),
+            pattern=structure or build_pattern(self.pattern, parts.group),
+            solver=build("solvers", solver),
+            reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
+            allocation=build("allocation", parts.allocation, **self._allocation_options()),
+            sparsity=self.most if self.ratio is None else self.ratio,
+            asymmetric=parts.asymmetric,
+            fisher_rows=parts.fisher_rows,
+            permute=self.permute,
+            polish_steps=parts.polish_steps,
+            accept_damage=self.accept_damage,
+            mean_bias=parts.mean_bias,
+            ours=self.method is None,
+        )
+
+    def _criterion(self, name: str | None) -> Any:
+        if isinstance(self.criterion, UserCriterion):
+            return self.criterion
+        return build("criteria", name) if name and (self.pattern == "hidden" or self.pattern not in COARSE) else None
+
+    def _allocation_options(self) -> dict[str, Any]:
+        if self.structured and self.parts.allocation == "auto":
+            return {"starts": STRUCTURED_STARTS}
+        return {"ratios": tuple(self.ratios.items())} if self.ratios else {}
+
+    @property
+    def default_output(self) -> str:
+        """``<model>-<pattern>-<sparsity>``, in the current folder."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(self.model).name or "model")
+        return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.budget}"
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as it is saved: paths as their last name, the quality by its name, what only names places left out."""
+        value = self.model_dump(exclude={"output", "push"})
+        parts = self.parts
+        value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}
+        if not any(getattr(self, name) for name in NAMED) and self.pattern not in COARSE:
+            value["quality"] = DEFAULT_QUALITY
+        value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
+        value["fisher_rows"] = parts.fisher_rows
+        value["allocation"] = parts.allocation
+        value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
+        value["group"] = parts.group if self.pattern == "unstructured" else None
+        for key in ("model", "calibration"):
+            if value[key] is not None and Path(value[key]).expanduser().exists():
+                value[key] = Path(value[key]).expanduser().resolve().name
+        value["eval"] = [Path(e).name if Path(e).expanduser().exists() else e for e in self.eval]
+        return value
+
+
+def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
+    stored = read_toml(path) if path else {}
+    _check_keys(stored)
+    refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
+    flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
+    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
+    for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
+        if flag in flags:
+            stored = {k: v for k, v in stored.items() if k not in replaced}
+    if flags.keys() & set(BUDGETS):  # one budget at a time
+        stored = {k: v for k, v in stored.items() if k not in BUDGETS}
+    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
+        stored.pop("polish_steps", None)
+    values = stored | flags
+    if "model" not in values:
+        raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")
+    try:
+        return Recipe(**values).checked()
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def keys() -> list[str]:
+    """What a recipe file may say: what leaves the machine is said by hand."""
+    return [name for name in Recipe.model_fields if name != "push"]
+
+
+def _check_keys(stored: dict[str, Any]) -> None:
+    """Raises RequestError for keys that are none, all of them at once."""
+    unknown = [key for key in stored if key not in keys()]
+    if len(unknown) > 1:
+        raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
+    for key in unknown:
+        check_name("recipe key", key, keys())
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """All values that a field cannot take."""
+    found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
+    hints = [f"{field}: {_description(field)}" for field in found]
+    return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
+
+
+def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
+    """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
+    found = []
+    for method in methods:
+        check_name("method", method, [*METHODS, *QUALITIES])
+        kind = {"method" if method in METHODS else "quality": method}
+        for pattern in patterns:
+            grouped = in_groups(pattern) and flags.get("allocation") in (None, "uniform")
+            shares: list[dict[str, Any]] = [{}] if grouped else [{"sparsity": s} for s in sparsities]
+            found += [read_recipe(path, flags | kind | {"pattern": pattern} | share) for share in shares]
+    if not found:
+        raise RequestError("a sweep of nothing", "give --methods wanda,balanced and --sparsities 0.5,0.6, or --patterns 2:4")
+    return found
+
+
+def _description(field: str) -> str:
+    known = Recipe.model_fields.get(field.split(".")[0])
+    return (known.description if known else None) or "see llmprune prune --help"

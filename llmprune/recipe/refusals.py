@@ -1,0 +1,173 @@
+"""What a recipe cannot ask for together: budgets, N:M, methods and their parts, allocations, structured patterns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmprune.errors import RequestError
+from llmprune.methods import build, check_name, names
+from llmprune.recipe.named import (
+    COARSE,
+    EXPERT_CRITERIA,
+    LAYER_CRITERIA,
+    LINES,
+    METHODS,
+    QUALITIES,
+    STRUCTURED,
+    STRUCTURED_METHODS,
+    STRUCTURED_SOLVERS,
+    TRIED,
+    UNITS_ONLY,
+    split_solver,
+)
+
+if TYPE_CHECKING:
+    from llmprune.recipe.recipe import Recipe
+
+BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
+
+
+def check_budget(recipe: Recipe, hint: str) -> None:
+    """Raises RequestError unless just one budget is given."""
+    given = [name for name in BUDGETS if getattr(recipe, name) is not None]
+    if not given:
+        raise RequestError("no sparsity", hint)
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
+    if recipe.max_ppl_increase is not None and recipe.allocation in TRIED:
+        raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials of its own", "take fisher or uniform")
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raises RequestError for a budget that N:M contradicts."""
+    if recipe.mixed:
+        check_budget(recipe, f"{recipe.pattern} is the sparsest pattern of a matrix: say how much goes in all, as in --sparsity {recipe.most / 2:g}")
+        if recipe.sparsity is not None and recipe.sparsity >= recipe.most:
+            raise RequestError(
+                f"pattern {recipe.pattern} mixed by allocation {recipe.allocation!r} at sparsity {recipe.sparsity:g}",
+                f"{recipe.pattern} is the sparsest pattern of a matrix: ask for less than {recipe.most:g} in all, or leave --allocation out",
+            )
+        return
+    others = [name for name in BUDGETS[1:] if getattr(recipe, name) is not None]
+    if others:
+        raise RequestError(f"{others[0]} with pattern {recipe.pattern}, which fixes the ratio", "add --allocation fisher to mix it with denser ones")
+    if recipe.sparsity is not None and abs(recipe.sparsity - recipe.most) > 1e-9:
+        raise RequestError(
+            f"pattern {recipe.pattern} means sparsity {recipe.most:g}, not {recipe.sparsity:g}",
+            "leave one of them out, or add --allocation fisher to mix it with denser ones",
+        )
+
+
+def check_allocation(recipe: Recipe) -> None:
+    """Raises RequestError for an allocation that is none, or that pattern or ratios contradict."""
+    if recipe.allocation is not None:
+        check_name("allocation", recipe.allocation, names("allocation"))
+    if recipe.in_groups and recipe.allocation == "explicit":
+        raise RequestError(f"allocation 'explicit' with pattern {recipe.pattern}", "name what stays dense with --skip")
+    if recipe.in_groups and recipe.allocation == "search":
+        raise RequestError(f"allocation 'search' with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
+    if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
+        raise RequestError("ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe')
+    odd = [r for r in recipe.ratios.values() if not 0 <= r < 1]
+    if odd:
+        raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")
+
+
+def check_structured(recipe: Recipe) -> None:
+    """Raises RequestError for what a structured pattern has no use for."""
+    pattern = recipe.pattern
+    if recipe.permute:
+        raise RequestError(f"channels reordered for pattern {pattern}", "only N:M gains by it; leave --permute out")
+    if recipe.allocation in ("explicit", "search"):
+        raise RequestError(f"allocation {recipe.allocation!r} with pattern {pattern}", "take sensitivity or uniform")
+    if recipe.uniform and recipe.allocation not in (None, "uniform"):
+        raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
+    if pattern == "experts" and recipe.target_latency_ratio is not None:
+        raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
+    if recipe.rotate and pattern != "hidden":
+        raise RequestError(f"a rotated residual stream with pattern {pattern}", "it is for hidden alone; leave --rotate out")
+    if pattern == "hidden":
+        for name in ("target_latency_ratio", "skip", "only"):
+            if getattr(recipe, name) is not None:
+                raise RequestError(f"{name} with pattern hidden: every matrix reads or writes the residual channels", f"leave {name} out")
+    if pattern in COARSE:
+        if pattern == "experts" and recipe.target == "asymmetric":
+            raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
+        for name in (
+            "quality",
+            "method",
+            "solver",
+            "polish",
+            "max_ppl_increase",
+            "allocation",
+            "pad",
+            *(() if pattern == "hidden" else ("round_to",)),
+        ):
+            if getattr(recipe, name):
+                raise RequestError(f"{name} with pattern {pattern}, which decides for the whole model", f"leave {name} out")
+        known = {"layers": LAYER_CRITERIA, "experts": EXPERT_CRITERIA}.get(pattern) or names("criteria")
+        if recipe.criterion_name is not None and (isinstance(recipe.criterion, str) or pattern != "hidden"):
+            check_name("criterion", recipe.criterion_name, list(known))
+    elif recipe.pad and recipe.one_size:
+        raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
+
+
+def refuse_structured(recipe: Recipe) -> None:
+    """Raises RequestError for what only a structured pattern has a use for."""
+    if recipe.target_size is not None:
+        raise RequestError(
+            f"target_size with pattern {recipe.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
+        )
+    if recipe.target_latency_ratio is not None:
+        raise RequestError(f"target_latency_ratio with pattern {recipe.pattern}: zeros take as long as others", "take a structured pattern")
+    given = [name for name in ("round_to", "uniform", "pad", "rotate") if getattr(recipe, name)]
+    if given:
+        raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
+
+
+def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
+    """Raises RequestError for parts that do not go with the pattern's units, or are for units alone."""
+    pattern = recipe.pattern
+    if recipe.structured and solver not in STRUCTURED_SOLVERS:
+        raise RequestError(f"solver {solver!r} with pattern {pattern}", f"take one of {', '.join(STRUCTURED_SOLVERS)}")
+    if not recipe.structured:
+        for name in (criterion, solver):
+            if name in UNITS_ONLY:
+                raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
+    if pattern in LINES and solver == "sparsegpt":
+        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", "take refit, or admm")
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises RequestError for a quality, a method and parts that are none, or stand against each other."""
+    given = [name for name in ("quality", "method") if getattr(recipe, name) is not None]
+    if recipe.criterion is not None or recipe.solver is not None:
+        given.append("criterion or solver")
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} together with {given[1]}", "give a quality, a method, or a method's parts")
+    if recipe.quality is not None:
+        check_name("quality", recipe.quality, list(QUALITIES))
+    if recipe.method is not None:
+        check_name("method", recipe.method, list(METHODS | STRUCTURED_METHODS))
+        known = STRUCTURED_METHODS if recipe.structured else METHODS
+        if recipe.method not in known:
+            raise RequestError(f"method {recipe.method!r} with pattern {recipe.pattern}", f"there are: {', '.join(known)}")
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raises RequestError for a criterion, a solver, a target and a polish that do not go together."""
+    if isinstance(recipe.criterion, str):
+        check_name("criterion", recipe.criterion, names("criteria"))
+    if recipe.solver is not None:
+        split_solver(recipe.solver)
+    criterion, (solver, _) = recipe.parts.criterion, split_solver(recipe.parts.solver)
+    check_units(recipe, criterion, solver)
+    own_score = build("solvers", solver).own_score
+    if own_score and criterion is not None:
+        raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
+    if not own_score and criterion is None:
+        raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
+    if recipe.parts.asymmetric and recipe.parts.solver == "mask_only":
+        raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
+    if recipe.polish_steps is not None and recipe.polish is None and not recipe.parts.polish_steps:
+        raise RequestError(f"{recipe.polish_steps} polish steps of no polish", "add --polish kd")

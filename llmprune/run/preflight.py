@@ -1,0 +1,189 @@
+"""Everything that can be refused from metadata, before the first forward: folders, devices, shapes, lengths, disk space."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+
+from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
+from llmprune.checkpoint.sink import companions
+from llmprune.data.windows import Windows
+from llmprune.errors import RequestError
+from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
+from llmprune.pruners.distillation import BYTES_PER_WEIGHT
+from llmprune.ratios.measured import allocations, is_tried, share
+from llmprune.stream.hidden import memory_of
+from llmprune.stream.stream import Stream
+from llmprune.structured.structure import Structure
+from llmprune.types import Pattern, Plan
+
+PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blocks, about
+
+
+def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
+    """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder. result: the file that
+    one to be replaced must hold. A finished output's leftovers go.
+    """
+    other = "choose another --output"
+    if output.name in ("", ".."):
+        raise RequestError(f"output {str(output)!r}: is no name for a new folder", other)
+    check_apart(output, source)
+    partial = partial_folder(output)
+    for path in (output, partial):
+        if os.path.lexists(path) and not path.is_dir():
+            raise RequestError(f"output {output.name}: {'' if path == output else path.name + ' '}is a file, or a link to nothing", other)
+    if output.exists() and not overwrite:
+        drop_leftover(output)
+        raise RequestError(f"output {output.name}: exists already", f"add --overwrite to replace it at the end, or {other}")
+    if output.exists() and not ((output / result).exists() or not any(output.iterdir())):
+        raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", other)
+    parent = _disk_of(output)
+    for place in (parent, partial):  # where the names are made
+        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise RequestError(f"output {output.name}: {place.name or place} cannot be written to", other)
+
+
+def check_apart(output: Path, source: Path) -> None:
+    """Neither the output nor what it is made in is the source, lies in it, or holds it; and neither lies in the Hub's cache."""
+    for folder in (output, partial_folder(output)):
+        if folder.exists() and folder.samefile(source):
+            raise RequestError(
+                f"output {output.name}: {'is' if folder == output else folder.name + ' is'} the source model", "choose another --output"
+            )
+        if _inside(folder, source) or _inside(source, folder):
+            raise RequestError(f"output {output.name}: it and the source model's folder lie inside each other", "choose another --output")
+    if _inside(output, Path(constants.HF_HUB_CACHE).expanduser()):
+        raise RequestError(f"output {output.name}: lies in the Hub's cache, whose files belong to others", "choose another --output")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """By whatever names the two go; neither need be there."""
+    true = folder.resolve()
+    return any(above == true or (true.exists() and above.exists() and above.samefile(true)) for above in (path.resolve(), *path.resolve().parents))
+
+
+def _disk_of(output: Path) -> Path:
+    """The folder above an output that is there already."""
+    return next(path for path in output.absolute().parents if path.exists())
+
+
+def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> None:
+    """What a run writes fits on the output's disk; what an interrupted run has laid out already counts as had.
+
+    source: its folder. weights: bytes of all tensors to be written, at most. windows: bytes of the token ids.
+    """
+    status = os.statvfs(_disk_of(output))
+    free = status.f_bavail * status.f_frsize
+    beside = sum(path.stat().st_size for path in companions(source))
+    need = weights + windows + beside + PAGES - laid_out(output)
+    if need > free:
+        raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space, or choose another --output")
+
+
+def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, pattern: Pattern) -> None:
+    """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
+    if not any(matrices.values()) and not isinstance(pattern, Structure):
+        raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
+    unfit = [(i, m) for i, ms in matrices.items() for m in ms if m.columns % pattern.unit or m.rows % pattern.tall]
+    bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, m in unfit]
+    if bad:
+        wanted = (
+            f"a width that {pattern.unit} does not divide" if pattern.tall == 1 else f"a shape that {pattern.tall} x {pattern.unit} do not divide"
+        )
+        raise RequestError(
+            f"{len(bad)} matrices have {wanted}: {', '.join(bad[:2])}",
+            "choose another pattern, or leave them out with --skip",
+        )
+
+
+def check_outside(stream: Stream, selection: Selection) -> None:
+    """What --only names outside the blocks can be pruned: the head, where it is not the embeddings too."""
+    walk = stream.walk
+    embeddings, head = f"{walk.embeddings_path}.weight", f"{walk.head_path}.weight"
+    if selection.names(embeddings):
+        raise RequestError(f"{embeddings}: embeddings are looked up, not multiplied, so no input ranks their weights", "leave them out with --skip")
+    if selection.names(head) and not walk.head_free:
+        raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
+
+
+def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dtype: torch.dtype) -> None:
+    """What the parts of a plan need is there."""
+    check_polish(plan, stream, matrices)
+    check_permute(plan, dtype)
+    check_trials(plan, matrices, stream)
+    check_biases(plan, stream, matrices)
+    check_ratios(plan, stream, matrices)
+
+
+def check_biases(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """There are biases that can make up for means."""
+    for index, ms in matrices.items() if plan.mean_bias else ():
+        held = dict(stream.walk.model.get_submodule(stream.path_of(index)).named_parameters())
+        missing = [m.name for m in ms if m.bias not in held]
+        if missing:
+            raise RequestError(
+                f"{stream.path_of(index)}.{missing[0]}: has no bias to make up for the means of what goes",
+                "store the model with biases of zero first (Llama: attention_bias, mlp_bias), or take --criterion fluctuation --solver refit",
+            )
+
+
+def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """An allocation that looks at nothing can be tried out at once."""
+    for name, allocation in allocations(plan).items():
+        if allocation.looks_at == "nothing":
+            share(stream, plan, matrices, {}, name)
+
+
+def share_for(name: str, target: int, total: int, room: int) -> float:
+    """The sparsity that leaves ``target`` of ``total`` (non-zero parameters of the whole model, or bytes), where only ``room`` of them can be pruned.
+
+    Raises RequestError where they cannot give it.
+    """
+    if not total - room < target <= total:
+        raise RequestError(
+            f"{name} {target:,}: the model has {total:,}, of which {room:,} are in what is pruned",
+            f"ask for more than {total - room:,} and at most {total:,}",
+        )
+    return (total - target) / room
+
+
+def check_trials(plan: Plan, matrices: dict[int, list[Matrix]], stream: Stream) -> None:
+    """Trials compare predictions under one head."""
+    if is_tried(plan.allocation) and len(stream.names) in matrices:
+        raise RequestError("trials of ratios with a pruned head: they need the unpruned one", "leave the head out with --skip, or take fisher")
+
+
+def check_permute(plan: Plan, dtype: torch.dtype) -> None:
+    """Whether channels can trade places is tried out on each block, which takes the precision of float32."""
+    if plan.permute and dtype != torch.float32:
+        raise RequestError(f"permute with {str(dtype).removeprefix('torch.')} computing", "add --dtype float32, or leave --permute out")
+
+
+def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
+    """A whole model that is trained fits in memory, and its head is the teacher's too."""
+    if not plan.polish_steps:
+        return
+    if len(stream.names) in matrices:
+        raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "leave the head out with --skip, or add --polish none")
+    need, free = count_parameters(stream.walk.model) * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
+    if need > free:
+        raise RequestError(f"polish kd: training the whole model takes some {need:,} bytes, {free:,} are free", "add --polish none")
+
+
+def check_length(length: int, config: Any) -> None:
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RequestError(f"windows of {length} tokens: the model has {positions} positions", f"--sequence-length {positions} or less")
+
+
+def check_ids(windows: Windows, model: Any) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    lowest, highest = (int(v) for v in windows.ids_NL.aminmax())
+    if lowest < 0 or highest >= vocabulary:
+        odd = lowest if lowest < 0 else highest
+        raise RequestError(f"{windows.dataset}: token id {odd}, the model's vocabulary is 0 to {vocabulary - 1}", "the tokenizer is not this model's")

@@ -1,0 +1,167 @@
+"""A request checked against its model, its data and the disk: a job that is ready to start."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llmprune
+from llmprune.checkpoint.files import to_json
+from llmprune.checkpoint.journal import partial_folder
+from llmprune.checkpoint.manifest import check_source
+from llmprune.checkpoint.resolve import open_source
+from llmprune.checkpoint.source import Source
+from llmprune.data.store import load_windows
+from llmprune.data.windows import RunData, Windows
+from llmprune.errors import ConversionError
+from llmprune.model.matrices import Matrix, Selection
+from llmprune.recipe.recipe import Recipe
+from llmprune.run.memory import Footprint, footprint
+from llmprune.run.planning import planned, with_budget
+from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
+from llmprune.run.windows import gather_windows
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.devices import choose_device, choose_dtype
+from llmprune.stream.whole import WholeStream
+from llmprune.structured.structure import Structure
+from llmprune.types import Plan
+
+
+@dataclass
+class Job:
+    """A checked run, ready to start: what ``--dry-run`` describes."""
+
+    recipe: Recipe
+    plan: Plan
+    source: Source
+    stream: CheckpointStream | WholeStream
+    matrices: dict[int, list[Matrix]]
+    data: RunData
+    footprint: Footprint
+    output: Path
+    overwrite: bool
+    restart: bool
+
+    @property
+    def writes_again(self) -> bool:
+        """What was pruned and is on the disk is distilled at the end, and written a second time, beside it."""
+        return bool(self.plan.polish_steps) and self.stream.resumable
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that must be equal for a run to go on where another stopped."""
+        return {
+            "recipe": self.recipe.resolved(),
+            "source": self.source.hashes,
+            "calibration": self.data.calibration.sha256,
+            "evaluation": [w.sha256 for w in self.data.evaluation],
+            "held": self.data.held.sha256 if self.data.held else None,
+        } | environment(self.stream)
+
+    def __str__(self) -> str:
+        """What the run is about to do, in four lines."""
+        recipe = self.recipe.resolved()
+        goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
+        matrices = [m for ms in self.matrices.values() for m in ms]
+        structure = self.plan.pattern if isinstance(self.plan.pattern, Structure) else None
+        weights = structure.weights if structure else sum(m.rows * m.columns for m in matrices)
+        indices = range(len(self.stream.names)) if structure else self.matrices
+        places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in indices]
+        in_places = sum(p.numel() for place in places for p in place.parameters())
+        parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
+        group = f" per {recipe['group']}" if recipe["group"] else ""
+        head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
+        dtype = str(self.stream.dtype).removeprefix("torch.")
+        return (
+            f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
+            f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
+            f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
+            f"{self.describe_data()}\n"
+            f"{self.footprint}\n"
+            f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
+            + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
+        )
+
+    def describe_data(self) -> str:
+        calibration = self.data.calibration
+        count, length = calibration.ids_NL.shape
+        held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
+        return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){held}"
+
+
+def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
+    decoder = stream.source.decoder
+    reads = ("compressed-tensors",) if decoder and decoder.method == "compressed-tensors" else ()
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", *reads)}
+    return libraries | {
+        "llmprune": llmprune.__version__,
+        "python": platform.python_version(),
+        "device": str(stream.device),
+        "dtype": str(stream.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "block_by_block": stream.resumable,
+    }
+
+
+def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
+    """Check a request against the model, its data and the disk. No forward is run, and nothing is written; what a crash has left beside a finished
+    output goes.
+
+    windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
+    RequestError.
+    """
+    source = open_source(recipe.model, recipe.revision)
+    output = Path(recipe.output or recipe.default_output).expanduser()
+    check_output(output, source.folder, overwrite, result)
+    device = choose_device(recipe.device)
+    stream = open_stream(source, choose_dtype(recipe.dtype, device, source), device)
+    selection = Selection(recipe.skip, recipe.only)
+    plan, matrices = planned(recipe, stream, selection)
+    plan = with_budget(recipe, plan, stream, matrices, source)
+    check_plan(plan, stream, matrices, stream.dtype)
+    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe))
+    data = stored or gather_windows(recipe, source, stream, windows)
+    for part in data.all():
+        check_ids(part, stream.skeleton)
+    memory = footprint(stream, plan, matrices, data)
+    job = Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
+    copies = 1 + recipe.structured + recipe.rotate + job.writes_again
+    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
+    memory.check()
+    source.scan()
+    check_source(source)
+    return job
+
+
+def asked_windows(recipe: Recipe) -> str:
+    """The request that a run's windows were made for: those of another one are not taken for them."""
+    return hashlib.sha256(to_json(recipe.resolved())).hexdigest()
+
+
+def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> CheckpointStream | WholeStream:
+    """The source block by block, or whole where transformers' conversion cannot be done and undone a block at a time."""
+    try:
+        stream = CheckpointStream(source, dtype, device)
+        stream.loader.try_conversion()
+        return stream
+    except ConversionError:
+        return WholeStream(source, dtype, device)
+
+
+def described(source: Source) -> dict[str, Any]:
+    """What a report says of the source; bytes: of its plain weights."""
+    value = {"name": source.name, "revision": source.revision, "files": source.hashes, "bytes": source.bytes}
+    return value | ({"quantised": source.decoder.method} if source.decoder else {})
+
+
+def describe(windows: Windows) -> dict[str, Any]:
+    count, length = windows.ids_NL.shape
+    name = {"dataset": windows.dataset, "split": windows.split}
+    return name | {"windows": count, "window": length, "tokens": count * length, "sha256": windows.sha256}

@@ -1,0 +1,210 @@
+"""Many prunings of one model under one calibration: a table, and a plot of perplexity against sparsity.
+
+Windows, loss gradients, what allocations measure and the dense perplexity are had once; every row is then pruned and measured exactly as a run of
+its own would be, but nothing is saved except its figures. A quick sweep also has the statistics once, of the dense model, and prunes all rows in
+one pass by them; a run takes those of the pruned model, so quick rows are a little worse than runs, and aim at the matrices' own outputs. A killed
+sweep goes on from the last finished row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.files import make_folder, to_json, write_whole
+from llmprune.checkpoint.journal import Journal
+from llmprune.engine import prune
+from llmprune.errors import RequestError
+from llmprune.evaluation.beside import Dense, dense_passes, pruned_pass
+from llmprune.maths.linalg import few_tokens, shrink
+from llmprune.pruners.weights import prune_matrix
+from llmprune.ratios.measured import Measured, dense_gradients, is_tried, measure, needs_of, survey
+from llmprune.recipe.recipe import Recipe
+from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
+from llmprune.results import Divergence, Perplexity, Row
+from llmprune.run.job import Progress, quiet, ratios_of
+from llmprune.run.preflight import check_matrices, check_plan
+from llmprune.run.prepare import Job, describe, environment, prepare
+from llmprune.statistics.gradients import LossGradients
+from llmprune.stream import heap
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.flow import Flow
+from llmprune.types import Plan, Stat
+
+
+@dataclass
+class Sweep:
+    """A checked sweep, ready to start. quick: all rows rest on the dense model's statistics, which are had once."""
+
+    job: Job  # of the first row; its model and windows are everybody's
+    rows: list[tuple[Recipe, Plan]]
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.job.source.name}: {len(self.rows)} prunings; {self.job.describe_data()}\noutput: {self.job.output}"
+
+
+def prepare_sweep(
+    asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None, quick: bool = False
+) -> Sweep:
+    """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
+    smaller = [recipe.pattern for recipe in asked if recipe.structured]
+    if smaller:
+        raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
+    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result="sweep.json")
+    rows = []
+    for recipe in asked:
+        plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
+        check_matrices(job.matrices, job.stream, plan.pattern)
+        check_plan(plan, job.stream, job.matrices, job.stream.dtype)
+        rows.append((recipe, plan))
+    if quick:
+        check_quick(job, rows)
+        rows = [(recipe, replace(plan, asymmetric=False)) for recipe, plan in rows]  # the dense path is the only one
+    return Sweep(job, rows, quick)
+
+
+def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
+    """One pass over the blocks for all rows leaves no room for what needs the pruned model."""
+    slow = [
+        recipe.quality or recipe.method for recipe, plan in rows if plan.reconstruct or plan.polish_steps or plan.permute or is_tried(plan.allocation)
+    ]
+    if slow:
+        raise RequestError(f"quick sweep of {slow[0]}, which trains or tries out pruned models", "leave it, or --quick, out")
+    if not isinstance(job.stream, CheckpointStream):
+        raise RequestError("quick sweep of a model that cannot be loaded block by block", "leave --quick out")
+    if len(job.stream.names) in job.matrices:
+        raise RequestError("quick sweep with a pruned head", "leave the head out with --skip, or leave --quick out")
+
+
+def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
+    """Every row that an interrupted sweep of the same request has not finished. The output appears whole, or not at all."""
+    heap.steady()
+    job = sweep.job
+    identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
+    journal = Journal(job.output, identity, job.restart)
+    try:
+        job.stream.scratch = journal.folder
+        head = len(job.stream.names) in job.matrices
+        dense = dense_passes(job.stream, job.data.evaluation, head, journal, partial(progress, "perplexity, dense"))
+        missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
+        shared = Shared(sweep, progress)
+        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, shared)
+        for number, row in zip(missing, made, strict=True):
+            journal.write(f"row-{number:05d}", asdict(row))
+            progress("sweep", number + 1, len(sweep.rows))
+        rows = [row_from(journal.read(f"row-{number:05d}") or {}) for number in range(len(sweep.rows))]
+        source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
+        values = tuple(one.perplexity for one in dense)
+        report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
+        make_folder(journal.weights)
+        for name, data in files_of(report):
+            write_whole(journal.weights / name, data)
+        journal.publish()
+        return report
+    finally:
+        journal.close()
+
+
+def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
+    yield "sweep.json", to_json(report.to_json())
+    yield "sweep.md", markdown(report.to_json()).encode()
+    yield "sweep.svg", draw(report.to_json())
+
+
+class Shared:
+    """What the rows have in common, made when the first of them needs it."""
+
+    def __init__(self, sweep: Sweep, progress: Progress) -> None:
+        self._sweep, self._progress = sweep, progress
+        self._gradients: LossGradients | None = None
+        self._measured: dict[Any, Measured] = {}
+
+    def gradients(self) -> LossGradients | None:
+        if self._gradients is None:
+            job = self._sweep.job
+            needs = frozenset().union(*(needs_of(plan) for _, plan in self._sweep.rows))
+            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, partial(self._progress, "gradients"))
+        return self._gradients
+
+    def measured(self, plan: Plan) -> Measured:
+        """Of a plan's allocation; it does not hang on the sparsity."""
+        key = replace(plan, sparsity=0.0)
+        if key not in self._measured:
+            job = self._sweep.job
+            step = partial(self._progress, "allocation")
+            self._measured[key] = measure(job.stream, job.data.calibration.ids_NL, plan, job.matrices, self.gradients(), step)
+        return self._measured[key]
+
+
+def row_from(record: dict[str, Any]) -> SweepRow:
+    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
+    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})
+
+
+def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+    """Each as a run of its own."""
+    for recipe, plan in rows:
+        yield prune_row(job, recipe, plan, dense, shared)
+
+
+def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
+    """Prune, measure, forget."""
+    gradients, measured = shared.gradients(), shared.measured(plan)
+    began = perf_counter()
+    ratios = ratios_of(job, plan, measured, gradients)
+    with job.stream.trial():
+        blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
+        return row_of(recipe, plan, dense, [row for block in blocks for row in block.rows], perf_counter() - began)
+
+
+def row_of(recipe: Recipe, plan: Plan, dense: list[Dense], rows: list[Row], seconds: float) -> SweepRow:
+    """The figures of the model as the stream holds it now."""
+    found = [pruned_pass(one, one.flow.stream) for one in dense]
+    sparsity = sum(row.zeros for row in rows) / sum(row.rows * row.columns for row in rows)
+    values, moved = tuple(value for value, _ in found), tuple(divergence for _, divergence in found)
+    return SweepRow(recipe.method or recipe.quality or "", recipe.pattern, plan.sparsity, sparsity, values, moved, seconds)
+
+
+@torch.no_grad()
+def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+    """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
+    stream, gradients = job.stream, shared.gradients()
+    assert isinstance(stream, CheckpointStream)
+    ratios = [ratios_of(job, plan, shared.measured(plan), gradients) for _, plan in rows]
+    drafts, found, seconds = [stream.draft() for _ in rows], [[] for _ in rows], [0.0] * len(rows)  # type: ignore[var-annotated]
+    needs = frozenset[Stat]().union(*(plan.needs for _, plan in rows))
+    flow = Flow(stream, job.data.calibration.ids_NL)
+    for index, matrices in job.matrices.items() if rows else ():
+        with stream.block(index) as block:
+            statistics = survey(flow, index, block, matrices, needs)
+            if gradients is not None:
+                gradients.add_to(index, statistics)
+            sums = dict.fromkeys({plan.ours for _, plan in rows}, statistics)  # the two kinds trust them differently where tokens are few
+            if len(sums) == 2 and any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
+                sums[False] = deepcopy(statistics)
+            for ours, own in sums.items():
+                shrink(own.values(), ours)
+            weights = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
+            for number, ((_, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
+                began = perf_counter()
+                for name, value in weights.items():
+                    block.get_parameter(name).copy_(value)
+                asked = ratios[number].asked
+                found[number] += [
+                    prune_matrix(stream, index, block, m, sums[plan.ours][m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
+                ]
+                with stream.trial(draft):
+                    stream.keep(index, weights)
+                seconds[number] += perf_counter() - began
+    for number, ((recipe, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
+        with stream.trial(draft):
+            yield row_of(recipe, plan, dense, found[number], seconds[number])

@@ -1,0 +1,226 @@
+"""True gradients of the whole model's loss with one block in memory at a time.
+
+Forward once, keeping what enters each block; then backward from the loss: each block is loaded again, run again on what entered it, and hands the
+gradient of its input to the block before. L = sum over the targets of all windows of the next-token negative log-likelihood; L_n is window n's.
+
+Shapes: N = windows, L = tokens of a window, D = hidden width, R = output rows, C = input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmprune.model.blocks import Call
+from llmprune.model.matrices import Matrix
+from llmprune.statistics.gradient_taps import Taps
+from llmprune.stream.flow import Flow
+from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
+from llmprune.stream.stream import Stream
+from llmprune.types import Stat, Stats
+
+GRADIENTS: frozenset[Stat] = frozenset({"grad", "grad_sq", "grad_out_sq", "first_grad"})
+ONE_WINDOW: frozenset[Stat] = frozenset({"grad_sq", "first_grad"})  # need the gradient of single windows
+FIELDS: dict[Stat, str] = {"grad": "grad_RC", "grad_sq": "grad_sq_RC", "grad_out_sq": "grad_out_sq_R", "first_grad": "first_grad_RC"}
+
+
+class LossGradients:
+    """Gradient sums of the matrices of all blocks: vectors in memory, what has the size of the weights in a nameless file."""
+
+    def __init__(self, stream: Stream, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], windows: int) -> None:
+        self.needs = needs
+        self.windows = windows
+        self._devices = {index: stream.device_of(index) for index in matrices}
+        self._matrices = {(index, m.name): m for index, ms in matrices.items() for m in ms}
+        self._tokens: dict[tuple[int, str], int] = {}
+        self._held: set[tuple[int, Stat, str]] = set()
+        self._vectors = MemoryHidden(torch.device("cpu"))
+        self._weights = FileHidden(stream.scratch)
+
+    def put(self, index: int, taps: Taps) -> None:
+        for (stat, name), total in taps.sums.items():
+            self._place(stat)[index, stat, name] = total
+            self._held.add((index, stat, name))
+        self._tokens |= {(index, name): tokens for name, tokens in taps.tokens.items()}
+
+    def fields(self, index: int, name: str) -> dict[str, Any]:
+        """What Stats says of one matrix's gradients; sums of zeros where no token reached it, and then grad_tokens is 0."""
+        sums = {FIELDS[stat]: self._sum(index, stat, name).to(self._devices[index]) for stat in sorted(self.needs)}
+        return sums | {"grad_tokens": self._tokens.get((index, name), 0), "grad_windows": self.windows}
+
+    def _sum(self, index: int, stat: Stat, name: str) -> Tensor:
+        if (index, stat, name) in self._held:
+            return self._place(stat)[index, stat, name]
+        matrix = self._matrices[index, name]
+        return torch.zeros(matrix.rows) if stat == "grad_out_sq" else torch.zeros(matrix.rows, matrix.columns)
+
+    def _place(self, stat: Stat) -> MemoryHidden | FileHidden:
+        return self._vectors if stat == "grad_out_sq" else self._weights
+
+    def add_to(self, index: int, statistics: dict[str, Stats]) -> None:
+        """Give the statistics of a block's matrices, or of some of them, their gradients.
+
+        Matrices that share an input share one Stats, but no gradient: each gets a Stats of its own, whose other fields, ``factors`` too, are
+        still the shared ones. To be called when the watching is over.
+        """
+        for name, stats in statistics.items():
+            statistics[name] = replace(stats, **self.fields(index, name))
+
+
+@torch.no_grad()
+def loss_gradients(
+    stream: Stream,
+    windows_NL: Tensor,
+    matrices: dict[int, list[Matrix]],
+    needs: frozenset[Stat],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LossGradients:
+    """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
+    been pruned yet (a stream that has a sink reads finished blocks from there).
+
+    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats says what each is. ``progress`` is told (blocks done, of twice the
+    blocks). Peak memory: a block, its activations for one micro-batch, the asked sums of its matrices, and what enters the blocks unless that
+    goes to a file.
+    Raises StoppedError when a gradient is not finite.
+    """
+    needs &= GRADIENTS
+    if needs == {"first_grad"}:
+        windows_NL = windows_NL[:1]
+    flow = Flow(stream, windows_NL, size=1 if needs & ONE_WINDOW else None)
+    result = LossGradients(stream, matrices, needs, len(windows_NL))
+    shared = Shared()
+    blocks = len(stream.names)
+    entered = forward(flow, shared, lambda done: progress(done, 2 * blocks))
+    result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs))
+    for index in reversed(range(blocks)):
+        with stream.block(index) as block, frozen(block):
+            taps = Taps(block, matrices[index], needs)
+            for batch in range(len(flow)):
+                flow.outputs[batch] = backward(flow, index, block, batch, entered[index, batch], taps, shared)
+                taps.next_batch()
+            taps.close()
+        result.put(index, taps)
+        progress(2 * blocks - index, 2 * blocks)
+    return result
+
+
+def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> MemoryHidden | FileHidden:
+    """What enters each block, by (block, micro-batch). What leaves the last one waits in ``flow.hidden``."""
+    blocks = len(flow.stream.names)
+    # all of it may take half of the memory: place_hidden thinks of two generations
+    entered = place_hidden(blocks * flow.size // 2, flow.stream.device_of(0), flow.stream.scratch)
+    for index in range(blocks):
+        with flow.stream.block(index) as block:
+            for batch in range(len(flow)):
+                entered[index, batch] = flow.hidden[batch]
+                with shared.written(index, flow.calls[batch][index]):
+                    flow.outputs[batch] = flow.run(index, block, batch)
+        flow.advance()
+        progress(index + 1)
+    return entered
+
+
+def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat]) -> Taps:
+    """``flow.outputs`` becomes dL / d(what left the last block), one window at a time: logits are large. Sums of the head, if it is asked for."""
+    with flow.stream.block(len(flow.stream.names)) as head:
+        taps = Taps(head, matrices, needs)
+        gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps) for ids_1L, hidden_1LD in flow.windows())
+        for batch, ids_NL in enumerate(flow.ids):
+            flow.outputs[batch] = torch.cat([next(gradients) for _ in range(len(ids_NL))])
+    taps.close()
+    return taps
+
+
+def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps) -> Tensor:
+    leaf_1LD = hidden_1LD.clone().requires_grad_()
+    with torch.enable_grad():
+        with taps:
+            logits_LV = flow.stream.walk.logits(ids_1L, leaf_1LD.clone())[0]
+        loss = F.cross_entropy(logits_LV[:-1].float(), ids_1L[0, 1:], reduction="sum")
+    (gradient_1LD,) = torch.autograd.grad(loss, leaf_1LD)
+    taps.next_batch()
+    return gradient_1LD
+
+
+def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: Shared) -> Tensor:
+    """Run the block again on one micro-batch and take the gradient that waits in ``flow.outputs`` back through it: dL / d(what entered it)."""
+    device = flow.stream.device_of(index)
+    leaf_NLD = entered_NLD.to(device, copy=True).requires_grad_()
+    with torch.enable_grad(), shared.lent(index, flow.calls[batch][index]) as handed:
+        with taps:
+            left_NLD = flow.run(index, block, batch, leaf_NLD.clone())  # a block may change its input in place, but no leaf
+        pairs = [(left_NLD, flow.outputs[batch].to(device)), *handed()]
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+    assert leaf_NLD.grad is not None
+    return leaf_NLD.grad
+
+
+@contextmanager
+def frozen(block: nn.Module) -> Iterator[None]:
+    """No gradients are kept at the parameters of a live model."""
+    wanted = [p for p in block.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+class Shared:
+    """What blocks leave in a mapping of their calls for the blocks behind them, as layers do that share keys and values: gradients come back
+    through it too. Calls of one micro-batch hold the same mapping, so its id and the key tell what it is.
+    """
+
+    def __init__(self) -> None:
+        self._writer: dict[tuple[int, Hashable], int] = {}
+        self._owed: dict[tuple[int, Hashable], list[Tensor | None]] = {}  # gradient of each tensor, from the blocks behind
+
+    @contextmanager
+    def written(self, index: int, call: Call) -> Iterator[None]:
+        """Around a block's first run: the new entries are its own."""
+        before = {place for place, _, _ in _entries(call)}
+        yield
+        self._writer |= {place: index for place, _, _ in _entries(call) if place not in before}
+
+    @contextmanager
+    def lent(self, index: int, call: Call) -> Iterator[Callable[[], list[tuple[Tensor, Tensor]]]]:
+        """Around a block's second run and its backward pass: earlier blocks' entries are leaves, whose gradients are kept for their writers.
+
+        Gives a function that names, after the run, (tensor, gradient) of the block's own entries.
+        """
+        leaves: dict[tuple[int, Hashable], list[Tensor]] = {}
+        for place, mapping, tensors in _entries(call):
+            if self._writer.get(place, -1) >= index:
+                del mapping[place[1]]
+            else:
+                leaves[place] = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+                mapping[place[1]] = tuple(leaves[place]) if isinstance(mapping[place[1]], tuple) else leaves[place][0]
+        yield lambda: [pair for place, _, tensors in _entries(call) if place not in leaves for pair in self._due(place, tensors)]
+        for place, lent in leaves.items():
+            owed = self._owed.get(place, [None] * len(lent))
+            self._owed[place] = [_sum(before, leaf.grad) for before, leaf in zip(owed, lent, strict=True)]
+
+    def _due(self, place: tuple[int, Hashable], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        owed = self._owed.pop(place, [None] * len(tensors))
+        return [(t, gradient.to(t.device)) for t, gradient in zip(tensors, owed, strict=True) if gradient is not None]
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right.to(left.device)
+
+
+def _entries(call: Call) -> list[tuple[tuple[int, Hashable], MutableMapping[Any, Any], list[Tensor]]]:
+    """((id of the mapping, key), mapping, tensors) of all that the mappings of a call hold; the tensors of an entry stand alone or in a tuple."""
+    mappings = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, MutableMapping)]
+    listed = [((id(m), key), m, list(value) if isinstance(value, tuple) else [value]) for m in mappings for key, value in m.items()]
+    return [entry for entry in listed if all(isinstance(t, Tensor) for t in entry[2])]

@@ -1,0 +1,142 @@
+"""Statistics that follow parameters, not modules: every product with a watched weight is seen, whoever computes it.
+
+C = input columns of a matrix, T = tokens.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llmprune.errors import StoppedError
+from llmprune.model.matrices import Matrix
+from llmprune.statistics.dataflow import Follow
+from llmprune.statistics.products import Products
+from llmprune.types import Stat, Stats
+
+PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
+
+
+class Reached(Exception):
+    """The forward has come to a matrix behind the ones that are watched."""
+
+
+class Watch(TorchFunctionMode):
+    """Sums what enters each watched matrix while it is active; inputs that several matrices share are summed once.
+
+    ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
+    Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
+    first matrix that used it; ``own`` what each matrix was last given. ``follow`` is told of every operation; ``until`` names matrices whose use
+    ends the forward by ``Reached``.
+    """
+
+    def __init__(
+        self, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], follow: Follow | None = None, until: list[Matrix] | None = None
+    ) -> None:
+        super().__init__()
+        self.needs = needs
+        self.inputs: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}
+        self._follow = follow
+        self._until = {m.name for m in until or ()}
+        self.seconds = 0.0  # spent on the sums
+        self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
+        self._products = Products(block, [*matrices, *(until or ())])
+        self._found: set[str] = set()  # matrices that were used at least once
+        self._tokens = dict.fromkeys(self.stats, 0)
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        used = self._products.uses(func, args, kwargs)
+        if any(use.matrix.name in self._until for use in used):
+            raise Reached
+        for use in used:
+            self._add(use.matrix, use.value)
+        out = func(*args, **kwargs)
+        if self._follow is not None:
+            if used:
+                single = used[0].place is None and not used[0].turned
+                self._follow.product([use.matrix.name for use in used], used[0].value if single else (args, kwargs), out, single)
+            else:
+                self._follow.other(func, args, kwargs, out)
+        return out
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+        self.inputs.clear()
+        self.own.clear()
+
+    def _add(self, matrix: Matrix, value: Tensor) -> None:
+        tokens = value.numel() // value.shape[-1]
+        if tokens == 0:  # an expert that got none; empty tensors share an address, so they would seem shared
+            return
+        self._tokens[matrix.name] += tokens
+        version = 0 if value.is_inference() else value._version  # a change in place makes it another input
+        key = (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype)
+        known = key in self._seen
+        if matrix.name not in self._found:
+            self._found.add(matrix.name)
+            if known:
+                self.stats[matrix.name] = self._seen[key][1]
+        if not known:
+            stats = self.stats[matrix.name]
+            self._seen[key] = (value, stats)
+            self.inputs[matrix.name] = value
+            began = perf_counter()
+            add_input(stats, value, self.needs)
+            self.seconds += perf_counter() - began
+        self.own[matrix.name] = value
+
+    def close(self) -> None:
+        """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""
+        self.next_batch()
+        for name, stats in self.stats.items():
+            if stats.tokens != self._tokens[name]:
+                raise StoppedError(f"{name}: saw {self._tokens[name]} tokens, its shared input {stats.tokens}", "report this architecture")
+        for stats in {id(s): s for s in self.stats.values()}.values():
+            finish(stats, next(name for name, own in self.stats.items() if own is stats))
+
+
+def finish(stats: Stats, name: str) -> None:
+    """Complete the sums of a matrix's inputs; raises StoppedError when one is not finite, or all inputs are zero."""
+    if stats.gram_CC is not None:
+        _mirror(stats.gram_CC)
+    total = stats.input_sq_C if stats.input_sq_C is not None else stats.gram_CC
+    if any(sums is not None and not bool(torch.isfinite(sums).all()) for sums in (total, stats.input_sum_C)):
+        raise StoppedError(f"{name}: the calibration inputs are not finite", "compute in --dtype float32, or check the model")
+    if total is not None and not bool(total.any()):
+        raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
+
+
+def add_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
+    """Add what enters a matrix, [..., C], to the sums that are asked for; of the Gram matrix only what lies on and under the diagonal's panels."""
+    value_TC = value.reshape(-1, value.shape[-1]).float()
+    stats.tokens += value_TC.shape[0]
+    width = value_TC.shape[1]
+    if "gram" in needs:
+        if stats.gram_CC is None:
+            stats.gram_CC = value_TC.new_zeros(width, width)
+        for a in range(0, width, PANEL):  # lower triangle, panel by panel
+            b = min(a + PANEL, width)
+            stats.gram_CC[a:b, :b].addmm_(value_TC[:, a:b].T, value_TC[:, :b])
+    if "input_sq" in needs:
+        squares_C = value_TC.square().sum(0)
+        stats.input_sq_C = squares_C if stats.input_sq_C is None else stats.input_sq_C.add_(squares_C)
+    if "input_sum" in needs:
+        sum_C = value_TC.sum(0)
+        stats.input_sum_C = sum_C if stats.input_sum_C is None else stats.input_sum_C.add_(sum_C)
+
+
+def _mirror(gram_CC: Tensor) -> None:
+    """Fill the upper triangle from the lower one, in place."""
+    width = gram_CC.shape[0]
+    for a in range(0, width, PANEL):
+        b = min(a + PANEL, width)
+        diagonal = gram_CC[a:b, a:b]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
+        gram_CC[a:b, b:] = gram_CC[b:, a:b].T

@@ -1,0 +1,53 @@
+"""A model whose blocks come one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.model.blocks import Walk
+
+
+class Stream(Protocol):
+    """A model whose blocks come one at a time. Blocks keep what ``keep`` was told of when they are loaded again."""
+
+    walk: Walk
+    names: list[str]  # path of every block
+
+    def path_of(self, index: int) -> str:
+        """Path of a block; of the head, which comes after the last one."""
+        ...
+
+    def block(self, index: int, dense: bool = False) -> AbstractContextManager[nn.Module]:
+        """A block in place (or the head, with all that ``outer`` has); as the source has it if ``dense``."""
+        ...
+
+    def outer(self) -> AbstractContextManager[None]:
+        """Embeddings, final norm and head in place."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Every block, embeddings, final norm and head in place."""
+        ...
+
+    def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
+        """The dtype that a block's parameter has on disk (or in the live model)."""
+        ...
+
+    def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
+        """Store these changed parameters of a loaded block; hashes of what was written. again: after the whole model has been pruned."""
+        ...
+
+    def trial(self) -> AbstractContextManager[None]:
+        """What is kept inside is forgotten at the end."""
+        ...
+
+    def device_of(self, index: int) -> torch.device: ...
+
+    scratch: Path | None  # folder for hidden states that do not fit in memory
+    width: Tensor | None  # the residual channels that come from the embeddings, the others start as zeros; None: all
