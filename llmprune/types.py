@@ -167,6 +167,7 @@ class Plan:
     polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
     mean_bias: bool = False  # biases make up for the means of what goes
+    seed: int = 0  # of everything that is drawn at random
     ours: bool = True  # not a paper's own recipe: statistics of few tokens are trusted less
 
     @property

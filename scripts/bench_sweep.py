@@ -20,7 +20,7 @@ import torch
 from bench_speed import SHAPES, Task, make
 
 from llmprune.data.windows import Windows
-from llmprune.recipe.recipe import recipes
+from llmprune.recipe.recipe import recipes_of_sweep
 from llmprune.run.job import run
 from llmprune.run.prepare import Job, prepare
 from llmprune.run.sweep import prepare_sweep, run_sweep
@@ -57,7 +57,7 @@ def main() -> None:
         make(Task("make", model, asdict(SHAPES["134m"]), length=options.length))
         print("| | four runs | sweep | ratio | quick sweep | ratio |\n|---|---|---|---|---|---|")
         for method in options.methods:
-            asked = recipes(None, {"model": model, "accept_damage": True}, [method], SPARSITIES, ["unstructured"])
+            asked = recipes_of_sweep(None, {"model": model, "accept_damage": True}, [method], SPARSITIES, ["unstructured"])
             alone = 0.0
             for number, recipe in enumerate(asked):
                 one = recipe.model_copy(update={"output": str(Path(folder) / f"{method}{number}")})

@@ -129,11 +129,11 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Prune by many methods, patterns and sparsities under one calibration: a table and a plot of perplexity against sparsity."""
-    from llmprune.recipe.recipe import Recipe, recipes
+    from llmprune.recipe.recipe import Recipe, recipes_of_sweep
     from llmprune.recipe.values import listed
 
     base = {k: v for k, v in locals().items() if k in Recipe.model_fields and k != "output" and not (v is None or v is False or v == [])}
-    asked = recipes(Path(recipe) if recipe else None, base, listed(methods), listed(sparsities), listed(patterns))
+    asked = recipes_of_sweep(Path(recipe) if recipe else None, base, listed(methods), listed(sparsities), listed(patterns))
     announce(asked[0].model, as_json)
     from llmprune.report.tables import print_sweep
     from llmprune.run.sweep import prepare_sweep, run_sweep

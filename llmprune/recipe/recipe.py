@@ -290,6 +290,7 @@ class Recipe(BaseModel):
             polish_steps=parts.polish_steps,
             accept_damage=self.accept_damage,
             mean_bias=parts.mean_bias,
+            seed=self.seed,
             ours=self.method is None,
         )
 
@@ -372,7 +373,7 @@ def _refusal(error: ValidationError) -> RequestError:
     return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
 
 
-def recipes(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
+def recipes_of_sweep(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
     """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
     found = []
     for method in methods:

@@ -12,7 +12,7 @@ from families import save_tiny, tiny_windows
 
 import llmprune
 from llmprune.data.windows import Windows
-from llmprune.recipe.recipe import recipes
+from llmprune.recipe.recipe import recipes_of_sweep
 from llmprune.run import sweep as sweeping
 from llmprune.run.sweep import prepare_sweep, run_sweep
 
@@ -22,7 +22,7 @@ SPARSITIES = ["0.3", "0.4", "0.5", "0.6"]
 
 def asked(small: tuple[object, ...], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[object]:
     base = {"model": "llama", "samples": 8, "sequence_length": 64, "eval": [str(small[-1])]}
-    return recipes(None, base, methods, sparsities, patterns)
+    return recipes_of_sweep(None, base, methods, sparsities, patterns)
 
 
 def test_rows_are_those_of_runs_of_their_own(cli: Cli, small: tuple[object, ...]) -> None:
@@ -86,7 +86,7 @@ def test_a_quick_sweep_of_one_block_is_a_sweep(tmp_path: Path) -> None:
     save_tiny("llama_one_block", tmp_path / "model")
     found = []
     for quick in (False, True):
-        asked = recipes(None, {"model": str(tmp_path / "model")}, ["wanda", "sparsegpt", "alps"], ["0.4", "0.7"], ["unstructured", "2:4"])
+        asked = recipes_of_sweep(None, {"model": str(tmp_path / "model")}, ["wanda", "sparsegpt", "alps"], ["0.4", "0.7"], ["unstructured", "2:4"])
         sweep = prepare_sweep(asked, tmp_path / f"quick{quick}", windows=tiny_windows(), quick=quick)
         sweep.job.data = replace(sweep.job.data, evaluation=(Windows(tiny_windows(4), "random tokens", "all"),))
         found.append(run_sweep(sweep))
