@@ -35,7 +35,8 @@ from llmprune.publish.hub import push as publish
 from llmprune.ratios.measured import dense_gradients, needs_of
 from llmprune.ratios.trials import decide
 from llmprune.recipe.named import COARSE
-from llmprune.recipe.recipe import Recipe, read_recipe
+from llmprune.recipe.reading import read_recipe
+from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
 from llmprune.results import Perplexity, Polished, Pushed
 from llmprune.run.job import Progress, quiet, run

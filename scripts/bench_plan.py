@@ -58,7 +58,7 @@ def child(model: str, options: dict[str, Any]) -> dict[str, Any]:
 
     import llmprune.api  # noqa: F401  (what a run imports is no part of it)
     from llmprune.benchmark.memory import forget_peak, peak_resident, resident
-    from llmprune.recipe.recipe import read_recipe
+    from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run
     from llmprune.run.prepare import prepare
 

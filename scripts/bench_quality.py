@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.errors import LlmpruneError
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
 

@@ -239,7 +239,7 @@ def _run_bare(task: Task, ids_NL: Any) -> dict[str, Any]:
 
 
 def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
-    from llmprune.recipe.recipe import read_recipe
+    from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run as run_job
     from llmprune.run.prepare import prepare
 

@@ -20,7 +20,7 @@ import torch
 from bench_speed import SHAPES, Task, make
 
 from llmprune.data.windows import Windows
-from llmprune.recipe.recipe import recipes_of_sweep
+from llmprune.recipe.reading import recipes_of_sweep
 from llmprune.run.job import run
 from llmprune.run.prepare import Job, prepare
 from llmprune.run.sweep import prepare_sweep, run_sweep

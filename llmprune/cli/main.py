@@ -73,7 +73,8 @@ def prune(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Prune a model into a folder that plain transformers loads."""
-    from llmprune.recipe.recipe import Recipe, read_recipe
+    from llmprune.recipe.reading import read_recipe
+    from llmprune.recipe.recipe import Recipe
 
     given = {k: v for k, v in locals().items() if k in Recipe.model_fields and not (v is None or v is False or v == [])}
     request = read_recipe(Path(recipe) if recipe else None, given)
@@ -129,7 +130,8 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Prune by many methods, patterns and sparsities under one calibration: a table and a plot of perplexity against sparsity."""
-    from llmprune.recipe.recipe import Recipe, recipes_of_sweep
+    from llmprune.recipe.reading import recipes_of_sweep
+    from llmprune.recipe.recipe import Recipe
     from llmprune.recipe.values import listed
 
     base = {k: v for k, v in locals().items() if k in Recipe.model_fields and k != "output" and not (v is None or v is False or v == [])}

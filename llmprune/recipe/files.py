@@ -8,8 +8,8 @@ from typing import Any
 from llmprune.errors import RequestError
 from llmprune.methods import names
 from llmprune.recipe.named import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QUALITIES, RECONSTRUCT, STRUCTURED, STRUCTURED_METHODS
-from llmprune.recipe.recipe import Recipe, keys, read_recipe
-from llmprune.recipe.refusals import BUDGETS
+from llmprune.recipe.reading import keys, read_recipe
+from llmprune.recipe.recipe import BUDGETS, Recipe
 from llmprune.recipe.user_criterion import refuse_code
 from llmprune.recipe.values import spelt
 

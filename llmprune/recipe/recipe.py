@@ -1,4 +1,4 @@
-"""The request: a TOML recipe with command-line flags on top, checked before anything heavy is imported."""
+"""The request as a value. ``llmprune.recipe.reading`` makes one of a TOML recipe and flags; ``refusals`` says what cannot be asked for together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
 
-from llmprune.errors import RequestError
-from llmprune.methods import build, check_name
+from llmprune.methods import build
 from llmprune.recipe.named import (
     COARSE,
     DEFAULT_QUALITY,
@@ -30,26 +29,16 @@ from llmprune.recipe.named import (
     Method,
     build_pattern,
     in_groups,
-    parse_block,
     parse_nm,
     split_solver,
 )
-from llmprune.recipe.refusals import (
-    BUDGETS,
-    check_allocation,
-    check_budget,
-    check_groups,
-    check_names,
-    check_parts,
-    check_structured,
-    refuse_structured,
-)
-from llmprune.recipe.user_criterion import UserCriterion, read_criterion, refuse_code
-from llmprune.recipe.values import read_count, read_share, read_toml
+from llmprune.recipe.user_criterion import UserCriterion
+from llmprune.recipe.values import read_count, read_share
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
 
+BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
 MOST_SPARSITY = 0.99  # where another budget decides
@@ -237,38 +226,6 @@ class Recipe(BaseModel):
             fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
 
-    def checked(self) -> Recipe:
-        """Self, when the fields agree with each other; RequestError otherwise."""
-        if self.structured:
-            check_budget(self, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
-            self._refuse_group()
-            check_structured(self)
-            check_names(self)
-            if self.pattern not in COARSE:
-                check_allocation(self)
-                check_parts(self)
-            return self
-        refuse_structured(self)
-        if not self.in_groups:
-            if self.pattern != "unstructured":
-                if self.pattern not in LINES:
-                    parse_block(self.pattern)
-                self._refuse_group()
-            check_budget(self, "add --sparsity 0.5, or --pattern 2:4")
-            if self.permute:
-                raise RequestError(f"channels reordered for pattern {self.pattern}", "only N:M gains by it; leave --permute out")
-        else:
-            check_groups(self)
-            self._refuse_group()
-        check_names(self)
-        check_allocation(self)
-        check_parts(self)
-        return self
-
-    def _refuse_group(self) -> None:
-        if self.group is not None:
-            raise RequestError(f"group {self.group!r} with pattern {self.pattern}", "groups are for unstructured; leave --group out")
-
     def plan(self, structure: Any = None) -> Plan:
         """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
         pattern is a structured one.
@@ -327,67 +284,3 @@ class Recipe(BaseModel):
                 value[key] = Path(value[key]).expanduser().resolve().name
         value["eval"] = [Path(e).name if Path(e).expanduser().exists() else e for e in self.eval]
         return value
-
-
-def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
-    stored = read_toml(path) if path else {}
-    _check_keys(stored)
-    refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
-    flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
-    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
-    for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
-        if flag in flags:
-            stored = {k: v for k, v in stored.items() if k not in replaced}
-    if flags.keys() & set(BUDGETS):  # one budget at a time
-        stored = {k: v for k, v in stored.items() if k not in BUDGETS}
-    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
-        stored.pop("polish_steps", None)
-    values = stored | flags
-    if "model" not in values:
-        raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")
-    try:
-        return Recipe(**values).checked()
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def keys() -> list[str]:
-    """What a recipe file may say: what leaves the machine is said by hand."""
-    return [name for name in Recipe.model_fields if name != "push"]
-
-
-def _check_keys(stored: dict[str, Any]) -> None:
-    """Raises RequestError for keys that are none, all of them at once."""
-    unknown = [key for key in stored if key not in keys()]
-    if len(unknown) > 1:
-        raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
-    for key in unknown:
-        check_name("recipe key", key, keys())
-
-
-def _refusal(error: ValidationError) -> RequestError:
-    """All values that a field cannot take."""
-    found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
-    hints = [f"{field}: {_description(field)}" for field in found]
-    return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
-
-
-def recipes_of_sweep(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
-    """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
-    found = []
-    for method in methods:
-        check_name("method", method, [*METHODS, *QUALITIES])
-        kind = {"method" if method in METHODS else "quality": method}
-        for pattern in patterns:
-            grouped = in_groups(pattern) and flags.get("allocation") in (None, "uniform")
-            shares: list[dict[str, Any]] = [{}] if grouped else [{"sparsity": s} for s in sparsities]
-            found += [read_recipe(path, flags | kind | {"pattern": pattern} | share) for share in shares]
-    if not found:
-        raise RequestError("a sweep of nothing", "give --methods wanda,balanced and --sparsities 0.5,0.6, or --patterns 2:4")
-    return found
-
-
-def _description(field: str) -> str:
-    known = Recipe.model_fields.get(field.split(".")[0])
-    return (known.description if known else None) or "see llmprune prune --help"

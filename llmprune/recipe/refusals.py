@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from llmprune.errors import RequestError
 from llmprune.methods import build, check_name, names
 from llmprune.recipe.named import (
@@ -18,13 +16,46 @@ from llmprune.recipe.named import (
     STRUCTURED_SOLVERS,
     TRIED,
     UNITS_ONLY,
+    parse_block,
     split_solver,
 )
+from llmprune.recipe.recipe import BUDGETS, Recipe
 
-if TYPE_CHECKING:
-    from llmprune.recipe.recipe import Recipe
 
-BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
+def check(recipe: Recipe) -> None:
+    """Raises RequestError for fields that contradict each other."""
+    if recipe.structured:
+        check_budget(recipe, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
+        refuse_group(recipe)
+        check_structured(recipe)
+    else:
+        refuse_structured(recipe)
+        check_zeros(recipe)
+    check_names(recipe)
+    if recipe.pattern not in COARSE:
+        check_allocation(recipe)
+        check_parts(recipe)
+
+
+def check_zeros(recipe: Recipe) -> None:
+    """Raises RequestError for a budget, a group or an order that a pattern of zeros contradicts."""
+    if recipe.in_groups:
+        check_groups(recipe)
+        refuse_group(recipe)
+        return
+    if recipe.pattern != "unstructured":
+        if recipe.pattern not in LINES:
+            parse_block(recipe.pattern)
+        refuse_group(recipe)
+    check_budget(recipe, "add --sparsity 0.5, or --pattern 2:4")
+    if recipe.permute:
+        raise RequestError(f"channels reordered for pattern {recipe.pattern}", "only N:M gains by it; leave --permute out")
+
+
+def refuse_group(recipe: Recipe) -> None:
+    """Raises RequestError where something else than single weights competes."""
+    if recipe.group is not None:
+        raise RequestError(f"group {recipe.group!r} with pattern {recipe.pattern}", "groups are for unstructured; leave --group out")
 
 
 def check_budget(recipe: Recipe, hint: str) -> None:

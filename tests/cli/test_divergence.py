@@ -50,7 +50,7 @@ def test_a_pruned_head_is_compared_with_the_dense_one(tmp_path: Path, monkeypatc
     from dataclasses import replace
 
     from llmprune.data.windows import Windows
-    from llmprune.recipe.recipe import read_recipe
+    from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run
     from llmprune.run.prepare import prepare
 

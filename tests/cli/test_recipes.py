@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.recipe.files import schema
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SCHEMA = ROOT / "recipes" / "recipe.schema.json"

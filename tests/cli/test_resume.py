@@ -15,7 +15,7 @@ from faults.runs import contents, small_text
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
 

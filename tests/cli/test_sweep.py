@@ -12,7 +12,7 @@ from families import save_tiny, tiny_windows
 
 import llmprune
 from llmprune.data.windows import Windows
-from llmprune.recipe.recipe import recipes_of_sweep
+from llmprune.recipe.reading import recipes_of_sweep
 from llmprune.run import sweep as sweeping
 from llmprune.run.sweep import prepare_sweep, run_sweep
 

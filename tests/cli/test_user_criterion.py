@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 import llmprune
 from llmprune.errors import LlmpruneError, RequestError
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 
 WANDA = '''"""Magnitude times the norm of the input."""
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, deserialize
 
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import LlmpruneError
-from llmprune.recipe.recipe import Recipe, read_recipe
+from llmprune.recipe.reading import read_recipe
+from llmprune.recipe.recipe import Recipe
 
 NUMBERS = st.one_of(st.integers(-2, 20), st.integers(), st.floats(), st.booleans(), st.none())
 ANYTHING = st.recursive(

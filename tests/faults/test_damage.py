@@ -14,7 +14,7 @@ import torch
 from faults.runs import TINY, contents, small_text
 
 import llmprune
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
 

@@ -13,7 +13,7 @@ from families import tiny_windows
 
 import llmprune
 from llmprune.errors import RequestError
-from llmprune.recipe.recipe import read_recipe
+from llmprune.recipe.reading import read_recipe
 from llmprune.run.prepare import prepare
 from llmprune.statistics import stages as statistics
 

@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from llmprune.checkpoint.resolve import BUNDLED, open_source
 from llmprune.checkpoint.source import Source
 from llmprune.publish.card import CARD, card
-from llmprune.recipe.recipe import Recipe, read_recipe
+from llmprune.recipe.reading import read_recipe
+from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Measured, Report
 from llmprune.results import Perplexity
 

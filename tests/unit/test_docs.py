@@ -13,7 +13,8 @@ import typer
 
 from llmprune.cli.console import app
 from llmprune.cli.main import prune  # noqa: F401  the commands are added to the application
-from llmprune.recipe.recipe import Recipe, read_recipe
+from llmprune.recipe.reading import read_recipe
+from llmprune.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,0 +1,82 @@
+"""A recipe read: a TOML file with command-line flags on top, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmprune.errors import RequestError
+from llmprune.methods import check_name
+from llmprune.recipe.named import METHODS, QUALITIES, in_groups
+from llmprune.recipe.recipe import BUDGETS, NAMED, Recipe
+from llmprune.recipe.refusals import check
+from llmprune.recipe.user_criterion import read_criterion, refuse_code
+from llmprune.recipe.values import read_toml
+
+
+def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
+    stored = read_toml(path) if path else {}
+    _check_keys(stored)
+    refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
+    flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
+    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
+    for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
+        if flag in flags:
+            stored = {k: v for k, v in stored.items() if k not in replaced}
+    if flags.keys() & set(BUDGETS):  # one budget at a time
+        stored = {k: v for k, v in stored.items() if k not in BUDGETS}
+    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
+        stored.pop("polish_steps", None)
+    values = stored | flags
+    if "model" not in values:
+        raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    check(recipe)
+    return recipe
+
+
+def keys() -> list[str]:
+    """What a recipe file may say: what leaves the machine is said by hand."""
+    return [name for name in Recipe.model_fields if name != "push"]
+
+
+def _check_keys(stored: dict[str, Any]) -> None:
+    """Raises RequestError for keys that are none, all of them at once."""
+    unknown = [key for key in stored if key not in keys()]
+    if len(unknown) > 1:
+        raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
+    for key in unknown:
+        check_name("recipe key", key, keys())
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """All values that a field cannot take."""
+    found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
+    hints = [f"{field}: {_description(field)}" for field in found]
+    return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
+
+
+def recipes_of_sweep(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
+    """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
+    found = []
+    for method in methods:
+        check_name("method", method, [*METHODS, *QUALITIES])
+        kind = {"method" if method in METHODS else "quality": method}
+        for pattern in patterns:
+            grouped = in_groups(pattern) and flags.get("allocation") in (None, "uniform")
+            shares: list[dict[str, Any]] = [{}] if grouped else [{"sparsity": s} for s in sparsities]
+            found += [read_recipe(path, flags | kind | {"pattern": pattern} | share) for share in shares]
+    if not found:
+        raise RequestError("a sweep of nothing", "give --methods wanda,balanced and --sparsities 0.5,0.6, or --patterns 2:4")
+    return found
+
+
+def _description(field: str) -> str:
+    known = Recipe.model_fields.get(field.split(".")[0])
+    return (known.description if known else None) or "see llmprune prune --help"
