@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.export.layers import fewer_layers
-from llmprune.model.families import family_of
+from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.model.skeleton import MODULE, READABLE
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened

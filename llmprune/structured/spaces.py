@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
-from llmprune.model.families import TABLES, family_of
+from llmprune.model.families.lookup import TABLES, family_of
 from llmprune.model.families.table import HEADS, Cut, Family, Part, Residual, Scale
 from llmprune.model.matrices import Matrix, block_matrices
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -61,13 +62,34 @@ def room_of(file: str) -> str:
     return folder or name
 
 
-def test_folders_make_no_circle() -> None:
-    """Counting imports inside functions and those for types alone. Python has loaded the front door before any file in it, so it is no room here."""
+def folder_graph() -> dict[str, set[str]]:
+    """What each folder, or file of the root, imports, counting imports inside functions and those for types alone. Python loads the front door
+    before any file behind it, so it is not counted.
+    """
     graph: dict[str, set[str]] = {}
     for file, path in FILES.items():
         targets = {module_of(dotted) for _, dotted in imports(ast.parse(path.read_text(encoding="utf-8"))) if dotted} - {"__init__"}
         graph.setdefault(room_of(file), set()).update({room_of(target) for target in targets} - {room_of(file)})
-    assert list(TopologicalSorter(graph).static_order())
+    return graph
+
+
+def test_folders_make_no_circle() -> None:
+    assert list(TopologicalSorter(folder_graph()).static_order())
+
+
+WORDS = {"types", "errors", "results", "methods"}  # of the root: every folder may import them
+FOLDERS = sorted({file.rpartition("/")[0] for file in FILES} - {""})
+FORM = re.compile(r"[^\n]+\?\n\nWords: ([^\n]+(?:\n[^\n]+)*)\.\nImports: ([^\n]+)\.")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_says_what_it_is_for(folder: str) -> None:
+    """Its ``__init__`` holds a docstring and nothing else: a question, its words, and the folders that it imports, all of them and no others."""
+    tree = ast.parse(FILES[f"{folder}/__init__"].read_text(encoding="utf-8"))
+    assert len(tree.body) == 1
+    said = FORM.fullmatch(ast.get_docstring(tree) or "")
+    assert said, f"llmprune/{folder}/__init__.py: its docstring has another form"
+    assert said[2] == (", ".join(sorted(folder_graph()[folder] - WORDS)) or "none"), f"llmprune/{folder}/__init__.py"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -1,16 +1,6 @@
-"""Tables of the families: which units of a block go together, and what the family's config can express."""
+"""What about a family's blocks cannot be derived, and has to stand in a table?
 
-from __future__ import annotations
-
-from transformers import PreTrainedConfig
-
-from llmprune.model.families import fused, gated, mixtures, recurrent
-from llmprune.model.families.table import Family, Table
-
-TABLES: dict[str, Table] = gated.TABLES | fused.TABLES | mixtures.TABLES | recurrent.TABLES
-
-
-def family_of(config: PreTrainedConfig) -> Family | None:
-    """The table of a config's model_type; None when there is none."""
-    table = TABLES.get(config.model_type)
-    return None if table is None else table(config)
+Words: family (the table of a model_type), cut (one way to make a block smaller), part (where units lie in a parameter), residual (what touches the
+residual stream).
+Imports: none.
+"""
