@@ -38,7 +38,7 @@ DEFAULT_PROMPT = 512
 COMPILED_WARM_UP = 3  # rounds: a cache of fixed size is set up in the first, so torch.compile comes back to it once more
 QUIET = 0.5  # processes that ran on average in the minute before
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(llmprune.__file__).parent.parent
 
 
 @dataclass(frozen=True)
