@@ -1,3 +1,5 @@
+"""``python -m llmprune`` is the command line."""
+
 from llmprune.cli.main import main
 
 main()

@@ -1,19 +1,23 @@
 """Writes those parts of the pages in docs/ that the code says better: ``python scripts/make_docs.py``.
 
 A part stands between two comments, ``<!-- made: methods -->`` and ``<!-- end: methods -->``; the rest of a page is written by hand. methods are the
-docstrings of the methods' files (the first paragraph, which has the equation, as it is), recipes the first comments of the recipes.
+docstrings of the methods' files (the first paragraph, which has the equation, as it is), recipes the first comments of the recipes, folders the
+docstrings of the package's folders, loop the whole of ``llmprune/engine.py``.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from llmprune.methods import KINDS, document, names
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "recipes.md")
+PACKAGE = ROOT / "llmprune"
+PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "architecture.md")
 TITLES = {
     "criteria": ("Criteria", "`--criterion`: what scores a weight; the smallest scores go first."),
     "patterns": (
@@ -60,9 +64,49 @@ def comment(recipe: str) -> str:
     return " ".join(said)
 
 
+def folders() -> Iterator[str]:
+    """Markdown lines: the modules of the root, then each folder with its question, its words and its imports, the highest first."""
+    yield from ("| module of the root | |", "|---|---|")
+    for path in sorted(PACKAGE.glob("*.py")):
+        yield f"| `{path.name}` | {escaped(docstring(path).partition(chr(10) * 2)[0].replace(chr(10), ' '))} |"
+    yield ""
+    said = {path.parent.relative_to(PACKAGE).as_posix(): docstring(path) for path in PACKAGE.glob("*/**/__init__.py")}
+    for folder in in_floors({name: imports_in(text) for name, text in said.items()}):
+        question, words, imports = re.split(r"\n\nWords: |\nImports: ", said[folder])
+        yield from (
+            f"**`{folder}/`** {question}",
+            "",
+            *(escaped(f"- {line}".replace("\n", " ")) for line in (f"Words: {words}", f"Imports: {imports}")),
+            "",
+        )
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def imports_in(text: str) -> set[str]:
+    """What the last line of a folder's docstring names."""
+    return set(re.findall(r"[\w/]+", text.rpartition("Imports: ")[2]))
+
+
+def in_floors(imports: dict[str, set[str]]) -> list[str]:
+    """The folders so that each stands above all that it imports; those of one floor by name."""
+    below = {folder: targets & imports.keys() for folder, targets in imports.items()}
+    floors: dict[str, int] = {}
+    for folder in TopologicalSorter(below).static_order():
+        floors[folder] = 1 + max((floors[target] for target in below[folder]), default=0)
+    return sorted(floors, key=lambda folder: (-floors[folder], folder))
+
+
+def loop() -> Iterator[str]:
+    """The engine's file, unedited."""
+    yield from ("```python", (PACKAGE / "engine.py").read_text(encoding="utf-8").removesuffix("\n"), "```", "")
+
+
 def fresh(page: str) -> str:
     """The page with its made parts as they have to be now."""
-    for name, make in (("methods", methods), ("recipes", recipes)):
+    for name, make in (("methods", methods), ("recipes", recipes), ("folders", folders), ("loop", loop)):
         begin, end = f"<!-- made: {name} -->\n", f"<!-- end: {name} -->\n"
         if begin in page:
             before, rest = page.split(begin)
