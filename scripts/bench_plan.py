@@ -61,7 +61,9 @@ def child(model: str, options: dict[str, Any]) -> dict[str, Any]:
     from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run
     from llmprune.run.prepare import prepare
+    from llmprune.stream import heap
 
+    heap.steady()  # as the command line does
     ids_NL = torch.randint(5, 500, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     recipe = read_recipe(None, {"model": model, "output": f"{model}-out", "accept_damage": True} | options)
     if not forget_peak():

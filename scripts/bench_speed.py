@@ -242,7 +242,9 @@ def _run_folder(task: Task, ids_NL: Any) -> dict[str, Any]:
     from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run as run_job
     from llmprune.run.prepare import prepare
+    from llmprune.stream import heap
 
+    heap.steady()  # as the command line does
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=Path(task.model).parent) as output:
         flags = {"model": task.model, "output": f"{output}/out", "device": task.device} | _request(task)

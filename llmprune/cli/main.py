@@ -85,6 +85,7 @@ def prune(
     from llmprune.report.tables import print_report
     from llmprune.run.job import run
     from llmprune.run.prepare import prepare
+    from llmprune.stream import heap
 
     if request.push:
         check_destination(request.push, public, existing)
@@ -95,6 +96,7 @@ def prune(
         if as_json:
             print(json.dumps({"recipe": job.recipe.resolved(), "matrices": sum(map(len, job.matrices.values()))}))
         return
+    heap.steady()
     with progress_bars() as progress:
         report = run(job, progress)
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
@@ -139,10 +141,12 @@ def sweep(
     announce(asked[0].model, as_json)
     from llmprune.report.tables import print_sweep
     from llmprune.run.sweep import prepare_sweep, run_sweep
+    from llmprune.stream import heap
 
     prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
     if not as_json:
         out.print(at_home(prepared), soft_wrap=True, markup=False)
+    heap.steady()
     with progress_bars() as progress:
         report = run_sweep(prepared, progress)
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_sweep(report, out)

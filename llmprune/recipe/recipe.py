@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
 from llmprune.methods import build
 from llmprune.recipe.named import (
@@ -33,7 +33,7 @@ from llmprune.recipe.named import (
     split_solver,
 )
 from llmprune.recipe.user_criterion import UserCriterion
-from llmprune.recipe.values import read_count, read_share
+from llmprune.recipe.values import read_bytes, read_count, read_share
 
 if TYPE_CHECKING:
     from llmprune.types import Plan
@@ -43,6 +43,12 @@ NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what i
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
+
+
+SHARE = BeforeValidator(read_share, json_schema_input_type=float | str)
+Share = Annotated[float, SHARE]
+Count = Annotated[int, Field(gt=0), BeforeValidator(read_count, json_schema_input_type=int | str)]
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_input_type=int | str)]
 
 
 def _read_criterion(value: Any) -> Any:
@@ -58,13 +64,13 @@ class Recipe(BaseModel):
 
     model: str = Field(description="folder, Hub id or alias")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
-    sparsity: float | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
-    target_params: int | None = Field(None, gt=0, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
-    target_size: int | None = Field(None, gt=0, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
-    target_latency_ratio: float | None = Field(
-        None, gt=0, lt=1, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
+    sparsity: Share | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
+    target_params: Count | None = Field(None, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
+    target_size: Bytes | None = Field(None, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
+    target_latency_ratio: Annotated[float, Field(gt=0, lt=1), SHARE] | None = Field(
+        None, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
     )
-    max_ppl_increase: float | None = Field(
+    max_ppl_increase: Share | None = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
     pattern: str = Field(
@@ -105,29 +111,17 @@ class Recipe(BaseModel):
     output: str | None = Field(None, description="folder of the result")
     push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
 
-    @field_validator("sparsity", mode="before", json_schema_input_type=float | str)
+    @field_validator("sparsity")
     @classmethod
-    def _read_sparsity(cls, value: Any) -> Any:
-        value = read_share(value)
-        if isinstance(value, float) and not 0 <= value < 1:
+    def _check_sparsity(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
             raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
         return value
 
-    @field_validator("target_params", "target_size", mode="before", json_schema_input_type=int | str)
+    @field_validator("max_ppl_increase")
     @classmethod
-    def _read_count(cls, value: Any) -> Any:
-        return read_count(value)
-
-    @field_validator("target_latency_ratio", mode="before", json_schema_input_type=float | str)
-    @classmethod
-    def _read_ratio(cls, value: Any) -> Any:
-        return read_share(value)
-
-    @field_validator("max_ppl_increase", mode="before", json_schema_input_type=float | str)
-    @classmethod
-    def _read_increase(cls, value: Any) -> Any:
-        value = read_share(value)
-        if isinstance(value, float) and not 0 < value <= MOST_INCREASE:
+    def _check_increase(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= MOST_INCREASE:
             raise ValueError(f'is outside 0 < increase <= {MOST_INCREASE:g} (five per cent is 0.05 or "5%")')
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -12,27 +13,39 @@ from typing import Any
 from llmprune.errors import RequestError
 
 MAX_RECIPE = 1 << 20
-FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+NUMBER = r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 def read_share(value: Any) -> Any:
-    """A number, or a text such as 0.5 or 50%, as a float; anything else as it is."""
+    """A number, or a text such as 0.5, 5e-1 or 50%, as a float; anything else as it is."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([-+]?\d*\.?\d+)\s*(%?)\s*", value)
+        match = re.fullmatch(rf"\s*([-+]?){NUMBER}(%?)\s*", value)
         if not match:
-            raise ValueError("is no number")
-        return float(match[1]) / (100 if match[2] else 1)
+            raise ValueError("is not a number")
+        return float(match[1] + match[2]) / (100 if match[3] else 1)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def read_count(value: Any) -> Any:
-    """A number, or a text such as 900M, 0.9B or 1.2GB, as a whole number; anything else as it is."""
+    """A number, or a text such as 900M, 0.9B (billion) or 9e8, as a whole number; anything else as it is."""
+    return _scaled(value, COUNTS, "is not a count (write 900000000, 9e8, 900M or 0.9B)")
+
+
+def read_bytes(value: Any) -> Any:
+    """A number of bytes, or a text such as 500B, 900MB, 1.2G or 1.2e9, as a whole number; anything else as it is."""
+    return _scaled(value, BYTES, "is not a number of bytes (write 1200000000, 1.2e9 or 1.2GB)")
+
+
+def _scaled(value: Any, units: dict[str, float], wrong: str) -> Any:
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kKmMbBgG]?)[bB]?\s*", value)
-    if not match:
-        raise ValueError("is no count (write 900000000, 900M or 0.9B; 1.2GB of bytes)")
-    return round(float(match[1]) * FACTORS[match[2].lower()])
+    match = re.fullmatch(rf"{NUMBER}([a-zA-Z]*)\s*", value)
+    scaled = float(match[1]) * units.get(match[2].lower(), math.inf) if match else math.inf
+    if not scaled < math.inf:
+        raise ValueError(wrong)
+    return round(scaled)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

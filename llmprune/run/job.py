@@ -40,7 +40,6 @@ from llmprune.run.preflight import check_output
 from llmprune.run.prepare import Job, asked_windows, describe, described, environment
 from llmprune.run.resume import finished_parts, polish_to_json
 from llmprune.statistics.gradients import LossGradients
-from llmprune.stream import heap
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.stream import Stream
@@ -57,7 +56,6 @@ def quiet(step: str, done: int, total: int) -> None:
 def run(job: Job, progress: Progress = quiet) -> Report:
     """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
-    heap.steady()
     data = job.data
     journal = Journal(job.output, job.identity, job.restart)
     try:

@@ -34,7 +34,6 @@ from llmprune.run.job import Progress, quiet, ratios_of
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, environment, prepare
 from llmprune.statistics.gradients import LossGradients
-from llmprune.stream import heap
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.types import Plan, Stat
@@ -87,7 +86,6 @@ def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
 
 def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     """Every row that an interrupted sweep of the same request has not finished. The output appears whole, or not at all."""
-    heap.steady()
     job = sweep.job
     identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
     journal = Journal(job.output, identity, job.restart)

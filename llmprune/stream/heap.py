@@ -18,8 +18,10 @@ GROWTH = 1.05  # of that, until what is free goes back
 
 
 def steady() -> None:
-    """One heap for all threads, without the large tensors; it shrinks only when told to. By itself glibc would come to put tensors of up to 32 MiB
+    """One heap for all threads, without the large tensors; it shrinks only when trimmed. By itself glibc would come to put tensors of up to 32 MiB
     among small objects that outlive them, give every thread a heap of its own, and give back the end of a heap at every chance.
+
+    It holds for the process until its end, so it is for the command line, never for a library's caller.
     """
     if GLIBC is not None:
         GLIBC.mallopt(M_MMAP_THRESHOLD, LARGE)

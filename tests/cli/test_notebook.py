@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.runner import Cli
 from families import tiny_model, tiny_windows
 from pages import read_page
 from rich.console import Console
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.stream import heap
 
 HOSTILE = "<script>alert(1)</script> [bold]&"
 
@@ -106,3 +108,30 @@ def test_a_live_model_tells_too(options: dict[str, Any], names: set[str]) -> Non
         zeros = sum(int((value == 0).sum()) for value in model.parameters())
         left = model.num_parameters() - zeros
     assert f"{left:,} of" in text
+
+
+class Allocator:
+    """Notes what would change the process's allocator for good."""
+
+    def __init__(self) -> None:
+        self.changed: list[int] = []
+
+    def mallopt(self, option: int, value: int) -> int:
+        self.changed.append(option)
+        return 1
+
+    def malloc_trim(self, pad: int) -> int:
+        return 1
+
+
+def test_only_the_command_line_changes_how_the_process_allocates(asked: dict[str, Any], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator()
+    monkeypatch.setattr(heap, "GLIBC", allocator)
+    llmprune.prune("llama", pattern="2:4", method="magnitude", **asked)
+    assert allocator.changed == []
+    words = ("--samples", 4, "--sequence-length", 64, "--eval", asked["eval"][0])
+    assert cli("--model", "llama", "--pattern", "2:4", "--method", "magnitude", *words).code == 0
+    assert heap.M_ARENA_MAX in allocator.changed
+    allocator.changed.clear()
+    assert cli("sweep", "--model", "llama", "--methods", "magnitude", "--patterns", "2:4", "--output", "swept", *words).code == 0
+    assert heap.M_ARENA_MAX in allocator.changed
