@@ -1,4 +1,4 @@
-"""Writes those parts of the pages in docs/ that the code says better: ``python scripts/make_docs.py``.
+"""Writes those parts of the pages in docs/ that are generated from the code: ``python scripts/make_docs.py``.
 
 A part stands between two comments, ``<!-- made: methods -->`` and ``<!-- end: methods -->``; the rest of a page is written by hand. methods are the
 docstrings of the methods' files (the first paragraph, which has the equation, as it is), recipes the first comments of the recipes, folders the
@@ -19,12 +19,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llmprune"
 PAGES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "recipes.md", ROOT / "docs" / "architecture.md")
 TITLES = {
-    "criteria": ("Criteria", "`--criterion`: what scores a weight; the smallest scores go first."),
+    "criteria": ("Criteria", "`--criterion`: what scores a weight; the smallest scores are dropped first."),
     "patterns": (
         "Patterns",
-        "`--pattern`: which shapes of zeros are allowed. Those that make a model smaller have a [page of their own](structured.md).",
+        "`--pattern`: which shapes of zeros are allowed. Those that make a model smaller have a [separate page](structured.md).",
     ),
-    "solvers": ("Solvers", "`--solver`: what chooses the mask, by the scores or by its own, and repairs the weights that stay."),
+    "solvers": ("Solvers", "`--solver`: what chooses the mask, by the criterion's scores or its own, and repairs the kept weights."),
     "allocation": ("Allocations", "`--allocation`: how one budget is shared out over the matrices."),
 }
 PLAIN = re.compile(r"(``.+?``|https?://[^\s,;]+)")  # code and links, in which nothing is escaped
@@ -42,7 +42,7 @@ def methods() -> Iterator[str]:
 
 
 def escaped(text: str) -> str:
-    """Text in which Markdown takes nothing for its own, but code and links."""
+    """Text with Markdown's characters escaped, except in code and links."""
     parts = PLAIN.split(text)
     return "".join(part.replace("``", "`") if i % 2 else re.sub(r"([*_<\[])", r"\\\1", part) for i, part in enumerate(parts))
 
