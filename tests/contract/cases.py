@@ -10,12 +10,16 @@ Shapes: R = output rows, C = input columns, T = tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from folded import Case, Test, without
 from torch import Tensor
 
 from llmprune.maths.linalg import notes_of
@@ -113,6 +117,25 @@ def fixed(pattern: Pattern) -> bool:
 
 def each(things: list[Any]) -> list[Any]:
     return [pytest.param(t, id=t.id) for t in things]
+
+
+def every(combos: list[Combo]) -> Callable[[Test], Test]:
+    """Call the test for each; combos that differ in nothing but the pattern's variant (N and M, block, group) are folded into one test."""
+    families: dict[str, list[Combo]] = {}
+    for combo in combos:
+        families.setdefault(re.sub(r"\[[^]]*\]", "", combo.id), []).append(combo)
+
+    def fold(test: Test) -> Test:
+        @functools.wraps(test)
+        def run(family: list[Combo], **given: Any) -> None:
+            for combo in family:
+                with Case(combo.id):
+                    test(combo=combo, **given)
+
+        cases = [pytest.param(family, id=name) for name, family in families.items()]
+        return pytest.mark.parametrize("family", cases)(without(run, test, "combo", instead=("family",)))
+
+    return fold
 
 
 def generator(seed: int) -> torch.Generator:

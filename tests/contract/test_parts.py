@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from folded import folded
 from torch import Tensor
 
 from contract.cases import (
@@ -71,7 +72,7 @@ def test_recipes_of_papers_name_methods_that_exist() -> None:
         build("patterns", "unstructured", group=method.group)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@folded("dtype", [torch.float32, torch.float64])
 @all_criteria
 def test_scores_are_numbers_of_the_weights_shape_and_dtype(made: Made, dtype: torch.dtype) -> None:
     for rows, columns in SHAPES:
@@ -178,8 +179,8 @@ def shared(made: Made, sizes: dict[str, int], sparsity: float, silent: str = "")
     return ratios
 
 
-@pytest.mark.parametrize("silent", ["", "a", "block.0.q"])
-@pytest.mark.parametrize("sizes", SIZES, ids=["one", "unlike", "blocks"])
+@folded("silent", ["", "a", "block.0.q"])
+@folded("sizes", SIZES)
 @all_allocations
 def test_an_allocation_spends_the_budget(made: Made, sizes: dict[str, int], silent: str) -> None:
     before = dict(sizes)
