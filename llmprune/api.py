@@ -155,7 +155,7 @@ def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: A
 @contextmanager
 def _as_for_inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients, with one product an expert so that each can be watched; all as before afterwards."""
-    experts, training = model.config._experts_implementation, model.training
+    experts, modes = model.config._experts_implementation, {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     model.set_experts_implementation("eager")
@@ -165,7 +165,9 @@ def _as_for_inference(model: Any) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         model.set_experts_implementation(experts)
-        model.train(training)
+        model.train(modes[model])
+        for module, training in modes.items():  # some may be frozen in evaluation mode
+            module.training = training
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,7 +77,8 @@ def lay_out(path: Path, header: bytes, size: int) -> None:
     with opened(path, os.O_CREAT | os.O_RDWR) as handle:
         try:
             os.ftruncate(handle, size)
-            os.posix_fallocate(handle, 0, size)
+            if sys.platform != "darwin":  # which has no such call: there a disk that is full shows when the tensors are written
+                os.posix_fallocate(handle, 0, size)
             write_range(handle, 0, header)
         except OSError as error:
             raise StoppedError(f"{path.name}: {error.strerror} for {size:,} bytes", "free some space, then the same command goes on") from None

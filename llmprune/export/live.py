@@ -121,12 +121,17 @@ def _fill(smaller: PreTrainedModel, state: dict[str, Tensor]) -> None:
 
 
 def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Device, mode, and which parameters are trained."""
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    """Device, every module's mode, and which parameters are trained."""
     for name, parameter in smaller.named_parameters():
-        old = name
-        if name.startswith(f"{path}."):
-            number, _, rest = name.removeprefix(f"{path}.").partition(".")
-            old = f"{path}.{kept[int(number)]}.{rest}"
-        parameter.requires_grad_(trained[old])
-    smaller.to(model.device).train(model.training)  # type: ignore[arg-type]
+        parameter.requires_grad_(model.get_parameter(_old_name(name, path, kept)).requires_grad)
+    smaller.to(model.device)  # type: ignore[arg-type]
+    for name, module in smaller.named_modules():
+        module.training = model.get_submodule(_old_name(name, path, kept)).training
+
+
+def _old_name(name: str, path: str, kept: Sequence[int]) -> str:
+    """What a parameter or module of the smaller model is called in the whole one."""
+    if not name.startswith(f"{path}."):
+        return name
+    number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+    return f"{path}.{kept[int(number)]}{dot}{rest}"

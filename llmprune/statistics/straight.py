@@ -136,7 +136,7 @@ class Paused:
                 work(self._pause)
         except _Ended:
             pass
-        except BaseException as error:
+        except BaseException as error:  # of whatever kind: it is raised in the thread that waits, where a call of the work would have raised it
             self._error = error
         finally:
             self._back.release()

@@ -10,15 +10,29 @@ from llmprune.errors import RequestError, first_line
 
 
 def choose_device(device: str) -> torch.device:
-    """The device asked for; "auto" is what accelerate finds best."""
+    """The device asked for; "auto" is what accelerate finds best, or the CPU where that has no float64, in which sums are taken (Apple's ``mps``).
+
+    Raises RequestError.
+    """
     if device == "auto":
-        return torch.device(PartialState().default_device)
+        best = torch.device(PartialState().default_device)
+        return best if _has_float64(best) else torch.device("cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"device {device!r}: {first_line(error)[:120]}", "give auto, cpu, or a device that torch sees") from None
+    if not _has_float64(chosen):
+        raise RequestError(f"device {device!r}: has no float64, which sums and solvers need", "--device cpu")
     return chosen
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
 
 
 def choose_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtype:

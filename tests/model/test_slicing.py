@@ -9,10 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from cuts import NAMES, ROUNDING, blocks_of, cases, generates_alike, logits, masked, passed_by, random_keeps, reloaded, table, tiny, without_experts
+from cuts import (
+    NAMES,
+    ROUNDING,
+    WINDOWS,
+    blocks_of,
+    cases,
+    generates_alike,
+    logits,
+    masked,
+    passed_by,
+    random_keeps,
+    reloaded,
+    table,
+    tiny,
+    without_experts,
+)
 from families import FAMILIES
 from torch import Tensor, nn
 
+import llmprune
 from llmprune.errors import RequestError
 from llmprune.export.config import export
 from llmprune.export.live import slice_model
@@ -194,6 +210,16 @@ def test_what_is_trained_and_how_it_computes_is_taken_over() -> None:
     assert sliced.training
     assert {p.dtype for p in sliced.parameters()} == {torch.bfloat16}
     assert not any(p.is_meta for p in [*sliced.parameters(), *sliced.buffers()])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channels"])
+def test_a_live_model_keeps_the_mode_of_every_module(pattern: str) -> None:
+    model = tiny("llama").train()
+    model.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    report = llmprune.prune(model, 0.5, pattern, calibration=WINDOWS)
+    for result in [model] if report.model is None else [model, report.model]:
+        assert {name: module.training for name, module in result.named_modules()} == modes
 
 
 def test_no_table_no_cut() -> None:
