@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from llmprune.checkpoint.aliases import ALIASES
+from llmprune.checkpoint.companions import NOT_FETCHED
 from llmprune.checkpoint.quantised import plain
 from llmprune.checkpoint.source import Source, open_folder
 from llmprune.errors import RequestError
 
 BUNDLED = Path(__file__).parent.parent / "data" / "bundled"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 
 
 def is_bundled(model: str) -> bool:
@@ -41,7 +41,7 @@ def _download(repo: str, revision: str | None) -> Source:
 
     hint = "check the id and your network; gated models need `hf auth login`"
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(WANTED), ignore_patterns=["original/*", "*/*"]))
+        folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=list(NOT_FETCHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub says: {first[:160]}", hint) from None

@@ -12,24 +12,9 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
+from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import CHUNK, lay_out, make_folder, opened, read_range, sync_file, sync_folder, to_json, write_range, write_whole
 from llmprune.checkpoint.source import INDEX, Source, read_tensor
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 class Sink:
@@ -122,6 +107,9 @@ class Sink:
                     for start in range(entry.start, entry.end, CHUNK):
                         write_range(target, start, read_range(source, start, min(CHUNK, entry.end - start), file))
                 sync_file(target)
+        for path in (self.source.folder / "config.json", self.source.folder / INDEX):
+            if path.is_file():
+                write_whole(self.folder / path.name, path.read_bytes())
         copy_companions(self.source.folder, self.folder)
 
     def _finish_decoded(self) -> None:
@@ -131,21 +119,10 @@ class Sink:
         write_whole(self.folder / "config.json", to_json(self.source.config))
         if self.source.headers.keys() != {"model.safetensors"}:
             write_whole(self.folder / INDEX, to_json(self.source.index))
-        copy_companions(self.source.folder, self.folder, ("config.json", INDEX))
+        copy_companions(self.source.folder, self.folder)
 
     def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}
         for key in keys:
             files.setdefault(self.source.tensors[key].file, []).append(key)
         return files
-
-
-def companions(source: Path) -> list[Path]:
-    """The files that belong to a model's weights."""
-    return [path for pattern in COMPANIONS for path in sorted(source.glob(pattern)) if path.is_file()]
-
-
-def copy_companions(source: Path, folder: Path, without: tuple[str, ...] = ()) -> None:
-    for path in companions(source):
-        if path.name not in without:
-            write_whole(folder / path.name, path.read_bytes())

@@ -10,13 +10,13 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.companions import TOKENIZER, companions, matches
 from llmprune.checkpoint.files import CHUNK, read_range
 from llmprune.errors import RequestError, StoppedError
 from llmprune.maths.linalg import all_finite
@@ -25,10 +25,7 @@ MAX_JSON = 64 << 20
 MAX_HEADER = 100 << 20
 MAX_TENSORS = 400_000  # of a checkpoint; the largest mixtures, with scales of their own for every expert, hold half of that
 # Files beside the weights that are read whole, by us or by the tokenizer's library.
-READ_WHOLE = (
-    *("*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "*.tiktoken", "chat_template*"),
-)
+READ_WHOLE = ("*config.json", "*.index.json", *TOKENIZER)
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 FIRST_NUMBER = re.compile(r"(|.*?\.)(\d{1,9})(?:\.|$)")  # in model.layers.7.mlp.experts.3.weight: the block's
 INDEX = "model.safetensors.index.json"
@@ -207,14 +204,14 @@ def check_places(folder: Path) -> None:
     Raises RequestError: a link to elsewhere would carry a stranger's choice of file into the output.
     """
     own = folder.resolve()
-    homes = (own, (own.parent.parent / "blobs").resolve()) if own.parent.name == "snapshots" else (own,)
-    for path in sorted(folder.iterdir()):
-        place = Path(os.path.realpath(path))  # which a loop of links does not stop
-        if path.is_symlink() and not path.is_dir() and place.parent not in homes:
-            raise RequestError(f"{folder.name}/{path.name}: a link that leads out of the folder", "put the file itself there, or give its own folder")
+    blobs = (own.parent.parent / "blobs").resolve() if own.parent.name == "snapshots" else own
+    for path in sorted({*folder.iterdir(), *companions(folder)}):
+        name, place = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))  # which a loop of links does not stop
+        if path.is_symlink() and not path.is_dir() and place.parent not in (own, blobs, path.parent.resolve()):
+            raise RequestError(f"{folder.name}/{name}: a link that leads out of the folder", "put the file itself there, or give its own folder")
         if place.exists() and not place.is_file() and not place.is_dir():
-            raise RequestError(f"{folder.name}/{path.name}: is no file, but a pipe or a device", "remove it")
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in READ_WHOLE):
+            raise RequestError(f"{folder.name}/{name}: is no file, but a pipe or a device", "remove it")
+        if path.is_file() and matches(name, READ_WHOLE):
             check_size(path)
 
 

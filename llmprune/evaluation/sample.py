@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.checkpoint.source import Source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
@@ -23,7 +24,6 @@ from llmprune.stream.whole import WholeStream
 PROMPT = "The first thing to know about a river is"  # nobody's data: the report may be published
 TOKENS = 32
 MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides alike
-TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
     size = count_parameters(stream.skeleton) * stream.dtype.itemsize
     if stream.resumable and size > MOST_BYTES:
         return f"the model takes {size / 1e9:,.1f} GB at once, and samples are written up to {MOST_BYTES / 1e9:.1f} GB"
-    if not any(path for pattern in TOKENIZERS for path in source.folder.glob(pattern)):
+    if not tokenizer_files(source.folder):
         return "the checkpoint has no tokenizer"
     try:
         tokenizer = load_tokenizer(source.folder)

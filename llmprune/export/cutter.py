@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.loader import Loader
 from llmprune.checkpoint.names import revert
 from llmprune.checkpoint.shards import Shape, Shards
-from llmprune.checkpoint.sink import copy_companions
-from llmprune.checkpoint.source import DTYPES, INDEX
+from llmprune.checkpoint.source import DTYPES
 from llmprune.errors import ConversionError
 from llmprune.export.config import Export
 from llmprune.structured.slicing import Keeps, slice_parameters
@@ -111,7 +111,7 @@ def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: Bloc
     write_whole(folder / "config.json", to_json(exported.config))
     for name, text in exported.files.items():
         write_whole(folder / name, text.encode())
-    copy_companions(cutter.loader.source.folder, folder, ("config.json", INDEX))
+    copy_companions(cutter.loader.source.folder, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

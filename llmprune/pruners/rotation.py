@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.shards import Shape, Shards
-from llmprune.checkpoint.sink import copy_companions
-from llmprune.checkpoint.source import DTYPES, INDEX, Source, open_folder
+from llmprune.checkpoint.source import DTYPES, Source, open_folder
 from llmprune.errors import RequestError
 from llmprune.model.families.table import Residual
 from llmprune.model.matrices import block_matrices
@@ -76,7 +76,7 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, progress:
         shards.put(source.read_many([key]))
     shards.sync()
     write_whole(folder / "config.json", to_json(source.config | {"tie_word_embeddings": False}))
-    copy_companions(source.folder, folder, ("config.json", INDEX))
+    copy_companions(source.folder, folder)
     return open_folder(folder, source.name, source.revision)
 
 

@@ -17,7 +17,6 @@ import shlex
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from llmprune.checkpoint.companions import TEMPLATES, TOKENIZER, matches
 from llmprune.checkpoint.files import UNHASHED, hash_file, to_json, write_whole
 from llmprune.checkpoint.manifest import read_manifest
-from llmprune.checkpoint.sink import COMPANIONS
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line
 from llmprune.publish.card import CARD, PLACE
@@ -38,15 +37,10 @@ MARK = ".push.json"
 
 OF_A_NEW_REPOSITORY = {".gitattributes"}  # what the Hub itself puts there
 
-WEIGHTS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json", "pt", "pth", "h5", "msgpack", "gguf", "onnx")
-
 # What an older model may have left in the repository that would be loaded with, or instead of, the new one. Licences and the rest stay.
 STALE = (
-    *(f"*.{suffix}" for suffix in WEIGHTS),
-    "*.py",
-    "adapter_config.json",
-    "report.html",
-    *(c for c in COMPANIONS if c[:6] not in ("LICENS", "NOTICE")),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"),
+    *("*.py", "adapter_config.json", "report.html", "config.json", "generation_config.json", *TOKENIZER),
 )
 
 
@@ -75,7 +69,7 @@ def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool 
 
 def plan(there: There, folder: Path, content: dict[str, bytes | Path], public: bool, existing: bool) -> Pushed:
     """What has to be done, if it may be. Nothing, where the repository holds all of it; so the commit whose answer was lost is not made twice."""
-    removed = tuple(sorted(name for name in there.files if "/" not in name and name not in content and is_stale(name)))
+    removed = tuple(sorted(name for name in there.files if name not in content and is_stale(name)))
     done = there.info is not None and not removed and holds(there.files, content)
     if done:
         check_visibility(there, public)
@@ -189,7 +183,7 @@ def content_of(path: Path, repo: str) -> bytes | Path:
 
 
 def is_stale(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in STALE)
+    return ("/" not in name or name.startswith(f"{TEMPLATES}/")) and matches(name, STALE)
 
 
 def is_ours(mark: Path, repo: str) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from llmprune.checkpoint.companions import companions
 from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
-from llmprune.checkpoint.sink import companions
+from llmprune.checkpoint.source import INDEX
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
@@ -79,7 +80,7 @@ def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> N
     """
     status = os.statvfs(_disk_of(output))
     free = status.f_bavail * status.f_frsize
-    beside = sum(path.stat().st_size for path in companions(source))
+    beside = sum(path.stat().st_size for path in [*companions(source), *source.glob(INDEX)])
     need = weights + windows + beside + PAGES - laid_out(output)
     if need > free:
         raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space, or choose another --output")

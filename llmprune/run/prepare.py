@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import llmprune
+from llmprune.checkpoint.companions import LARGEST, too_large
 from llmprune.checkpoint.files import to_json
 from llmprune.checkpoint.journal import partial_folder
 from llmprune.checkpoint.manifest import check_source
@@ -79,6 +80,7 @@ class Job:
         group = f" per {recipe['group']}" if recipe["group"] else ""
         head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
+        left = too_large(self.source.folder)
         return (
             f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
@@ -86,6 +88,7 @@ class Job:
             f"{self.describe_data()}\n"
             f"{self.footprint}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
+            + (f"; without {', '.join(left)}, larger than {LARGEST:,} bytes" if left else "")
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
 
@@ -156,9 +159,11 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
 
 
 def described(source: Source) -> dict[str, Any]:
-    """What a report says of the source; bytes: of its plain weights."""
+    """What a report says of the source. bytes: of its plain weights; left_behind: files that are not copied since they are too large."""
     value = {"name": source.name, "revision": source.revision, "files": source.hashes, "bytes": source.bytes}
-    return value | ({"quantised": source.decoder.method} if source.decoder else {})
+    value |= {"quantised": source.decoder.method} if source.decoder else {}
+    left = too_large(source.folder)
+    return value | ({"left_behind": left} if left else {})
 
 
 def describe(windows: Windows) -> dict[str, Any]:
