@@ -5,42 +5,109 @@ Shapes: R = output rows, C = input columns, T = tokens, N = windows, L = window 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
 
-Stat: TypeAlias = Literal["input_sq", "input_sum", "gram", "grad", "grad_sq", "grad_out_sq", "first_grad", "norm_scale"]
+# What a method asks for: a field of Stats that has a source, without its shape ("input_sq" is input_sq_C)
+Stat: TypeAlias = str
+Source: TypeAlias = Literal["inputs", "loss", "window losses", "norms"]  # window losses: the gradients of single windows
+
+
+def _said(role: Literal["accumulated", "own", "derived"], source: Source | None = None) -> dict[str, str | None]:
+    """What a field of Stats is. accumulated: a sum over calibration windows, which adds over micro-batches and processes; own: not a sum, the same
+    in every process; derived: made of others, again where those change. source: where it comes from, if methods can ask for it.
+    """
+    return {"role": role, "source": source}
+
+
+SUM, INPUT_SUM, LOSS_SUM, WINDOW_SUM = (_said("accumulated", source) for source in (None, "inputs", "loss", "window losses"))
+OF_NORM, OF_WINDOW, DERIVED = _said("own", "norms"), _said("own", "window losses"), _said("derived")
 
 
 @dataclass
 class Stats:
-    """Sums over calibration tokens of what enters one matrix; None = nobody asked for it.
+    """What is known of one matrix; None = nobody asked for it. A tensor's name ends in its shape.
 
     Matrices that share an input share one Stats object, so what is derived from it (``factors``) is computed once.
     """
 
-    tokens: int = 0
-    input_sq_C: Tensor | None = None  # sum over tokens of x_c ** 2
-    input_sum_C: Tensor | None = None  # sum over tokens of x_c
-    gram_CC: Tensor | None = None  # sum over tokens of x x^T
-    shrunk: float = 0.0  # what the Gram matrix's diagonal has been made larger by, relative to the sums (llmprune.maths.linalg.shrink)
-    cross_CC: Tensor | None = None  # sum of x x'^T: dense path's inputs by the pruned path's
-    partner_RC: Tensor | None = None  # sum of (p - p') x'^T: what the products are added to, dense less pruned; one matrix's own
-    row_weight_R: Tensor | None = None  # weights of the rows against each other in the choice of what goes; one matrix's own
-    norm_scale_C: Tensor | None = None  # scale of the norm whose output this is; None also where there is no such norm
+    tokens: int = field(default=0, metadata=SUM)
+    input_sq_C: Tensor | None = field(default=None, metadata=INPUT_SUM)  # sum over tokens of x_c ** 2
+    input_sum_C: Tensor | None = field(default=None, metadata=INPUT_SUM)  # sum over tokens of x_c
+    gram_CC: Tensor | None = field(default=None, metadata=INPUT_SUM)  # sum over tokens of x x^T
+    shrunk: float = field(default=0.0, metadata=DERIVED)  # growth of the Gram matrix's diagonal, relative to the sums (maths/linalg.py, shrink)
+    cross_CC: Tensor | None = field(default=None, metadata=SUM)  # sum of x x'^T: dense path's inputs by the pruned path's
+    partner_RC: Tensor | None = field(default=None, metadata=SUM)  # sum of (p - p') x'^T: what the products are added to; one matrix's own
+    row_weight_R: Tensor | None = field(default=None, metadata=DERIVED)  # of the rows against each other in the choice of the mask; one matrix's own
+    norm_scale_C: Tensor | None = field(default=None, metadata=OF_NORM)  # scale of the norm whose output this is, where one's is
     # of the dense model's summed next-token loss; one matrix's own (see statistics/gradients.py)
-    grad_RC: Tensor | None = None  # dL/dW, summed over windows
-    grad_sq_RC: Tensor | None = None  # sum over windows of (dL_n/dW) ** 2
-    grad_out_sq_R: Tensor | None = None  # sum over tokens of (dL/dy_r) ** 2, y = W x
-    first_grad_RC: Tensor | None = None  # dL/dW of the first window alone
-    grad_tokens: int = 0  # tokens in these sums; 0: none reached the matrix
-    grad_windows: int = 0  # windows in these sums
-    beside_C: Tensor | None = None  # scores of all that writes an input and goes with it, where units do; one matrix's own
-    factors: dict[Any, Any] = field(default_factory=dict)  # what linalg has derived from the Gram matrix
+    grad_RC: Tensor | None = field(default=None, metadata=LOSS_SUM)  # dL/dW, summed over windows
+    grad_sq_RC: Tensor | None = field(default=None, metadata=WINDOW_SUM)  # sum over windows of (dL_n/dW) ** 2
+    grad_out_sq_R: Tensor | None = field(default=None, metadata=LOSS_SUM)  # sum over tokens of (dL/dy_r) ** 2, y = W x
+    first_grad_RC: Tensor | None = field(default=None, metadata=OF_WINDOW)  # dL/dW of the first window alone
+    grad_tokens: int = field(default=0, metadata=SUM)  # tokens in these sums; 0: none reached the matrix
+    grad_windows: int = field(default=0, metadata=SUM)  # windows in these sums
+    beside_C: Tensor | None = field(default=None, metadata=DERIVED)  # scores of what writes an input and is dropped with it; one matrix's own
+    factors: dict[Any, Any] = field(default_factory=dict, metadata=DERIVED)  # what linalg has derived from the Gram matrix
+
+    def accumulate(self, name: str, value: Tensor) -> None:
+        """Add the sum over a micro-batch to the field ``name``; ``value`` is taken over, and may be changed later."""
+        accumulate(vars(self), name, value)
+
+    def accumulated(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the sums that there are, in the order of the fields: what several processes add up, beside the counts."""
+        sums = ((f.name, getattr(self, f.name)) for f in fields(self) if f.metadata["role"] == "accumulated")
+        return ((name, value) for name, value in sums if isinstance(value, Tensor))
+
+    def __add__(self, other: Stats) -> Stats:
+        """The statistics of both's windows. What is derived is left out; what is not a sum is the first one's, unless it has none."""
+        assert self.shrunk == other.shrunk == 0, "a shrunk Gram matrix is not a sum"
+        pairs = {f.name: (f.metadata["role"], getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        sums = {name: both(a, b) for name, (role, a, b) in pairs.items() if role == "accumulated"}
+        return Stats(**sums, **{name: b if a is None else a for name, (role, a, b) in pairs.items() if role == "own"})
+
+    def permuted(self, order_C: Tensor) -> Stats:
+        """Of the same matrix with its input channels in another order: so is every C of a tensor's shape."""
+        moved: dict[str, Any] = {n: _permuted(value, shape_of(n), order_C) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, factors={})
+
+
+def accumulate(sums: dict[Any, Any], key: Any, value: Tensor) -> None:
+    """Add the sum over a micro-batch to that of the ones before it, in place; ``value`` is taken over where it is the first."""
+    if sums.get(key) is None:
+        sums[key] = value
+    else:
+        sums[key].add_(value)
+
+
+def both(a: Any, b: Any) -> Any:
+    """a + b, where either may be missing."""
+    return a if b is None else b if a is None else a + b
+
+
+def shape_of(name: str) -> str:
+    """The shape that a name ends in: "RC" of "grad_sq_RC"."""
+    return name.rpartition("_")[2]
+
+
+def _permuted(value: Tensor, shape: str, order_C: Tensor) -> Tensor:
+    for dim, letter in enumerate(shape):
+        if letter == "C":
+            value = value[(slice(None),) * dim + (order_C,)]
+    return value
+
+
+STATISTICS: dict[Stat, Field[Any]] = {f.name.rpartition("_")[0]: f for f in fields(Stats) if f.metadata["source"]}  # that can be asked for
+
+
+def statistics_of(*sources: Source) -> frozenset[Stat]:
+    """The statistics that come from these sources."""
+    return frozenset(stat for stat, found in STATISTICS.items() if found.metadata["source"] in sources)
 
 
 @dataclass(frozen=True)

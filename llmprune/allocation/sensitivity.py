@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.maths.budget import cheapest
+from llmprune.maths.linalg import as_summed
 from llmprune.types import Seen, Stat
 
 
@@ -30,10 +31,10 @@ class Sensitivity:
         if stats.gram_CC is None or stats.grad_out_sq_R is None or not stats.grad_tokens:
             return weight_RC.new_zeros(0)  # no token reached it
         rows_R1 = (stats.grad_out_sq_R / stats.grad_tokens).unsqueeze(1)
-        errors, levels = [], seen.levels or self.levels
+        errors, levels, summed_CC = [], seen.levels or self.levels, as_summed(stats)
         for level in levels:
             apart_RC = weight_RC - seen.pruned_at(level)
-            errors.append(float((rows_R1 * apart_RC * (apart_RC @ stats.gram_CC)).sum(dtype=torch.float64)))
+            errors.append(float((rows_R1 * apart_RC * (apart_RC @ summed_CC)).sum(dtype=torch.float64)))
         return torch.tensor([list(levels), errors], dtype=torch.float64)
 
     def share(

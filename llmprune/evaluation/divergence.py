@@ -25,7 +25,7 @@ def after_blocks(stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], 
 
 
 def divergences(dense: Flow, pruned: Sequence[Flow]) -> list[float]:
-    """Of each pruned flow, the mean over all tokens. Its windows are the first of ``dense``; all are after the last block."""
+    """Of each pruned flow, the mean over all tokens, accumulated by windows. Its windows are the first of ``dense``; all are after the blocks."""
     stream, totals, tokens = dense.stream, [0.0] * len(pruned), 0
     with stream.outer():
         for (ids_1L, theirs_1LD), *others in zip(dense.windows(), *(flow.windows() for flow in pruned), strict=False):

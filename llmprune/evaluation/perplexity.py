@@ -28,7 +28,7 @@ def perplexity(stream: Stream, windows: Windows, progress: Callable[[int, int], 
 
 
 def perplexity_of(flow: Flow, windows: Windows) -> Perplexity:
-    """Perplexity of windows that have gone through every block."""
+    """Perplexity of windows that have passed through every block; their losses are accumulated in float64."""
     total = torch.zeros((), dtype=torch.float64)
     dtype = ""
     for ids_1L, logits_1LV in flow.logits():

@@ -93,6 +93,16 @@ def shrink(found: Iterable[Stats], ours: bool) -> None:
             grown.add(id(gram_CC))
 
 
+def as_summed(stats: Stats) -> Tensor:
+    """[C, C]: the Gram matrix without what ``shrink`` has added to its diagonal."""
+    assert stats.gram_CC is not None
+    if not stats.shrunk:
+        return stats.gram_CC
+    summed_CC = stats.gram_CC.clone()
+    summed_CC.diagonal().div_(1 + stats.shrunk)
+    return summed_CC
+
+
 def squared_error(change_RC: Tensor, stats: Stats) -> float:
     """tr D H D^T of a change D to a matrix's weights, by its Gram matrix as it was summed."""
     assert stats.gram_CC is not None
@@ -241,10 +251,10 @@ class Spectrum:
 
 
 def spectrum_of(stats: Stats) -> Tensor:
-    """[C] eigenvalues of a matrix's Gram, in float64 and once for all matrices that share the input."""
+    """[C] eigenvalues of a matrix's Gram as it was summed, in float64 and once for all matrices that share the input."""
     if "spectrum" not in stats.factors:
         assert stats.gram_CC is not None
-        stats.factors["spectrum"] = Spectrum(torch.linalg.eigvalsh(stats.gram_CC.double()).clamp_(min=0))
+        stats.factors["spectrum"] = Spectrum(torch.linalg.eigvalsh(as_summed(stats).double()).clamp_(min=0))
     return stats.factors["spectrum"].values_C
 
 

@@ -7,12 +7,8 @@ Shapes: S = spans (inside one, channels may trade places), K = copies that move 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
-
-from llmprune.types import Stats
 
 LARGEST = 16
 
@@ -60,27 +56,3 @@ def _exchange(score_WR: Tensor, n: int, m: int, rounds: int, generator: torch.Ge
 def _kept(score_WR: Tensor, groups_OPM: Tensor, n: int) -> Tensor:
     """[options, pairs]: the sum over rows of the N largest scores of each group."""
     return score_WR[groups_OPM].topk(n, dim=2).values.sum((2, 3), dtype=torch.float64)
-
-
-def in_order(stats: Stats, order_C: Tensor) -> Stats:
-    """The sums of a matrix whose input channels now stand in another order."""
-
-    def columns(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[..., order_C]
-
-    def both(value_CC: Tensor | None) -> Tensor | None:
-        return None if value_CC is None else value_CC[order_C][:, order_C]
-
-    return replace(
-        stats,
-        input_sq_C=columns(stats.input_sq_C),
-        input_sum_C=columns(stats.input_sum_C),
-        norm_scale_C=columns(stats.norm_scale_C),
-        gram_CC=both(stats.gram_CC),
-        cross_CC=both(stats.cross_CC),
-        partner_RC=columns(stats.partner_RC),
-        grad_RC=columns(stats.grad_RC),
-        grad_sq_RC=columns(stats.grad_sq_RC),
-        first_grad_RC=columns(stats.first_grad_RC),
-        factors={},
-    )

@@ -41,7 +41,7 @@ def standardised(score_U: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over tokens that grows by micro-batches: add them."""
+    """A mean over tokens, accumulated by micro-batches: add them."""
 
     total: float = 0.0
     tokens: int = 0

@@ -30,6 +30,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.structured.spaces import Axis, Space, required, spaces_of, tensors_of
+from llmprune.types import accumulate
 
 WINDOWS = 64  # that the axes are found on
 AT_ONCE = 8  # windows that show which norm feeds which matrix
@@ -84,23 +85,23 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, progress:
 def principal_axes(stream: Stream, residual: Residual, windows_NL: Tensor) -> Tensor:
     """Q [D, D] in float64, the channels that carry most first."""
     flow = Flow(stream, windows_NL)
-    sums: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
 
-    def add(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def accumulate_axes(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden_TD = (given[0] if given else named["hidden_states"]).flatten(0, -2).float()
         unit_TD = hidden_TD * hidden_TD.square().mean(1, keepdim=True).add(1e-12).rsqrt()
-        sums.append(unit_TD.T @ unit_TD)
-        sums[:] = [sum(sums[1:], sums[0])]
+        accumulate(sums, "DD", unit_TD.T @ unit_TD)
 
     for index in range(len(stream.names)):
         with stream.block(index) as block:
-            handles = [block.get_submodule(path).register_forward_pre_hook(add, with_kwargs=True) for path in present(block, residual.norms)]
+            norms = [block.get_submodule(path) for path in present(block, residual.norms)]
+            handles = [norm.register_forward_pre_hook(accumulate_axes, with_kwargs=True) for norm in norms]
             flow.through(index, block)
             for handle in handles:
                 handle.remove()
     for batch in range(len(flow)):
-        add(nn.Identity(), (flow.hidden[batch],), {})
-    return torch.linalg.eigh(sums[0].double().cpu()).eigenvectors.flip(1)
+        accumulate_axes(nn.Identity(), (flow.hidden[batch],), {})
+    return torch.linalg.eigh(sums["DD"].double().cpu()).eigenvectors.flip(1)
 
 
 def present(block: nn.Module, paths: Sequence[str]) -> list[str]:

@@ -14,9 +14,7 @@ from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.structured.structure import Structure
-from llmprune.types import Criterion, Plan, Stats
-
-LOOKS_AT_INPUTS = frozenset({"input_sq", "input_sum", "gram"})
+from llmprune.types import Criterion, Plan, Stats, statistics_of
 
 
 def touched_matrices(index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, asked: dict[str, float]) -> list[Matrix]:
@@ -65,7 +63,7 @@ def counts_what_goes(criterion: Criterion | None) -> bool:
     """Whether a criterion is summed over all weights that a unit takes away. One that looks at inputs, or at whole columns, says what the reader's
     output loses, and that is all of it.
     """
-    return criterion is not None and not criterion.needs & LOOKS_AT_INPUTS and not isinstance(criterion, Taylor)
+    return criterion is not None and not criterion.needs & statistics_of("inputs") and not isinstance(criterion, Taylor)
 
 
 def beside(structure: Structure, index: int, block: nn.Module, name: str, criterion: Criterion, gradients: LossGradients | None) -> Tensor:

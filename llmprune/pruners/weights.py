@@ -14,14 +14,15 @@ from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.linalg import all_finite, drawn_to_mean, few_tokens, notes_of, shrink, squared_error
-from llmprune.maths.order import best_order, in_order
+from llmprune.maths.order import best_order
 from llmprune.model.channels import Channels
 from llmprune.model.matrices import Matrix
 from llmprune.patterns.nm import NM
 from llmprune.pruners.units import beside, correct, counts_what_goes, make_up
 from llmprune.results import Row
 from llmprune.solvers.mask_only import MaskOnly
-from llmprune.statistics.gradients import GRADIENTS, LossGradients
+from llmprune.statistics.gradient_taps import PER_WEIGHT
+from llmprune.statistics.gradients import LossGradients
 from llmprune.statistics.norms import norm_scales
 from llmprune.statistics.stages import at_head, inner_channels, part_by_part, stage_by_stage
 from llmprune.stream.clock import Clock
@@ -30,8 +31,6 @@ from llmprune.stream.hidden import FileHidden, MemoryHidden
 from llmprune.stream.stream import Stream
 from llmprune.structured.structure import Structure
 from llmprune.types import Plan, Pruned, Stats
-
-SCORED = GRADIENTS - {"grad_out_sq"}  # gradients that a score is made of
 
 
 def prune_block(
@@ -105,7 +104,7 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
     if held[1] <= held[0]:  # a sample of the rows may have misled
         return stats, (held[0], held[0]), torch.arange(len(order_C)), []
     changed = channels.apply(block, order_SW)
-    return in_order(stats, order_C), (held[0], held[1]), order_C, changed
+    return stats.permuted(order_C), (held[0], held[1]), order_C, changed
 
 
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
@@ -157,7 +156,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, drop: int) -> Pruned:
     """
     if drop == 0:
         return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
-    if (plan.needs and stats.tokens == 0) or (plan.needs & SCORED and stats.grad_tokens == 0):
+    if (plan.needs and stats.tokens == 0) or (plan.needs & PER_WEIGHT and stats.grad_tokens == 0):
         score_RC = Magnitude().score(weight_RC, stats)
         pruned = MaskOnly().solve(weight_RC, score_RC, stats, plan.pattern, drop)
         return Pruned(pruned.weight_RC, pruned.keep_RC, None, ("no calibration token reached it: ranked by magnitude",))

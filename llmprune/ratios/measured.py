@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from llmprune.allocation.auto import Auto
 from llmprune.allocation.search import Search
 from llmprune.maths.budget import on_levels
+from llmprune.maths.linalg import shrink
 from llmprune.methods import build
 from llmprune.model.matrices import Matrix
-from llmprune.pruners.weights import SCORED, solve_at
+from llmprune.pruners.weights import solve_at
+from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.statistics.stages import at_head, at_once
 from llmprune.stream.clock import Clock
@@ -63,7 +65,7 @@ def dense_gradients(
     needs &= GRADIENTS
     if not needs:
         return None
-    return loss_gradients(stream, windows_NL if needs - {"grad_out_sq"} else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
+    return loss_gradients(stream, windows_NL if needs & PER_WEIGHT else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
 
 
 @torch.no_grad()
@@ -80,11 +82,12 @@ def measure(
     for index, ms in matrices.items() if looking else ():
         with stream.block(index) as block:
             statistics = survey(flow, index, block, ms, needs) if flow else {m.name: Stats() for m in ms}
+            shrink(statistics.values(), plan.ours)  # as before a pruning
             if gradients is not None:
                 gradients.add_to(index, statistics)
             for m in ms:
                 weight_RC, stats = m.view(block).float(), statistics.pop(m.name)
-                unreached = (needs and stats.tokens == 0) or (needs & SCORED and stats.grad_tokens == 0)
+                unreached = (needs and stats.tokens == 0) or (needs & PER_WEIGHT and stats.grad_tokens == 0)
                 scored = plan.criterion is not None and any(a.scored for a in looking.values()) and not unreached
                 score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
                 full = f"{stream.path_of(index)}.{m.name}"

@@ -15,10 +15,10 @@ import hashlib
 import inspect
 import runpy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import RequestError, StoppedError
 
@@ -114,9 +114,9 @@ def from_function(function: FunctionType) -> UserCriterion:
 
 def tried(name: str, source: bytes, function: Any, needs: Any) -> UserCriterion:
     """The criterion, once it has scored a small matrix. needs: of its module, where the function has no attribute of that name."""
-    from llmprune.types import Stat
+    from llmprune.types import STATISTICS
 
-    needs, known = vars(function).get("needs", needs), get_args(Stat)
+    needs, known = vars(function).get("needs", needs), STATISTICS
     needs = (needs,) if isinstance(needs, str) else needs
     unknown = [need for need in needs if need not in known] if isinstance(needs, tuple | list | set | frozenset) else [needs]
     if unknown:
@@ -151,14 +151,14 @@ def _made_up(needs: frozenset[Stat]) -> tuple[Tensor, Stats]:
     """Small weights, and positive statistics of the shapes that their names end in."""
     import torch
 
-    from llmprune.types import Stats
+    from llmprune.types import STATISTICS, Stats, shape_of
 
     draw = torch.Generator().manual_seed(0)
     sizes = {"R": ROWS, "C": COLUMNS}
     values: dict[str, Any] = {}
-    for field in fields(Stats):
-        need, _, shape = field.name.rpartition("_")
+    for need, field in STATISTICS.items():
         if need in needs:
+            shape = shape_of(field.name)
             value = torch.rand([sizes[letter] for letter in shape], generator=draw) + 0.1
             values[field.name] = value @ value.T + torch.eye(COLUMNS) if shape == "CC" else value
     return torch.randn(ROWS, COLUMNS, generator=draw), Stats(tokens=64, grad_tokens=64, grad_windows=4, **values)

@@ -17,7 +17,7 @@ from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
 from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
-from llmprune.pruners.weights import SCORED
+from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS
 from llmprune.statistics.stages import GRAM_SHARE
 from llmprune.stream.flow import TOKENS_PER_BATCH
@@ -178,7 +178,7 @@ class _Estimate:
     def gradients(self) -> int:
         """Of the weights of one block; those of the others wait in a file."""
         widest = max((sum(m.rows * m.columns for m in ms) for ms in self.matrices.values()), default=0)
-        return len(self.plan.needs & SCORED) * FLOAT * widest
+        return len(self.plan.needs & PER_WEIGHT) * FLOAT * widest
 
     # statistics and solving -------------------------------------------------------------------------------------------------------------------
 

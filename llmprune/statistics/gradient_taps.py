@@ -1,4 +1,4 @@
-"""Gradients of a block's matrices, summed while a backward pass goes through the block: y = W x gives dL/dW = sum over tokens of g x^T, g = dL/dy.
+"""Gradients of a block's matrices, accumulated in a backward pass through the block: y = W x gives dL/dW = sum over tokens of g x^T, g = dL/dy.
 
 Weights need no ``requires_grad``: the input of every product is held, and a hook on its output waits for g. So only what was asked for is made.
 
@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from llmprune.errors import StoppedError
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.products import Products, Use
-from llmprune.types import Stat
+from llmprune.types import STATISTICS, Stat, accumulate, shape_of, statistics_of
+
+PER_WEIGHT = frozenset(stat for stat in statistics_of("loss", "window losses") if shape_of(STATISTICS[stat].name) == "RC")
 
 
 class Taps(TorchFunctionMode):
-    """Active while the block runs forward; what it sums arrives in the backward pass. ``next_batch`` comes after each of those.
+    """Active while the block runs forward; what it accumulates arrives in the backward pass. ``next_batch`` comes after each of those.
 
     ``sums`` maps (statistic, matrix) to a float32 sum; a matrix that no gradient reached has none.
     """
@@ -32,7 +34,7 @@ class Taps(TorchFunctionMode):
         self.sums: dict[tuple[Stat, str], Tensor] = {}
         self.tokens: Counter[str] = Counter()
         self._needs = needs
-        self._per_weight = bool(needs - {"grad_out_sq"})
+        self._per_weight = bool(needs & PER_WEIGHT)
         self._products = Products(block, matrices)
         self._awaited: Counter[str] = Counter()  # products of this micro-batch whose gradient has not come yet
         self._present: dict[str, Tensor] = {}  # gradient [R, C] of this micro-batch alone
@@ -55,7 +57,7 @@ class Taps(TorchFunctionMode):
         gradient_TR = use.of(gradient).reshape(-1, use.matrix.rows).float()
         self.tokens[name] += gradient_TR.shape[0]
         if "grad_out_sq" in self._needs:
-            self._add("grad_out_sq", name, gradient_TR.square().sum(0))
+            accumulate(self.sums, ("grad_out_sq", name), gradient_TR.square().sum(0))
         if self._per_weight:
             self._multiply(name, gradient_TR, use.value.detach().reshape(-1, use.matrix.columns).float())
         self._awaited[name] -= 1
@@ -74,18 +76,11 @@ class Taps(TorchFunctionMode):
         if gradient_RC is None:
             return
         if "grad_sq" in self._needs:
-            self._add("grad_sq", name, gradient_RC.square())
+            accumulate(self.sums, ("grad_sq", name), gradient_RC.square())
         if "first_grad" in self._needs and self._first:
-            self._add("first_grad", name, gradient_RC.clone())
+            accumulate(self.sums, ("first_grad", name), gradient_RC.clone())
         if "grad" in self._needs:
-            self._add("grad", name, gradient_RC)
-
-    def _add(self, stat: Stat, name: str, value: Tensor) -> None:
-        key = (stat, name)
-        if key in self.sums:
-            self.sums[key].add_(value)
-        else:
-            self.sums[key] = value
+            accumulate(self.sums, ("grad", name), gradient_RC)
 
     def next_batch(self) -> None:
         for name in list(self._present):  # one of its products had no part in the loss

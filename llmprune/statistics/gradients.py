@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from llmprune.model.blocks import Call
 from llmprune.model.matrices import Matrix
-from llmprune.statistics.gradient_taps import Taps
+from llmprune.statistics.gradient_taps import PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
-from llmprune.types import Stat, Stats
+from llmprune.types import STATISTICS, Stat, Stats, statistics_of
 
-GRADIENTS: frozenset[Stat] = frozenset({"grad", "grad_sq", "grad_out_sq", "first_grad"})
-ONE_WINDOW: frozenset[Stat] = frozenset({"grad_sq", "first_grad"})  # need the gradient of single windows
-FIELDS: dict[Stat, str] = {"grad": "grad_RC", "grad_sq": "grad_sq_RC", "grad_out_sq": "grad_out_sq_R", "first_grad": "first_grad_RC"}
+GRADIENTS = statistics_of("loss", "window losses")
 
 
 class LossGradients:
@@ -51,17 +49,17 @@ class LossGradients:
 
     def fields(self, index: int, name: str) -> dict[str, Any]:
         """What Stats says of one matrix's gradients; sums of zeros where no token reached it, and then grad_tokens is 0."""
-        sums = {FIELDS[stat]: self._sum(index, stat, name).to(self._devices[index]) for stat in sorted(self.needs)}
+        sums = {STATISTICS[stat].name: self._sum(index, stat, name).to(self._devices[index]) for stat in sorted(self.needs)}
         return sums | {"grad_tokens": self._tokens.get((index, name), 0), "grad_windows": self.windows}
 
     def _sum(self, index: int, stat: Stat, name: str) -> Tensor:
         if (index, stat, name) in self._held:
             return self._place(stat)[index, stat, name]
         matrix = self._matrices[index, name]
-        return torch.zeros(matrix.rows) if stat == "grad_out_sq" else torch.zeros(matrix.rows, matrix.columns)
+        return torch.zeros(matrix.rows, matrix.columns) if stat in PER_WEIGHT else torch.zeros(matrix.rows)
 
     def _place(self, stat: Stat) -> MemoryHidden | FileHidden:
-        return self._vectors if stat == "grad_out_sq" else self._weights
+        return self._weights if stat in PER_WEIGHT else self._vectors
 
     def add_to(self, index: int, statistics: dict[str, Stats]) -> None:
         """Give the statistics of a block's matrices, or of some of them, their gradients.
@@ -92,7 +90,7 @@ def loss_gradients(
     needs &= GRADIENTS
     if needs == {"first_grad"}:
         windows_NL = windows_NL[:1]
-    flow = Flow(stream, windows_NL, size=1 if needs & ONE_WINDOW else None)
+    flow = Flow(stream, windows_NL, size=1 if needs & statistics_of("window losses") else None)
     result = LossGradients(stream, matrices, needs, len(windows_NL))
     shared = Shared()
     blocks = len(stream.names)

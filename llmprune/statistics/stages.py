@@ -21,7 +21,7 @@ from llmprune.statistics.dataflow import Follow, stages
 from llmprune.statistics.products import Products
 from llmprune.statistics.staged_forward import Passage, Repeated, Waiting, traced
 from llmprune.statistics.straight import Irregular, Program, read_program, total
-from llmprune.statistics.sums import Reached, Watch, add_input, finish
+from llmprune.statistics.sums import Reached, Watch, accumulate_input, finish
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden, memory_of, place_hidden
@@ -85,7 +85,7 @@ def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matr
             with beside:
                 walk.logits(ids_1L, theirs_1LD)
             for name, value in watching.inputs.items():
-                add_cross(watching.stats[name], value, beside.inputs[name])
+                accumulate_cross(watching.stats[name], value, beside.inputs[name])
         watching.next_batch()
         beside.next_batch()
     watching.close()
@@ -193,10 +193,10 @@ def straight_stages(
             for batch, passage in enumerate(passages):
                 value, ours = passage.to(number)
                 clock.lap("forward")
-                add_input(stats, value, plan.needs)
-                add_cross(stats, value, kept.get("input", number, batch))
+                accumulate_input(stats, value, plan.needs)
+                accumulate_cross(stats, value, kept.get("input", number, batch))
                 for name, partner in ours.items():
-                    add_partner(partners, name, value, partner, kept.get("partner", name, batch))
+                    accumulate_partner(partners, name, value, partner, kept.get("partner", name, batch))
                 clock.lap("statistics")
             finish(stats, stage[0].name)
             kept.drop({number, *(m.name for m in stage)})
@@ -285,11 +285,11 @@ def watch_stage(
         clock.lap("forward", of_which={"statistics": watching.seconds})
         watching.seconds = 0.0
         for name, value in watching.inputs.items():
-            add_cross(watching.stats[name], value, kept.get("input", name, batch))
+            accumulate_cross(watching.stats[name], value, kept.get("input", name, batch))
         for m in stage:
             given, found = watching.own.get(m.name), follow.partners.get(m.name)
             if given is not None and found:
-                add_partner(partners, m.name, given, total([t for _, t in found]), kept.get("partner", m.name, batch))
+                accumulate_partner(partners, m.name, given, total([t for _, t in found]), kept.get("partner", m.name, batch))
         watching.next_batch()
         clock.lap("statistics")
     watching.close()
@@ -317,7 +317,7 @@ def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matr
 # The sums -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def add_cross(stats: Stats, pruned: Tensor, dense: Tensor | None) -> None:
+def accumulate_cross(stats: Stats, pruned: Tensor, dense: Tensor | None) -> None:
     if dense is None or dense.shape != pruned.shape:
         return
     pruned_TC, dense_TC = (v.reshape(-1, v.shape[-1]).float() for v in (pruned, dense.to(pruned.device)))
@@ -326,7 +326,7 @@ def add_cross(stats: Stats, pruned: Tensor, dense: Tensor | None) -> None:
     stats.cross_CC.addmm_(dense_TC.T, pruned_TC)
 
 
-def add_partner(sums: dict[str, Tensor], name: str, value: Tensor, pruned: Tensor, dense: Tensor | None) -> None:
+def accumulate_partner(sums: dict[str, Tensor], name: str, value: Tensor, pruned: Tensor, dense: Tensor | None) -> None:
     """Add (p - p') x'^T of one micro-batch."""
     if dense is None or dense.shape != pruned.shape:
         return

@@ -26,7 +26,7 @@ class Reached(Exception):
 
 
 class Watch(TorchFunctionMode):
-    """Sums what enters each watched matrix while it is active; inputs that several matrices share are summed once.
+    """Accumulates what enters each watched matrix while it is active; inputs that several matrices share once.
 
     ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
     Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
@@ -56,7 +56,7 @@ class Watch(TorchFunctionMode):
         if any(use.matrix.name in self._until for use in used):
             raise Reached
         for use in used:
-            self._add(use.matrix, use.value)
+            self._accumulate(use.matrix, use.value)
         out = func(*args, **kwargs)
         if self._follow is not None:
             if used:
@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
         self.inputs.clear()
         self.own.clear()
 
-    def _add(self, matrix: Matrix, value: Tensor) -> None:
+    def _accumulate(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
         if tokens == 0:  # an expert that got none; empty tensors share an address, so they would seem shared
             return
@@ -88,7 +88,7 @@ class Watch(TorchFunctionMode):
             self._seen[key] = (value, stats)
             self.inputs[matrix.name] = value
             began = perf_counter()
-            add_input(stats, value, self.needs)
+            accumulate_input(stats, value, self.needs)
             self.seconds += perf_counter() - began
         self.own[matrix.name] = value
 
@@ -113,8 +113,8 @@ def finish(stats: Stats, name: str) -> None:
         raise StoppedError(f"{name}: all {stats.tokens} calibration inputs are zero", "check the model and the calibration text")
 
 
-def add_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
-    """Add what enters a matrix, [..., C], to the sums that are asked for; of the Gram matrix only what lies on and under the diagonal's panels."""
+def accumulate_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
+    """Accumulate what enters a matrix, [..., C], in the sums that are asked for; of the Gram matrix only the panels up to the diagonal."""
     value_TC = value.reshape(-1, value.shape[-1]).float()
     stats.tokens += value_TC.shape[0]
     width = value_TC.shape[1]
@@ -125,11 +125,9 @@ def add_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> None:
             b = min(a + PANEL, width)
             stats.gram_CC[a:b, :b].addmm_(value_TC[:, a:b].T, value_TC[:, :b])
     if "input_sq" in needs:
-        squares_C = value_TC.square().sum(0)
-        stats.input_sq_C = squares_C if stats.input_sq_C is None else stats.input_sq_C.add_(squares_C)
+        stats.accumulate("input_sq_C", value_TC.square().sum(0))
     if "input_sum" in needs:
-        sum_C = value_TC.sum(0)
-        stats.input_sum_C = sum_C if stats.input_sum_C is None else stats.input_sum_C.add_(sum_C)
+        stats.accumulate("input_sum_C", value_TC.sum(0))
 
 
 def _mirror(gram_CC: Tensor) -> None:

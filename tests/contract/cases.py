@@ -1,8 +1,8 @@
 """Every method that exists, found by name, in all its variants; and small inputs to hold it to.
 
 A method is made with each value of its Literal fields; a pattern with fields ``n`` and ``m`` with the N:M pairs below, one with
-``height`` and ``width`` with the blocks. Nothing here knows a method's name. A new statistic is taught to ``make_stats``;
-everything else of a new file is found by itself.
+``height`` and ``width`` with the blocks. Nothing here knows a method's name. Everything of a new file is found by itself, and so is a
+new statistic; one that has to agree with others is taught to ``make_stats``.
 
 Shapes: R = output rows, C = input columns, T = tokens.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmprune.maths.linalg import notes_of
 from llmprune.methods import build, names
-from llmprune.types import Criterion, Pattern, Pruned, Solver, Stats
+from llmprune.types import STATISTICS, Criterion, Pattern, Pruned, Solver, Stats, shape_of
 
 BLOCKS = [(1, 4), (4, 4), (2, 3)]
 PAIRS = [(1, 4), (2, 4), (4, 8), (3, 6), (1, 3), (7, 8), (2, 16)]
@@ -175,13 +175,18 @@ def make_stats(needs: frozenset[str], value_TC: Tensor, dtype: torch.dtype = tor
         "first_grad": lambda: {"first_grad_RC": windows[0].sum(0, keepdim=True).to(dtype)},
         "grad_out_sq": lambda: {"grad_out_sq_R": (grad_TC / value_TC.norm()).square().sum().reshape(1).to(dtype)},
     }
-    unknown = needs - makers.keys()
-    assert not unknown, f"teach make_stats in {__file__} the statistics {sorted(unknown)}"
     fields: dict[str, Tensor] = {}
-    for need in needs:
-        fields |= makers[need]()
+    for need in sorted(needs):
+        fields |= makers[need]() if need in makers else made_up(STATISTICS[need].name, value_TC.shape[1], dtype)
     counts = {"grad_tokens": len(value_TC), "grad_windows": len(windows)} if any("grad" in need for need in needs) else {}
     return Stats(tokens=value_TC.shape[0], **fields, **counts)
+
+
+def made_up(name: str, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A statistic that does not have to go with the others: positive, of the shape that its name ends in."""
+    sizes = {"R": 1, "C": columns}
+    value = 0.1 + torch.rand([sizes[letter] for letter in shape_of(name)], generator=generator(3), dtype=torch.float64)
+    return {name: (value @ value.T if shape_of(name) == "CC" else value).to(dtype)}
 
 
 def tensors_of(stats: Stats) -> dict[str, Tensor]:
