@@ -8,11 +8,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmprune.cli.console import Count, Text, announce, app, err, out, progress_bars
+from llmprune.cli.console import Count, Text, announce, err, out, progress_bars
 from llmprune.errors import PromiseError, RequestError, at_home
 
 
-@app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
     repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
@@ -30,17 +29,16 @@ def push(
     print(json.dumps(asdict(pushed), indent=1)) if as_json else out.print(str(pushed), markup=False, soft_wrap=True)
 
 
-@app.command()
 def eval(
-    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
-    data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated")] = None,
-    tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]")] = None,
-    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones")] = None,
-    window: Annotated[Count, typer.Option(help="tokens of a window")] = None,
-    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16")] = "auto",
-    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model")] = None,
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
+    data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated", metavar="PATH|ID")] = None,
+    tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]", metavar="NAME,...")] = None,
+    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones", metavar="PATH")] = None,
+    window: Annotated[Count, typer.Option(help="tokens of a window", metavar="INT")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all", metavar="INT")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
+    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16", metavar="NAME")] = "auto",
+    revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model", metavar="NAME")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -75,12 +73,11 @@ def eval(
         err.print(f"added to {model}/llmprune.json; llmprune report {model} puts it into the page", markup=False, soft_wrap=True)
 
 
-@app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
-    verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise")] = None,
-    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out")] = None,
-    only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at")] = None,
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
+    verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise", metavar="N:M")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out", metavar="REGEX")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at", metavar="REGEX")] = None,
     manifest: Annotated[
         bool, typer.Option("--manifest", help="check an output against the hashes in its llmprune.json instead; exit 1 otherwise")
     ] = False,
@@ -127,37 +124,47 @@ def check_hashes(folder: Path, as_json: bool) -> None:
     err.print(f"manifest of {folder.name}: all {len(listed.files)} files and {len(listed.tensors)} tensors are as the run left them", soft_wrap=True)
 
 
-@app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="folder, Hub id or alias")],
-    against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it")] = None,
-    prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default")] = None,
-    new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one")] = 64,
-    batch: Annotated[int, typer.Option(help="sequences side by side")] = 1,
-    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up")] = 5,
-    threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16")] = "auto",
+    model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
+    against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it", metavar="PATH|ID")] = None,
+    prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default", metavar="INT")] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one", metavar="INT")] = 64,
+    batch: Annotated[int, typer.Option(help="sequences side by side", metavar="INT")] = 1,
+    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up", metavar="INT")] = 5,
+    threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default", metavar="INT")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16", metavar="NAME")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="through torch.compile, with a cache of fixed size")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that a checkpoint brings along")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure prefill and decode speed, memory and size; on CUDA also the 2:4 kernels. It measures and promises nothing."""
-    options = {k: v for k, v in locals().items() if k not in ("model", "as_json")}
     announce(model, as_json)
     from llmprune.benchmark.run import bench as measure
     from llmprune.report.tables import print_bench
 
     with progress_bars() as progress:
-        found = measure(model, progress=progress, **options)
+        found = measure(
+            model,
+            against,
+            prompt_length=prompt_length,
+            new_tokens=new_tokens,
+            batch=batch,
+            repeat=repeat,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     print(json.dumps(found.to_json(), indent=1)) if as_json else print_bench(found, out)
 
 
-@app.command()
 def report(
-    result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json")],
-    bench: Annotated[Text, typer.Option(help="file with what llmprune bench --json printed: measured speeds go into the page")] = None,
-    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default")] = None,
+    result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json", metavar="PATH")],
+    bench: Annotated[Text, typer.Option(help="output of llmprune bench --json: its speeds are shown in the page", metavar="PATH")] = None,
+    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default", metavar="PATH")] = None,
 ) -> None:
     """Make report.html of a result again, from its llmprune.json alone."""
     from llmprune.checkpoint.files import write_whole
@@ -171,10 +178,9 @@ def report(
     out.print(f"saved: {at_home(target)}", markup=False, soft_wrap=True)
 
 
-@app.command()
 def compare(
-    results: Annotated[list[str], typer.Argument(help="output folders of runs and sweeps")],
-    html: Annotated[Text, typer.Option(help="also write a page with pictures into this file")] = None,
+    results: Annotated[list[str], typer.Argument(help="output folders of runs and sweeps", metavar="PATH")],
+    html: Annotated[Text, typer.Option(help="also write a page with pictures into this file", metavar="PATH")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Several results side by side, and which of them nothing beats."""
@@ -196,8 +202,7 @@ def compare(
         out.print(f"saved: {at_home(html)}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without")] = None) -> None:
+def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without", metavar="NAME")] = None) -> None:
     """List what can be asked for, or show one method's equation and paper."""
     from llmprune.checkpoint.aliases import ALIASES
     from llmprune.methods import KINDS, check_name, document, names

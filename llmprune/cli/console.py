@@ -9,11 +9,14 @@ from typing import Any, Optional
 import typer
 from rich.console import Console
 
+WIDEST = 120  # of a help text, on a terminal that has so many columns
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": WIDEST},
     help="One-shot pruning of Hugging Face language models.\n\nWithout a command, options mean prune: llmprune --model llama --pattern 2:4",
 )
 out = Console(highlight=False)

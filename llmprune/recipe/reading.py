@@ -30,7 +30,8 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         stored = {k: v for k, v in stored.items() if k not in BUDGETS}
     if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
         stored.pop("polish_steps", None)
-    values = stored | flags
+    tables = {key: stored[key] | table for key, table in flags.items() if isinstance(table, dict) and isinstance(stored.get(key), dict)}
+    values = stored | flags | tables
     if "model" not in values:
         raise RequestError("no model", "add --model llama (the small bundled one), a folder, or a Hub id")
     try:

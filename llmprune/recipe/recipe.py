@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
 from llmprune.methods import build
+from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, SMALLER, WHAT, Flag
 from llmprune.recipe.named import (
     COARSE,
     DEFAULT_QUALITY,
@@ -62,54 +63,88 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str = Field(description="folder, Hub id or alias")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
-    sparsity: Share | None = Field(None, description="share of the weights that goes, 0 <= s < 1; may be left out with N:M")
-    target_params: Count | None = Field(None, description="budget: parameters of the whole model that may remain non-zero, such as 900M")
-    target_size: Bytes | None = Field(None, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB")
-    target_latency_ratio: Annotated[float, Field(gt=0, lt=1), SHARE] | None = Field(
+    model: Annotated[str, Flag(MOST_USED, "PATH|ID")] = Field(description="folder, Hub id or alias; llama is the small bundled one")
+    revision: Annotated[str | None, Flag(WHAT, "NAME")] = Field(None, description="branch, tag or commit of a Hub model")
+    sparsity: Annotated[Share | None, Flag(MOST_USED, "FLOAT")] = Field(
+        None, description="share of the weights to prune, such as 0.5 or 50%; may be left out with N:M"
+    )
+    target_params: Annotated[Count | None, Flag(BUDGET, "INT")] = Field(
+        None, description="budget: parameters of the whole model that may remain non-zero, such as 900M or 0.9B (billion)"
+    )
+    target_size: Annotated[Bytes | None, Flag(BUDGET, "BYTES")] = Field(
+        None, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB or 900MB (500B is 500 bytes)"
+    )
+    target_latency_ratio: Annotated[Annotated[float, Field(gt=0, lt=1), SHARE] | None, Flag(BUDGET, "FLOAT")] = Field(
         None, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
     )
-    max_ppl_increase: Share | None = Field(
+    max_ppl_increase: Annotated[Share | None, Flag(BUDGET, "FLOAT")] = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
-    pattern: str = Field(
+    pattern: Annotated[str, Flag(MOST_USED, "N:M|NAME")] = Field(
         "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or structured: {', '.join(STRUCTURED)}"
     )
-    round_to: int | None = Field(None, ge=1, description="structured: sizes are multiples of this (8 for channels and kernel, 1 otherwise)")
-    uniform: bool = Field(False, description="structured: the same sizes in every layer")
-    rotate: bool = Field(False, description="hidden: turn the residual stream to its principal axes first, as SliceGPT does")
-    pad: bool = Field(False, description="structured: zeros up to the widest layer, so that one size holds for all")
-    quality: str | None = Field(None, description="one of our own recipes: fast, balanced or max")
-    method: str | None = Field(None, description="a paper's own recipe, unimproved, for comparison")
-    criterion: Annotated[Any, PlainValidator(_read_criterion, str | None)] = Field(None, description="what scores the weights")
-    solver: str | None = Field(None, description="what chooses the mask and repairs the weights that stay; +reconstruct goes over blocks after it")
-    target: Literal["symmetric", "asymmetric"] | None = Field(
-        None, description="what a repair aims at: the matrix's own outputs, or the dense path's"
+    round_to: Annotated[int | None, Flag(SMALLER, default="8 for channels and kernel, else 1")] = Field(
+        None, ge=1, description="structured: sizes are multiples of this"
     )
-    polish: Literal["kd", "none"] | None = Field(
-        None, description="kd: distillation of the whole pruned model at the end, which has to fit in memory"
+    uniform: Annotated[bool, Flag(SMALLER)] = Field(False, description="structured: the same sizes in every layer")
+    rotate: Annotated[bool, Flag(SMALLER)] = Field(
+        False, description="hidden: turn the residual stream to its principal axes first, as SliceGPT does"
     )
-    polish_steps: int | None = Field(None, ge=1, description="steps of the polish")
-    permute: bool = Field(False, description="N:M: reorder inner channels so that the groups hold more; folded into the weights")
-    group: Group | None = Field(None, description="where unstructured weights compete: row or matrix")
-    allocation: str | None = Field(None, description="how the ratio is shared out over the matrices")
-    ratios: dict[str, float] = Field(default_factory=dict, description="explicit allocation: regular expression of a name -> ratio")
-    calibration: str | None = Field(
+    pad: Annotated[bool, Flag(SMALLER)] = Field(
+        False, description="structured: zeros up to the widest layer, so that plain transformers load one size for all"
+    )
+    quality: Annotated[str | None, Flag(MOST_USED, "NAME", DEFAULT_QUALITY)] = Field(
+        None, description="one of our own recipes: fast, balanced or max"
+    )
+    method: Annotated[str | None, Flag(HOW, "NAME")] = Field(
+        None, description="a paper's own recipe, unimproved, for comparison; see llmprune methods"
+    )
+    criterion: Annotated[Any, PlainValidator(_read_criterion, str | None), Flag(HOW, "NAME")] = Field(
+        None, description="what scores the weights; on the command line also a function of one's own, my.py:score"
+    )
+    solver: Annotated[str | None, Flag(HOW, "NAME")] = Field(
+        None, description="what chooses the mask and repairs the kept weights; +reconstruct goes over blocks after it"
+    )
+    target: Annotated[Literal["symmetric", "asymmetric"] | None, Flag(HOW, "NAME")] = Field(
+        None, description="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)"
+    )
+    polish: Annotated[Literal["kd", "none"] | None, Flag(HOW, "NAME")] = Field(
+        None, description="kd: distillation of the whole pruned model at the end, which has to fit in memory; or none"
+    )
+    polish_steps: Annotated[int | None, Flag(HOW, default=f"{POLISH_STEPS}")] = Field(None, ge=1, description="steps of the polish")
+    permute: Annotated[bool, Flag(HOW)] = Field(
+        False, description="N:M: reorder inner channels so that the groups hold more; folded into the weights"
+    )
+    group: Annotated[Group | None, Flag(HOW, "NAME")] = Field(None, description="where unstructured weights compete: row or matrix")
+    allocation: Annotated[str | None, Flag(HOW, "NAME")] = Field(
+        None, description="how the ratio is shared out over the matrices; see llmprune methods"
+    )
+    ratios: Annotated[dict[str, float], Flag(HOW, "REGEX=FLOAT", name="ratio")] = Field(
+        default_factory=dict, description="allocation explicit: regular expression of a matrix's name, and its ratio"
+    )
+    calibration: Annotated[str | None, Flag(MOST_USED, "PATH|ID", "bundled text for llama, else c4")] = Field(
         None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
     )
-    samples: int | None = Field(None, ge=1, description="calibration windows")
-    sequence_length: int | None = Field(None, ge=2, description="tokens of a window")
-    shuffle: bool = Field(False, description="draw the windows at random instead of taking the first")
-    seed: int = Field(0, ge=0, description="of everything that is drawn at random")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype; the saved dtype is the source's")
-    skip: str | None = Field(None, description="regular expression: matrices that are left alone")
-    only: str | None = Field(None, description="regular expression: the only matrices that are pruned")
-    eval: list[str] = Field(default_factory=list, description="data to measure the perplexity on, before and after")
-    accept_damage: bool = Field(False, description="go on when a block's output is destroyed")
-    output: str | None = Field(None, description="folder of the result")
-    push: str | None = Field(None, description="Hub repository that the result goes to, private, such as me/my-model")
+    samples: Annotated[int | None, Flag(DATA, default="128")] = Field(None, ge=1, description="calibration windows")
+    sequence_length: Annotated[int | None, Flag(DATA, default="2048, or the model's positions where fewer; 256 for llama")] = Field(
+        None, ge=2, description="tokens of a window"
+    )
+    shuffle: Annotated[bool, Flag(DATA)] = Field(False, description="draw the windows at random instead of taking the first")
+    seed: Annotated[int, Flag(HOW)] = Field(0, ge=0, description="of everything that is drawn at random")
+    device: Annotated[str, Flag(MACHINE, "NAME")] = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(MACHINE, "NAME")] = Field(
+        "auto", description="compute dtype: auto, float32, bfloat16 or float16; the saved dtype is the source's"
+    )
+    skip: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are left alone")
+    only: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
+    eval: Annotated[list[str], Flag(DATA, "PATH|ID", "bundled text for llama, else windows held back of the calibration")] = Field(
+        default_factory=list, description="data to measure the perplexity on, before and after"
+    )
+    accept_damage: Annotated[bool, Flag(HOW)] = Field(False, description="go on when a block's output is destroyed")
+    output: Annotated[str | None, Flag(MOST_USED, "PATH", "./<model>-<pattern>-<sparsity>")] = Field(None, description="folder of the result")
+    push: Annotated[str | None, Flag(HUB, "ID")] = Field(
+        None, description="Hub repository that gets the result at the end, private, such as me/my-model"
+    )
 
     @field_validator("sparsity")
     @classmethod

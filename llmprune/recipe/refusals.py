@@ -98,7 +98,10 @@ def check_allocation(recipe: Recipe) -> None:
     if recipe.in_groups and recipe.allocation == "search":
         raise RequestError(f"allocation 'search' with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
     if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
-        raise RequestError("ratios and allocation 'explicit' go together", 'give both: allocation = "explicit" and a table [ratios] in the recipe')
+        raise RequestError(
+            "ratios and allocation 'explicit' go together",
+            "give both: --allocation explicit and --ratio REGEX=0.5, or a table [ratios] in the recipe",
+        )
     odd = [r for r in recipe.ratios.values() if not 0 <= r < 1]
     if odd:
         raise RequestError(f"ratios: {odd[0]:g} is outside 0 <= ratio < 1", "half is 0.5")

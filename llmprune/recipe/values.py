@@ -72,6 +72,9 @@ def as_toml(values: dict[str, Any]) -> Iterator[str]:
 
 
 def spelt(value: Any) -> str:
+    """A value as TOML has it in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{spelt(name)} = {spelt(one)}" for name, one in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)  # JSON's escapes of characters beyond 16 bits are none of TOML's
 
 

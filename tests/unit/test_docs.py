@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from llmprune.cli.console import app
-from llmprune.cli.main import prune  # noqa: F401  the commands are added to the application
+from llmprune.cli.main import main  # noqa: F401  the commands are added to the application
+from llmprune.cli.options import given_values
 from llmprune.recipe.reading import read_recipe
 from llmprune.recipe.recipe import Recipe
 
@@ -53,7 +54,7 @@ def test_commands_are_understood(line: str, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / own.partition(":")[0]).write_text("def score(weight_RC, stats):\n    return weight_RC.abs()\n")
     recipe = ROOT / values["recipe"] if values["recipe"] else None
     monkeypatch.chdir(tmp_path)
-    asked = {key: value for key, value in values.items() if key in Recipe.model_fields and value not in (None, False, [], ())}
+    asked = given_values({key: value for key, value in values.items() if key in Recipe.model_fields})
     assert read_recipe(recipe, asked).model == values["model"]
 
 

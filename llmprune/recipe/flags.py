@@ -1,0 +1,32 @@
+"""How the command line shows a field of a recipe, said on the field itself; its text is the field's description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_USED = "Options"
+WHAT = "What to prune"
+HOW = "How"
+BUDGET = "Budgets, instead of a sparsity"
+SMALLER = "Structured patterns"
+DATA = "Data"
+OUTPUT = "Output"
+HUB = "Hub"
+MACHINE = "Machine"
+
+PANELS = (MOST_USED, WHAT, HOW, BUDGET, SMALLER, DATA, OUTPUT, HUB, MACHINE)  # of the help, in its order
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Metadata of a field.
+
+    value: what its value is, in the help's words (FLOAT, PATH); by the field's type where left out.
+    default: in words, where a fixed value does not say it.
+    name: of the flag, where it is not the field's: of a table, whose entries are given one by one.
+    """
+
+    panel: str
+    value: str = ""
+    default: str = ""
+    name: str = ""
