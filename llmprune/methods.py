@@ -1,6 +1,7 @@
-"""A method is a file: ``llmprune/<kind>/<name>.py`` holds one public dataclass. There is no registry to edit.
+"""A method is a file: ``llmprune/<kind>/<name>.py`` holds one public dataclass. There is no registry to edit; ``_name.py`` beside it is a helper.
 
-Listing and checking names imports nothing heavy; only ``build`` imports the method asked for.
+The dataclass's fields are the method's options; what it is, it says in class attributes, and ``DEFAULTS`` holds for those that it leaves out.
+Listing and checking names imports nothing heavy; only ``find`` imports the method asked for.
 """
 
 from __future__ import annotations
@@ -11,17 +12,40 @@ import difflib
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import RequestError
 
-KINDS = ("criteria", "patterns", "solvers", "allocation")
+if TYPE_CHECKING:
+    from llmprune.types import Allocation, Criterion, Pattern, Solver, TriedAllocation
+
+KINDS = {"criteria": "criterion", "patterns": "pattern", "solvers": "solver", "allocation": "allocation"}  # a folder, and what one of it is called
+DEFAULTS = MappingProxyType(
+    {
+        # of criteria and solvers
+        "units_only": False,  # knows whole columns alone: for structured patterns
+        # of solvers
+        "by_slab": False,  # asks the pattern about some columns at a time
+        "repairs": True,  # changes the weights that stay
+        "fits_blocks": False,  # goes over a block once all its matrices have their masks (BlockSolver)
+        "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; unless it says less, the most of any of ours
+        # of allocations
+        "tried": False,  # prunes the whole model on trial (TriedAllocation)
+        "evolves": False,  # moves single weights from matrix to matrix
+    }
+)
+
+
+def trait(method: Any, name: str) -> Any:
+    """What a method, or its class, says of itself by a class attribute; the default where it says nothing."""
+    return getattr(method, name, DEFAULTS[name])
 
 
 def names(kind: str) -> list[str]:
     """The methods of one kind, in alphabetical order."""
     package = importlib.import_module(f"llmprune.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def check_name(what: str, name: str, known: list[str]) -> None:
@@ -32,14 +56,49 @@ def check_name(what: str, name: str, known: list[str]) -> None:
         raise RequestError(f"{what} {name!r} is unknown", f"{hint}there are: {', '.join(known)}")
 
 
+def find(kind: str, name: str) -> type[Any]:
+    """The class of the method of that name. Raises RequestError for an unknown name, or a file without one public dataclass."""
+    check_name(KINDS[kind], name, names(kind))
+    return public_class(importlib.import_module(f"llmprune.{kind}.{name}"))
+
+
+def public_class(module: Any) -> type[Any]:
+    """The one public dataclass of a method's module. Raises RequestError."""
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and not c.__name__.startswith("_")]
+    found = [c for c in own if dataclasses.is_dataclass(c)]
+    if len(found) != 1:
+        said = f"has the public dataclasses {', '.join(c.__name__ for c in found)}" if found else "has no public dataclass"
+        raise RequestError(f"{module.__name__}: {said}", "a method's file has one; names of others begin with _")
+    return found[0]
+
+
 def build(kind: str, name: str, **options: Any) -> Any:
     """The method of that name, made with its options. Raises RequestError for an unknown name or option."""
-    check_name(kind, name, names(kind))
-    module = importlib.import_module(f"llmprune.{kind}.{name}")
-    (cls,) = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__]
+    cls = find(kind, name)
     for option in options:
-        check_name(f"{kind}.{name} option", option, [f.name for f in dataclasses.fields(cls)])
+        check_name(f"option of {KINDS[kind]} {name}", option, [f.name for f in dataclasses.fields(cls)])
     return cls(**options)
+
+
+def criterion(name: str, **options: Any) -> Criterion:
+    """``build`` of a criterion, as the type checker knows it; so are those below."""
+    made: Criterion = build("criteria", name, **options)
+    return made
+
+
+def pattern(name: str, **options: Any) -> Pattern:
+    made: Pattern = build("patterns", name, **options)
+    return made
+
+
+def solver(name: str, **options: Any) -> Solver:
+    made: Solver = build("solvers", name, **options)
+    return made
+
+
+def allocation(name: str, **options: Any) -> Allocation | TriedAllocation:
+    made: Allocation | TriedAllocation = build("allocation", name, **options)
+    return made
 
 
 def document(kind: str, name: str) -> str:

@@ -121,9 +121,10 @@ class Pruned:
 
 
 class Criterion(Protocol):
-    """Scores every weight; the smallest scores go first."""
+    """Scores every weight; the smallest scores go first. It may say ``units_only`` too (llmprune.methods)."""
 
-    needs: frozenset[Stat]
+    @property
+    def needs(self) -> frozenset[Stat]: ...
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor: ...
 
@@ -131,10 +132,25 @@ class Criterion(Protocol):
 class Pattern(Protocol):
     """Which shapes of zeros are allowed."""
 
-    unit: int  # columns that are decided together (1: any weight on its own)
-    tall: int  # rows that are
-    local: bool  # every ``unit`` columns of a row are decided by themselves
-    levels: tuple[float, ...]  # the only ratios that a matrix may give up, ascending; empty: any
+    @property
+    def unit(self) -> int:
+        """Columns that are decided together (1: any weight on its own)."""
+        ...
+
+    @property
+    def tall(self) -> int:
+        """Rows that are decided together."""
+        ...
+
+    @property
+    def local(self) -> bool:
+        """Every ``unit`` columns of a row are decided by themselves."""
+        ...
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The only ratios that a matrix may give up, ascending; empty: any."""
+        ...
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
         """Exact number of weights that go from a [rows, columns] matrix."""
@@ -150,10 +166,15 @@ class Pattern(Protocol):
 
 
 class Solver(Protocol):
-    """Chooses the mask (from the score, or its own saliency) and repairs the weights that stay."""
+    """Chooses the mask (from the score, or its own saliency) and repairs the weights that stay. It may say more of itself (llmprune.methods)."""
 
-    needs: frozenset[Stat]
-    own_score: bool  # True: ranks by its own saliency and takes no criterion
+    @property
+    def needs(self) -> frozenset[Stat]: ...
+
+    @property
+    def own_score(self) -> bool:
+        """True: ranks by its own saliency and takes no criterion."""
+        ...
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned: ...
 
@@ -186,9 +207,18 @@ class Seen:
 class Allocation(Protocol):
     """Shares one budget out over the matrices, by a few numbers measured on each of the dense model."""
 
-    needs: frozenset[Stat]
-    looks_at: str  # of the dense model: "nothing", "weights"; "inputs" or "prunings", which take a forward
-    scored: bool  # measures the criterion's scores
+    @property
+    def needs(self) -> frozenset[Stat]: ...
+
+    @property
+    def looks_at(self) -> str:
+        """Of the dense model: "nothing", "weights"; "inputs" or "prunings", which take a forward."""
+        ...
+
+    @property
+    def scored(self) -> bool:
+        """Measures the criterion's scores."""
+        ...
 
     def measure(self, seen: Seen) -> Tensor:
         """What ``share`` has to know of one matrix; empty if nothing can be said."""
@@ -206,8 +236,15 @@ class Allocation(Protocol):
 class TriedAllocation(Protocol):
     """Tries ratios out on the whole model (llmprune.ratios.trials): those of other allocations, and what it makes of the best of them."""
 
-    starts: tuple[str, ...]  # names of the allocations that are tried
-    evolves: bool  # goes on from the best of them by ``improve``
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Names of the allocations that are tried."""
+        ...
+
+    @property
+    def evolves(self) -> bool:
+        """Goes on from the best of them by ``improve``, which moves single weights."""
+        ...
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> dict[str, int] | None:
         """Steps of equal weight counts that each matrix goes up or down from the best start, of sum 0; None to stay there.

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class Auto:
     starts: tuple[str, ...] = ("uniform", "fisher", "owl")
-    evolves: bool = False
+    tried: ClassVar[bool] = True
+    evolves: ClassVar[bool] = False
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> None:
         """The best start is taken as it is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from llmprune.types import Seen, Stat
 @dataclass(frozen=True)
 class Entropy:
     width: float = 0.08
-    needs: frozenset[Stat] = frozenset({"gram"})
-    looks_at: str = "inputs"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
+    looks_at: ClassVar[str] = "inputs"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         gram_CC = seen.stats.gram_CC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,9 +17,9 @@ MOST = 0.99  # of a matrix that is not named
 @dataclass(frozen=True)
 class Explicit:
     ratios: tuple[tuple[str, float], ...] = ()
-    needs: frozenset[Stat] = frozenset()
-    looks_at: str = "nothing"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    looks_at: ClassVar[str] = "nothing"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         return seen.weight_RC.new_zeros(0)

@@ -7,6 +7,7 @@ Own combination; the diagonal Fisher as in Theis et al., Faster gaze prediction 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,9 +18,9 @@ from llmprune.types import Seen, Stat
 @dataclass(frozen=True)
 class Fisher:
     width: float = 0.15
-    needs: frozenset[Stat] = frozenset({"input_sq", "grad_out_sq"})
-    looks_at: str = "inputs"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq", "grad_out_sq"})
+    looks_at: ClassVar[str] = "inputs"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         weight_RC, stats = seen.weight_RC, seen.stats

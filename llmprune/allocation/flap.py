@@ -8,6 +8,7 @@ An et al., Fluctuation-based Adaptive Structured Pruning, https://arxiv.org/abs/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class Flap:
-    needs: frozenset[Stat] = frozenset({"input_sq", "input_sum"})
-    looks_at: str = "inputs"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq", "input_sum"})
+    looks_at: ClassVar[str] = "inputs"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         """[U] scores of the units."""

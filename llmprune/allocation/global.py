@@ -7,6 +7,7 @@ Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, https://arx
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,9 +17,9 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class Global:
-    needs: frozenset[Stat] = frozenset({"input_sq"})
-    looks_at: str = "inputs"
-    scored: bool = True
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
+    looks_at: ClassVar[str] = "inputs"
+    scored: ClassVar[bool] = True
 
     def measure(self, seen: Seen) -> Tensor:
         if seen.score_RC is not None:

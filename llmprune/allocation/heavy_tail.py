@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from llmprune.types import Seen, Stat
 @dataclass(frozen=True)
 class HeavyTail:
     spread: float = 0.3
-    needs: frozenset[Stat] = frozenset()
-    looks_at: str = "weights"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    looks_at: ClassVar[str] = "weights"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         values = torch.linalg.svdvals(seen.weight_RC.double()).square()  # descending

@@ -7,6 +7,7 @@ Yin et al., Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from llmprune.types import Seen, Stat
 class OWL:
     width: float = 0.08
     times: float = 5.0
-    needs: frozenset[Stat] = frozenset({"input_sq"})
-    looks_at: str = "inputs"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
+    looks_at: ClassVar[str] = "inputs"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         """Their sum, then their histogram."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 Steps = dict[str, int]
 
@@ -24,7 +25,8 @@ class Search:
     rounds: tuple[tuple[int, int], ...] = ((2, 4), (8, 1))  # windows, and how many offspring survive them
     windows: int = 24  # on which the last of the offspring meets its parent
     seed: int = 0
-    evolves: bool = True
+    tried: ClassVar[bool] = True
+    evolves: ClassVar[bool] = True
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[Steps], int], list[float]]) -> Steps | None:
         draw = random.Random(self.seed)

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1503.05671
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from llmprune.types import Seen, Stat
 @dataclass(frozen=True)
 class Sensitivity:
     levels: tuple[float, ...] = (0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-    needs: frozenset[Stat] = frozenset({"gram", "grad_out_sq"})
-    looks_at: str = "prunings"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram", "grad_out_sq"})
+    looks_at: ClassVar[str] = "prunings"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         """[2, K]: the levels and the errors at them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,9 +12,9 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class Uniform:
-    needs: frozenset[Stat] = frozenset()
-    looks_at: str = "nothing"
-    scored: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    looks_at: ClassVar[str] = "nothing"
+    scored: ClassVar[bool] = False
 
     def measure(self, seen: Seen) -> Tensor:
         return seen.weight_RC.new_zeros(0)

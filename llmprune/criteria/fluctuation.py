@@ -6,6 +6,7 @@ An et al., Fluctuation-based Adaptive Structured Pruning (FLAP), https://arxiv.o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class Fluctuation:
-    needs: frozenset[Stat] = frozenset({"input_sq", "input_sum"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq", "input_sum"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         return weight_RC.square() * variance(stats).to(weight_RC.dtype)

@@ -7,6 +7,7 @@ score by gradients alone. The authors' full score adds Wanda's, after a scaling 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class GBLM:
-    needs: frozenset[Stat] = frozenset({"grad_sq"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"grad_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_sq_RC is not None

@@ -7,6 +7,7 @@ Pruning Convolutional Neural Networks for Resource Efficient Inference, https://
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class Gradient:
-    needs: frozenset[Stat] = frozenset({"grad"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"grad"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_RC is not None

@@ -6,6 +6,7 @@ Han et al., Learning both Weights and Connections for Efficient Neural Networks,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class Magnitude:
-    needs: frozenset[Stat] = frozenset()
+    needs: ClassVar[frozenset[Stat]] = frozenset()
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         return weight_RC.abs()

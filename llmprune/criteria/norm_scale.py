@@ -7,6 +7,7 @@ Scales as scores: Liu et al., Learning Efficient Convolutional Networks through 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class NormScale:
-    needs: frozenset[Stat] = frozenset({"norm_scale"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"norm_scale"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         return weight_RC.abs() if stats.norm_scale_C is None else weight_RC.abs() * stats.norm_scale_C.abs()

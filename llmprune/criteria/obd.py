@@ -6,6 +6,7 @@ LeCun, Denker and Solla, Optimal Brain Damage, https://papers.nips.cc/paper/250-
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class OBD:
-    needs: frozenset[Stat] = frozenset({"input_sq"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.input_sq_C is not None

@@ -8,6 +8,7 @@ Faster gaze prediction with dense networks and Fisher pruning, https://arxiv.org
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class OBDFisher:
-    needs: frozenset[Stat] = frozenset({"grad_sq"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"grad_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_sq_RC is not None

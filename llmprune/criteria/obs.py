@@ -8,6 +8,7 @@ https://papers.nips.cc/paper/647-second-order-derivatives-for-network-pruning-op
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from llmprune.types import Stat, Stats
 @dataclass(frozen=True)
 class OBS:
     damping: float = 0.01
-    needs: frozenset[Stat] = frozenset({"gram"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         upper_CC = factor_of(stats, self.damping).upper_CC

@@ -6,6 +6,7 @@ The baseline of, among others, Blalock et al., What is the State of Neural Netwo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from llmprune.types import Stat, Stats
 @dataclass(frozen=True)
 class Random:
     seed: int = 0
-    needs: frozenset[Stat] = frozenset()
+    needs: ClassVar[frozenset[Stat]] = frozenset()
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         noise = torch.Generator().manual_seed(self.seed)  # on the CPU: the same on every device

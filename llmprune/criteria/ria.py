@@ -7,6 +7,7 @@ https://openreview.net/forum?id=Tr0lPx9woF
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from llmprune.types import Stat, Stats
 @dataclass(frozen=True)
 class RIA:
     power: float = 0.5
-    needs: frozenset[Stat] = frozenset({"input_sq"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.input_sq_C is not None

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1810.02340
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class SNIP:
-    needs: frozenset[Stat] = frozenset({"first_grad"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"first_grad"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.first_grad_RC is not None

@@ -6,6 +6,7 @@ Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient I
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class Taylor:
-    needs: frozenset[Stat] = frozenset({"grad"})
-    units_only: bool = True  # of one column no weight scores less than another
+    needs: ClassVar[frozenset[Stat]] = frozenset({"grad"})
+    units_only: ClassVar[bool] = True  # of one column no weight scores less than another
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_RC is not None, "a criterion that needs gradients declares them"

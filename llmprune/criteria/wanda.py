@@ -6,6 +6,7 @@ Sun et al., A Simple and Effective Pruning Approach for Large Language Models, e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class Wanda:
-    needs: frozenset[Stat] = frozenset({"input_sq"})
+    needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.input_sq_C is not None

@@ -6,6 +6,7 @@ Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, https://openai.c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from llmprune.types import Mask
 class Block:
     height: int = 4
     width: int = 4
-    local: bool = False
-    levels: tuple[float, ...] = ()
+    local: ClassVar[bool] = False
+    levels: ClassVar[tuple[float, ...]] = ()
 
     @property
     def unit(self) -> int:

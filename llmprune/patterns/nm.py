@@ -6,6 +6,7 @@ Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from llmprune.types import Mask
 class NM:
     n: int = 2
     m: int = 4
-    tall: int = 1
-    local: bool = True
+    tall: ClassVar[int] = 1
+    local: ClassVar[bool] = True
 
     @property
     def unit(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from llmprune.types import Mask
 @dataclass(frozen=True)
 class Unstructured:
     group: Literal["row", "matrix"] = "matrix"
-    unit: int = 1
-    tall: int = 1
-    local: bool = False
-    levels: tuple[float, ...] = ()
+    unit: ClassVar[int] = 1
+    tall: ClassVar[int] = 1
+    local: ClassVar[bool] = False
+    levels: ClassVar[tuple[float, ...]] = ()
 
     def at(self, ratio: float, matrix: str) -> Unstructured:
         return self

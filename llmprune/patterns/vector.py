@@ -6,7 +6,7 @@ Mao et al., Exploring the Granularity of Sparsity in Convolutional Neural Networ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from llmprune.types import Mask
 @dataclass(frozen=True)
 class Vector:
     lines: Literal["row", "column"] = "row"
-    unit: int = 1
-    tall: int = 1
-    local: bool = False
-    levels: tuple[float, ...] = ()
+    unit: ClassVar[int] = 1
+    tall: ClassVar[int] = 1
+    local: ClassVar[bool] = False
+    levels: ClassVar[tuple[float, ...]] = ()
 
     def at(self, ratio: float, matrix: str) -> Vector:
         return self

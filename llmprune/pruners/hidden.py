@@ -135,8 +135,10 @@ def narrow(
 
 def narrow_block(flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> list[str]:
     """Take both paths through a block; what leaves it waits in their ``outputs``. Names of the parameters that have changed."""
-    structure, keeps = plan.pattern, {"hidden": flow.stream.width}
+    structure, width = plan.pattern, flow.stream.width
     assert isinstance(structure, Structure)
+    assert width is not None, "it is chosen before any block is narrowed"
+    keeps = {"hidden": width}
     changed: list[str] = []
     if plan.asymmetric:
         space = space_of(structure, index)

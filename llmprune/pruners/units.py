@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmprune.criteria.taylor import Taylor
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.refit import mean_bias
+from llmprune.methods import trait
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
 from llmprune.results import Row
 from llmprune.statistics.gradients import LossGradients
@@ -59,11 +59,11 @@ def writers(structure: Structure, index: int, block: nn.Module, name: str) -> li
     return found
 
 
-def counts_what_goes(criterion: Criterion | None) -> bool:
+def counts_writers(criterion: Criterion | None) -> bool:
     """Whether a criterion is summed over all weights that a unit takes away. One that looks at inputs, or at whole columns, says what the reader's
     output loses, and that is all of it.
     """
-    return criterion is not None and not criterion.needs & statistics_of("inputs") and not isinstance(criterion, Taylor)
+    return criterion is not None and not criterion.needs & statistics_of("inputs") and not trait(criterion, "units_only")
 
 
 def beside(structure: Structure, index: int, block: nn.Module, name: str, criterion: Criterion, gradients: LossGradients | None) -> Tensor:
@@ -84,7 +84,7 @@ def beside(structure: Structure, index: int, block: nn.Module, name: str, criter
 def graded(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[int, list[Matrix]]:
     """The matrices whose gradients are asked for: those that are pruned, and what writes their units."""
     structure = plan.pattern
-    if not isinstance(structure, Structure) or structure.outer is not None or not counts_what_goes(plan.criterion):
+    if not isinstance(structure, Structure) or structure.outer is not None or not counts_writers(plan.criterion):
         return matrices
     found = {}
     for index, readers in matrices.items():

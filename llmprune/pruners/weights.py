@@ -18,7 +18,7 @@ from llmprune.maths.order import best_order
 from llmprune.model.channels import Channels
 from llmprune.model.matrices import Matrix
 from llmprune.patterns.nm import NM
-from llmprune.pruners.units import beside, correct, counts_what_goes, make_up
+from llmprune.pruners.units import beside, correct, counts_writers, make_up
 from llmprune.results import Row
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.statistics.gradient_taps import PER_WEIGHT
@@ -78,7 +78,7 @@ def prune_block(
                 if variants is not None:
                     store_variants(variants, flow.stream, index, block, m, stats, plan)
                 full = f"{name}.{m.name}"
-                if isinstance(plan.pattern, Structure) and plan.criterion is not None and counts_what_goes(plan.criterion):
+                if isinstance(plan.pattern, Structure) and plan.criterion is not None and counts_writers(plan.criterion):
                     stats = replace(stats, beside_C=beside(plan.pattern, index, block, full, plan.criterion, gradients))
                 before_RC = m.view(block).clone() if plan.mean_bias else None
                 rows[m.name] = replace(prune_matrix(flow.stream, index, block, m, stats, plan, asked[full]), saliency=saliency)

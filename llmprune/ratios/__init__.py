@@ -2,5 +2,5 @@
 
 Words: survey (one dense pass that measures for allocations), trial (pruning the whole model and forgetting it again),
 latency (of blocks cut to size).
-Imports: allocation, data, engine, evaluation, maths, model, pruners, statistics, stream, structured.
+Imports: data, engine, evaluation, maths, model, pruners, statistics, stream, structured.
 """

@@ -10,11 +10,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from llmprune.allocation.auto import Auto
-from llmprune.allocation.search import Search
 from llmprune.maths.budget import on_levels
 from llmprune.maths.linalg import shrink
-from llmprune.methods import build
+from llmprune.methods import build, trait
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.weights import solve_at
 from llmprune.statistics.gradient_taps import PER_WEIGHT
@@ -43,12 +41,12 @@ class Ratios:
 
 
 def is_tried(allocation: Allocation | TriedAllocation) -> TypeGuard[TriedAllocation]:
-    return isinstance(allocation, Auto | Search)
+    return bool(trait(allocation, "tried"))
 
 
 def allocations(plan: Plan) -> dict[str, Allocation]:
     """The closed-form allocations that a plan needs, by name; its own is "", those that it tries out have theirs."""
-    if isinstance(plan.allocation, Auto | Search):
+    if is_tried(plan.allocation):
         return {name: build("allocation", name) for name in plan.allocation.starts}
     return {"": plan.allocation}  # type: ignore[dict-item]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmprune.errors import RequestError
 from llmprune.methods import names
-from llmprune.recipe.named import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QUALITIES, RECONSTRUCT, STRUCTURED, STRUCTURED_METHODS
+from llmprune.recipe.named import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, block_solvers
 from llmprune.recipe.reading import keys, read_recipe
 from llmprune.recipe.recipe import BUDGETS, Recipe
 from llmprune.recipe.user_criterion import refuse_code
@@ -93,11 +93,11 @@ def _property(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choices() -> dict[str, list[str]]:
-    solvers = names("solvers")
+    solvers, after = names("solvers"), block_solvers()
     return {
         "quality": list(QUALITIES),
         "method": sorted(METHODS | STRUCTURED_METHODS),
         "criterion": [*names("criteria"), *LAYER_CRITERIA, *EXPERT_CRITERIA],
-        "solver": [*solvers, *(f"{solver}+{RECONSTRUCT}" for solver in solvers if solver != RECONSTRUCT)],
+        "solver": [*solvers, *(f"{solver}+{last}" for last in after for solver in solvers if solver not in after)],
         "allocation": names("allocation"),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmprune.errors import RequestError
-from llmprune.methods import build, check_name, names
+from llmprune.methods import build, find, names, trait
 
 Group = Literal["row", "matrix"]
 
@@ -76,10 +76,6 @@ STRUCTURED_METHODS = {
     "wanda": Method("wanda", "mask_only", "matrix"),
 }
 
-UNITS_ONLY = ("taylor", "block_obs")  # a criterion and a solver that know whole columns alone
-
-STRUCTURED_SOLVERS = ("mask_only", "refit", "admm", "block_obs", "reconstruct")
-
 WIDTH_CRITERION = "wanda"
 
 LAYER_CRITERIA = ("measured", "block_influence")
@@ -88,21 +84,29 @@ EXPERT_CRITERIA = ("routed_norm",)
 
 DEFAULT_QUALITY = "balanced"
 
-RECONSTRUCT = "reconstruct"
 
-TRIED = ("auto", "search")  # allocations that prune the whole model on trial
-
-
-def split_solver(text: str) -> tuple[str, bool]:
-    """(the solver that goes over matrices, whether blocks are reconstructed afterwards) of "admm", "admm+reconstruct" or "reconstruct".
+def split_solver(text: str) -> tuple[str, str | None]:
+    """(the solver that goes over matrices, the one that goes over each block after it) of "admm", "admm+reconstruct" or "reconstruct", which is both.
 
     Raises RequestError for anything else.
     """
     first, plus, last = text.partition("+")
-    check_name("solver", first, names("solvers"))
-    if plus and (last != RECONSTRUCT or first == RECONSTRUCT):
-        raise RequestError(f"solver {text!r}", f"only +{RECONSTRUCT} can follow another solver, as in admm+{RECONSTRUCT}")
-    return first, RECONSTRUCT in (first, last)
+    over_blocks = trait(find("solvers", first), "fits_blocks")
+    if not plus:
+        return first, first if over_blocks else None
+    if over_blocks or last not in names("solvers") or not trait(find("solvers", last), "fits_blocks"):
+        raise RequestError(f"solver {text!r}", f"only a solver that goes over blocks can follow another: {', '.join(block_solvers())}")
+    return first, last
+
+
+def block_solvers() -> list[str]:
+    """The solvers that can follow another, as in admm+reconstruct."""
+    return [name for name in names("solvers") if trait(find("solvers", name), "fits_blocks")]
+
+
+def is_tried(allocation: str) -> bool:
+    """Whether an allocation prunes the whole model on trial."""
+    return bool(trait(find("allocation", allocation), "tried"))
 
 
 def build_pattern(text: str, group: Group) -> Any:

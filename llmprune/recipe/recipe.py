@@ -20,16 +20,15 @@ from llmprune.recipe.named import (
     METHODS,
     POLISH_STEPS,
     QUALITIES,
-    RECONSTRUCT,
     STRUCTURED,
     STRUCTURED_METHODS,
     STRUCTURED_QUALITIES,
-    TRIED,
     WIDTH_CRITERION,
     Group,
     Method,
     build_pattern,
     in_groups,
+    is_tried,
     parse_nm,
     split_solver,
 )
@@ -206,7 +205,7 @@ class Recipe(BaseModel):
     @property
     def makes_trials(self) -> bool:
         """Whether windows have to be held back to try something out on."""
-        return self.max_ppl_increase is not None or self.parts.allocation in TRIED
+        return self.max_ppl_increase is not None or is_tried(self.parts.allocation)
 
     @property
     def budget(self) -> str:
@@ -243,7 +242,7 @@ class Recipe(BaseModel):
         if self.pattern.startswith("block:") or self.pattern in LINES or self.structured:
             group = "matrix"  # where blocks and units compete
         allocation = named.allocation
-        if self.max_ppl_increase is not None and allocation in TRIED:
+        if self.max_ppl_increase is not None and is_tried(allocation):
             allocation = "fisher"  # a budget that is found by trials leaves none to an allocation
         one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
         return replace(
@@ -267,7 +266,7 @@ class Recipe(BaseModel):
             criterion=self._criterion(parts.criterion),
             pattern=structure or build_pattern(self.pattern, parts.group),
             solver=build("solvers", solver),
-            reconstruct=build("solvers", RECONSTRUCT) if reconstruct else None,
+            reconstruct=build("solvers", reconstruct) if reconstruct else None,
             allocation=build("allocation", parts.allocation, **self._allocation_options()),
             sparsity=self.most if self.ratio is None else self.ratio,
             asymmetric=parts.asymmetric,

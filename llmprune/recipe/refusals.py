@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmprune.errors import RequestError
-from llmprune.methods import build, check_name, names
+from llmprune.methods import check_name, find, names, trait
 from llmprune.recipe.named import (
     COARSE,
     EXPERT_CRITERIA,
@@ -13,9 +13,7 @@ from llmprune.recipe.named import (
     QUALITIES,
     STRUCTURED,
     STRUCTURED_METHODS,
-    STRUCTURED_SOLVERS,
-    TRIED,
-    UNITS_ONLY,
+    is_tried,
     parse_block,
     split_solver,
 )
@@ -65,7 +63,7 @@ def check_budget(recipe: Recipe, hint: str) -> None:
         raise RequestError("no sparsity", hint)
     if len(given) > 1:
         raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
-    if recipe.max_ppl_increase is not None and recipe.allocation in TRIED:
+    if recipe.max_ppl_increase is not None and recipe.allocation is not None and is_tried(recipe.allocation):
         raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials of its own", "take fisher or uniform")
 
 
@@ -95,8 +93,8 @@ def check_allocation(recipe: Recipe) -> None:
         check_name("allocation", recipe.allocation, names("allocation"))
     if recipe.in_groups and recipe.allocation == "explicit":
         raise RequestError(f"allocation 'explicit' with pattern {recipe.pattern}", "name what stays dense with --skip")
-    if recipe.in_groups and recipe.allocation == "search":
-        raise RequestError(f"allocation 'search' with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
+    if recipe.in_groups and recipe.allocation is not None and trait(find("allocation", recipe.allocation), "evolves"):
+        raise RequestError(f"allocation {recipe.allocation!r} with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
     if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
         raise RequestError(
             "ratios and allocation 'explicit' go together",
@@ -112,7 +110,7 @@ def check_structured(recipe: Recipe) -> None:
     pattern = recipe.pattern
     if recipe.permute:
         raise RequestError(f"channels reordered for pattern {pattern}", "only N:M gains by it; leave --permute out")
-    if recipe.allocation in ("explicit", "search"):
+    if recipe.allocation is not None and (recipe.allocation == "explicit" or trait(find("allocation", recipe.allocation), "evolves")):
         raise RequestError(f"allocation {recipe.allocation!r} with pattern {pattern}", "take sensitivity or uniform")
     if recipe.uniform and recipe.allocation not in (None, "uniform"):
         raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
@@ -162,14 +160,12 @@ def refuse_structured(recipe: Recipe) -> None:
 def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
     """Raises RequestError for parts that do not go with the pattern's units, or are for units alone."""
     pattern = recipe.pattern
-    if recipe.structured and solver not in STRUCTURED_SOLVERS:
-        raise RequestError(f"solver {solver!r} with pattern {pattern}", f"take one of {', '.join(STRUCTURED_SOLVERS)}")
-    if not recipe.structured:
-        for name in (criterion, solver):
-            if name in UNITS_ONLY:
-                raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
-    if pattern in LINES and solver == "sparsegpt":
-        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", "take refit, or admm")
+    if (recipe.structured or pattern in LINES) and trait(find("solvers", solver), "by_slab"):
+        others = [name for name in names("solvers") if not trait(find("solvers", name), "by_slab")]
+        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", f"take one of {', '.join(others)}")
+    for kind, name in (("criteria", criterion), ("solvers", solver)):
+        if not recipe.structured and name in names(kind) and trait(find(kind, name), "units_only"):
+            raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
 
 
 def check_names(recipe: Recipe) -> None:
@@ -196,12 +192,12 @@ def check_parts(recipe: Recipe) -> None:
         split_solver(recipe.solver)
     criterion, (solver, _) = recipe.parts.criterion, split_solver(recipe.parts.solver)
     check_units(recipe, criterion, solver)
-    own_score = build("solvers", solver).own_score
+    own_score = find("solvers", solver).own_score
     if own_score and criterion is not None:
         raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
     if not own_score and criterion is None:
         raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
-    if recipe.parts.asymmetric and recipe.parts.solver == "mask_only":
-        raise RequestError("an asymmetric target with solver 'mask_only', which repairs nothing", "take refit, sparsegpt or admm")
+    if recipe.parts.asymmetric and not trait(find("solvers", solver), "repairs"):
+        raise RequestError(f"an asymmetric target with solver {solver!r}, which repairs nothing", "take refit, sparsegpt or admm")
     if recipe.polish_steps is not None and recipe.polish is None and not recipe.parts.polish_steps:
         raise RequestError(f"{recipe.polish_steps} polish steps of no polish", "add --polish kd")

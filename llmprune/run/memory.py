@@ -14,6 +14,7 @@ from typing import Any
 from llmprune.data.windows import RunData
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
+from llmprune.methods import trait
 from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
@@ -207,13 +208,11 @@ class _Estimate:
 
     def work(self, matrix: Matrix) -> int:
         """What the criterion and the solver hold of one matrix beside its Gram matrix."""
-        a_square, a_weight = WORK.get(type(self.plan.solver).__name__, WORK["MaskOnly"])
+        a_square, a_weight = trait(self.plan.solver, "work")
         weights = matrix.rows * matrix.columns * a_weight
         return max(a_square * matrix.columns**2, KEPT_FACTOR * matrix.columns**2 * (a_square > 0) + weights)
 
 
-# bytes for every C^2 at the peak of a factorisation, and for every weight while the mask is chosen
-WORK = {"MaskOnly": (0, 16), "Refit": (32, 36), "SparseGPT": (40, 16), "ADMM": (40, 44), "BlockOBS": (56, 16)}
 KEPT_FACTOR = 8  # bytes for every C^2 that stay of a factorisation
 
 

@@ -9,6 +9,7 @@ which gives the ridge solve for any rho, would take too long.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ class ADMM:
     wide: int = 4096  # columns from which a CPU takes one Cholesky factor for a fixed rho: an eigenbasis costs some 40 times as much
     wide_rho: float = 1.0
     wide_iterations: int = 30
-    needs: frozenset[Stat] = frozenset({"gram"})
-    own_score: bool = True
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
+    own_score: ClassVar[bool] = True
+    work: ClassVar[tuple[int, int]] = (40, 44)
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         if drop == 0:

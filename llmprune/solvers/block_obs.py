@@ -7,6 +7,7 @@ Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see math
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 @dataclass(frozen=True)
 class BlockOBS:
     damping: float = 0.01
-    needs: frozenset[Stat] = frozenset({"gram"})
-    own_score: bool = True
-    units_only: bool = True
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
+    own_score: ClassVar[bool] = True
+    work: ClassVar[tuple[int, int]] = (56, 16)
+    units_only: ClassVar[bool] = True
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         assert isinstance(pattern, Units), "the recipe gives this solver a structured pattern"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,8 +12,10 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 
 @dataclass(frozen=True)
 class MaskOnly:
-    needs: frozenset[Stat] = frozenset()
-    own_score: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    own_score: ClassVar[bool] = False
+    work: ClassVar[tuple[int, int]] = (0, 16)
+    repairs: ClassVar[bool] = False
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         assert score_RC is not None, "the recipe gives this solver a criterion"

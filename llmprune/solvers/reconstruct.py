@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 class Reconstruct:
     steps: int = 100
     rate: float = 0.04  # of a tensor's root mean square
-    needs: frozenset[Stat] = frozenset()
-    own_score: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    own_score: ClassVar[bool] = False
+    work: ClassVar[tuple[int, int]] = (0, 16)
+    fits_blocks: ClassVar[bool] = True
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         """The mask; ``fit`` does the rest when all matrices of the block have theirs."""

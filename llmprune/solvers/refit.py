@@ -5,6 +5,7 @@ by conjugate gradients on all rows at once (Jacobi-preconditioned by the scaling
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 class Refit:
     damping: float = 0.01
     steps: int = 20
-    needs: frozenset[Stat] = frozenset({"gram"})
-    own_score: bool = False
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
+    own_score: ClassVar[bool] = False
+    work: ClassVar[tuple[int, int]] = (32, 36)
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         assert score_RC is not None, "the recipe gives this solver a criterion"

@@ -10,6 +10,7 @@ Shapes: R = output rows, B = columns of one slab, S = columns of one strip insid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ STRIP = 32  # columns between two matrix products inside a slab: keeps the colum
 class SparseGPT:
     damping: float = 0.01
     slab: int = 128
-    needs: frozenset[Stat] = frozenset({"gram"})
-    own_score: bool = True
+    needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
+    own_score: ClassVar[bool] = True
+    work: ClassVar[tuple[int, int]] = (40, 16)
+    by_slab: ClassVar[bool] = True
 
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         factor = factor_of(stats, self.damping)

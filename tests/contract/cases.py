@@ -23,7 +23,7 @@ from folded import Case, Test, without
 from torch import Tensor
 
 from llmprune.maths.linalg import notes_of
-from llmprune.methods import build, names
+from llmprune.methods import build, names, trait
 from llmprune.types import STATISTICS, Criterion, Pattern, Pruned, Solver, Stats, shape_of
 
 BLOCKS = [(1, 4), (4, 4), (2, 3)]
@@ -89,7 +89,7 @@ def _variants(kind: str, name: str) -> list[Made]:
 
 def units_only(method: Any) -> bool:
     """Whether a method is for the units of structured patterns alone."""
-    return method is not None and "units_only" in vars(method)
+    return method is not None and bool(trait(method, "units_only"))
 
 
 CRITERIA = made("criteria")
@@ -104,7 +104,7 @@ COMBOS = [
     for criterion in (NOBODY if solver.method.own_score else CRITERIA)
     if not units_only(criterion.method)
     for pattern in PATTERNS
-    if not ("lines" in vars(pattern.method) and "slab" in vars(solver.method))  # lines are cut by slabs: the recipe refuses it
+    if not ("lines" in vars(pattern.method) and trait(solver.method, "by_slab"))  # lines are cut by slabs: the recipe refuses it
     # a criterion ranks alike under any N:M and any block, so the rarer ones are tried with one criterion
     if criterion in (*NOBODY, CRITERIA[0]) or pattern.id in ("nm[2,4]", "nm[3,6]", "block[2,3]") or not pattern.id.startswith(("nm", "block"))
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from families import tiny_windows
 
 import llmprune
 from llmprune.errors import RequestError
+from llmprune.methods import build, find, names
 from llmprune.recipe.reading import read_recipe
+from llmprune.run.memory import footprint
 from llmprune.run.prepare import prepare
 from llmprune.statistics import stages as statistics
 
@@ -63,6 +67,22 @@ def test_what_cannot_fit_is_refused_with_the_largest_terms(tmp_path, monkeypatch
     with pytest.raises(RequestError, match=r"memory: .* are needed while it .*, 21 MB are free; the largest terms are .* and "):
         planned(tmp_path / "model", method="wanda")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_solver_that_says_nothing_is_planned_as_the_hungriest(tmp_path):
+    """It was planned as mask_only, which holds least."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    recipe = read_recipe(None, {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "sparsity": 0.5, "solver": "sparsegpt"})
+    job = prepare(recipe, IDS)
+
+    def solving(solver):
+        found = footprint(job.stream, replace(job.plan, solver=solver), job.matrices, job.data)
+        return next(p.terms["solver"] for p in found.phases if p.name == "prunes a block")
+
+    theirs = SimpleNamespace(needs=frozenset({"gram"}), own_score=True, solve=job.plan.solver.solve)
+    ours = {name: solving(build("solvers", name)) for name in names("solvers") if "gram" in find("solvers", name).needs}
+    assert solving(theirs) >= max(ours.values()) > 0
+    assert solving(theirs) >= 56 * 48**2  # the widest matrix has 48 inputs
 
 
 def test_a_limit_of_address_space_counts(tmp_path):
