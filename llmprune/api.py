@@ -145,8 +145,8 @@ def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: A
                 "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
             )
         samples = recipe.samples or DEFAULT_SAMPLES
-        windows = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, recipe.seed)
-        given = (windows.shuffled(recipe.seed) if recipe.shuffle else windows).first(samples).ids_NL
+        draw = recipe.seed if recipe.shuffle else None
+        given = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples).ids_NL
     data = given_windows(recipe, given)
     check_ids(data.calibration, model)
     return data
@@ -196,7 +196,7 @@ def evaluate(
     check_source(source)
     found = []
     for spec in [data] if isinstance(data, str) else data:
-        windows = read_windows(spec, "evaluation", tokenizer, length, samples, 0)
+        windows = read_windows(spec, "evaluation", tokenizer, length, samples)
         windows = windows.first(samples) if samples else windows
         check_ids(windows, stream.skeleton)
         found.append(perplexity(stream, windows, lambda d, t: on_progress("perplexity", d, t)))

@@ -26,6 +26,7 @@ from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle
 from llmprune.errors import RequestError
 
 RECORDS = r"(identity|published|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
+FIRST = ("recipe", "text")  # of an identity: what was asked for, before what follows from it
 UNBOUND = ("identity", "published")  # read before the run's identity is known
 OWN = re.compile(rf"lock|output|polished|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
 
@@ -156,7 +157,7 @@ def _sealed(value: dict[str, Any], run: str) -> str:
 
 def _difference(known: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """(name, value then, value now) of the first field that differs, the request's own fields before what follows from them."""
-    for key in sorted(known.keys() | ours.keys(), key=lambda key: (key != "recipe", key)):
+    for key in sorted(known.keys() | ours.keys(), key=lambda key: (key not in FIRST, key)):
         was, now = known.get(key), ours.get(key)
         if was != now and isinstance(was, dict) and isinstance(now, dict):
             name, was, now = _difference(was, now) or ("", was, now)

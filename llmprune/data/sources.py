@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import glob
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.files import hash_file
 from llmprune.errors import RequestError, first_line
 
+COMMIT = re.compile("[0-9a-f]{40}")
 BUNDLED = Path(__file__).parent / "bundled"
+HASHED = 1 << 30  # bytes; a larger file is known by its size and time
+BUFFER = 10_000  # rows of a stream among which the next one is drawn
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -39,6 +46,29 @@ BUNDLED_NAMES = {"bundled-calibration": "calibration.txt", "bundled-evaluation":
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """Where a text is: found, but not opened."""
+
+    dataset: str  # as it is shown
+    split: str
+    builder: str  # of ``datasets``, or a repository on the Hub
+    joined_by: str
+    file: Path | None = None  # a local one
+    config: str | None = None
+    part: str | None = None  # the one file of a repository that is read
+    revision: str | None = None  # of a repository: a commit, where the Hub says which
+    documents: int | None = None  # the first so many rows are all
+
+    @property
+    def identity(self) -> str | None:
+        """What changes with the content: a file's sha256 (of a very large one its size and time), or a commit; None where the Hub does not say."""
+        if self.file is None:
+            return self.revision if self.revision and COMMIT.fullmatch(self.revision) else None
+        state = self.file.stat()
+        return f"sha256 {hash_file(self.file)}" if state.st_size <= HASHED else f"{state.st_size} bytes of {state.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
 class Text:
     """A text and where it is from. ``complete`` is False when a large source was read in part."""
 
@@ -48,19 +78,15 @@ class Text:
     complete: bool = True
 
 
-def read_text(spec: str, purpose: str, characters: int | None, seed: int) -> Text:
-    """The text that ``spec`` names. ``purpose`` is "calibration" or "evaluation"; it picks the split.
-
-    Files of plain text are read whole; of row sources, rows are joined until ``characters`` are there (None: all of them).
-    Raises RequestError when it cannot be had, is empty, or has no text column.
-    """
+def find_source(spec: str, purpose: str) -> TextSource:
+    """What ``spec`` names. ``purpose`` is "calibration" or "evaluation"; it picks the split. Raises RequestError when there is no such thing."""
     if spec in BUNDLED_NAMES:
         path = BUNDLED / BUNDLED_NAMES[spec]
-        return Text(_plain(path), "bundled text", path.stem)
-    path = Path(spec).expanduser()
-    if path.suffix in BUILDERS or path.exists():
-        return _file(path, characters)
+        return TextSource("bundled text", path.stem, "text", "", path)
     name, _, revision = spec.partition("@")
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in BUILDERS or path.is_file() or (path.is_dir() and name not in KNOWN):
+        return _find_file(path)
     known = KNOWN.get(name)
     if known is None:
         repo, _, config = name.partition(":")
@@ -71,35 +97,88 @@ def read_text(spec: str, purpose: str, characters: int | None, seed: int) -> Tex
                 f"give a .txt, .jsonl or .parquet file, {names}, or org/name[:config][@revision]",
             )
         known = Known(repo, config or None, "\n\n", {"calibration": "train", "evaluation": "test"})
-    split = known.splits[purpose]
-    rows = _open(known.repo, known.config, split, known.files[purpose] if known.files else None, revision=revision or None)
+    part = known.files[purpose] if known.files else None
     limit = known.documents if purpose == "evaluation" else None
-    text, complete = _join(rows, known.joined_by, characters if limit is None else None, limit, spec)
-    return Text(text, spec, split, complete or limit is not None)
+    at = resolved(known.repo, revision or None)
+    return TextSource(spec, known.splits[purpose], known.repo, known.joined_by, None, known.config, part, at, limit)
 
 
-def _file(path: Path, characters: int | None) -> Text:
-    builder = BUILDERS.get(path.suffix)
+def _find_file(path: Path) -> TextSource:
+    builder = BUILDERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise RequestError(f"{path.name}: is a folder", f"give a file, one of {', '.join(BUILDERS)}")
     if builder is None:
         raise RequestError(f"{path.name}: cannot tell what {path.suffix or 'a file without suffix'} holds", f"give one of {', '.join(BUILDERS)}")
     if not path.is_file():
         raise RequestError(f"{path.name}: no such file", "check the path")
     if not path.stat().st_size:
         raise RequestError(f"{path.name}: the file is empty", "give a text")
-    if builder == "text":
-        return Text(_plain(path), path.name, "all")
-    rows = _open(builder, None, "train", str(path))
-    text, complete = _join(rows, "\n\n", characters, None, path.name)
-    return Text(text, path.name, "all", complete)
+    return TextSource(path.name, "all", builder, "" if builder == "text" else "\n\n", path)
 
 
-def _plain(path: Path) -> str:
-    rows = _open("text", None, "train", str(path), sample_by="document")
-    return _join(rows, "", None, None, path.name)[0]
+def resolved(repo: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set stands for now; as it was asked for, where the Hub cannot be reached or knows none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    if revision and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        return HfApi().dataset_info(repo, revision=revision, expand=["sha"], timeout=30).sha or revision
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # said better when it is opened
+        return revision
+
+
+def read_text(source: TextSource, characters: int | None = None, draw: int | None = None) -> Text:
+    """The text of a source. Files of plain text are read whole; of row sources, rows are joined until ``characters`` are there (None: all of them).
+    draw: a seed, by which the rows of a stream are shuffled in a buffer.
+
+    Raises RequestError when it cannot be had, is empty, or has no text column.
+    """
+    most = None if source.builder == "text" or source.documents else characters
+    parts: list[str] = []
+    size, complete = 0, True
+    for text in rows_of(source, draw):
+        parts.append(text)
+        size += len(text)
+        if (most is not None and size >= most) or len(parts) == source.documents:
+            complete = source.documents is not None
+            break
+    text = without_nul(source.joined_by.join(parts), source.dataset)
+    if not text.strip():
+        raise RequestError(f"{source.dataset}: holds no text", "give a text")
+    return Text(text, source.dataset, source.split, complete)
+
+
+def pieces(source: TextSource, characters: int) -> Iterator[Text]:
+    """The text of a file in pieces of at least so many characters, cut between rows, or between lines of plain text. Raises RequestError."""
+    parts: list[str] = []
+    size = 0
+    for text in rows_of(source, whole=False):
+        parts.append(text)
+        size += len(text)
+        if size >= characters:
+            yield Text(without_nul(source.joined_by.join(parts), source.dataset), source.dataset, source.split)
+            parts, size = [], 0
+    yield Text(without_nul(source.joined_by.join(parts), source.dataset), source.dataset, source.split)
+
+
+def without_nul(text: str, name: str) -> str:
+    if "\0" in text:
+        raise RequestError(f"{name}: holds NUL characters, so it is not text", "give UTF-8 text")
+    return text
+
+
+def rows_of(source: TextSource, draw: int | None = None, whole: bool = True) -> Iterator[str]:
+    """The text of each row, streamed: nothing is copied into a cache. whole: plain text is one row, else a row a line."""
+    if source.file is None:
+        rows = _open(source.builder, source.config, source.split, source.part, revision=source.revision)
+        return _texts(rows if draw is None else rows.shuffle(seed=draw, buffer_size=BUFFER), source.dataset)
+    options = {"encoding": "utf-8-sig", "keep_linebreaks": True, "sample_by": "document" if whole else "line"} if source.builder == "text" else {}
+    return _texts(_open(source.builder, None, "train", glob.escape(str(source.file)), **options), source.dataset)
 
 
 def _open(builder: str, config: str | None, split: str, file: str | None, **options: Any) -> Any:
-    """Rows of a data set, streamed: nothing is copied into a cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -110,31 +189,21 @@ def _open(builder: str, config: str | None, split: str, file: str | None, **opti
         raise RequestError(f"data set {builder!r}: {first_line(error)[:160]}", "check the name, the split and your network") from None
 
 
-def _join(rows: Any, joined_by: str, characters: int | None, documents: int | None, name: str) -> tuple[str, bool]:
-    parts: list[str] = []
-    size = 0
-    complete = True
+def _texts(rows: Any, name: str) -> Iterator[str]:
+    """One column of all rows: that of the first row."""
+    column = ""
     try:
-        for row in rows:
-            parts.append(_text_of(row, name))
-            size += len(parts[-1])
-            if (characters is not None and size >= characters) or (documents is not None and len(parts) >= documents):
-                complete = False
-                break
+        for number, row in enumerate(rows, 1):
+            column = column or _column_of(row, name)
+            if not isinstance(row.get(column), str):
+                raise RequestError(f"{name}, row {number}: {column!r} holds no text", "leave such rows out")
+            yield row[column]
     except (UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"{name}: cannot be read as text ({str(error)[:100]})", "give UTF-8 text") from None
-    text = joined_by.join(parts)
-    if not text.strip():
-        raise RequestError(f"{name}: holds no text", "give a text")
-    if "\0" in text:
-        raise RequestError(f"{name}: holds NUL characters, so it is no text", "give UTF-8 text")
-    return text, complete
 
 
-def _text_of(row: dict[str, Any], name: str) -> str:
-    if isinstance(row.get("text"), str):
-        return row["text"]
+def _column_of(row: dict[str, Any], name: str) -> str:
     columns = [k for k, v in row.items() if isinstance(v, str)]
-    if len(columns) == 1:
-        return row[columns[0]]
+    if "text" in row or len(columns) == 1:
+        return "text" if "text" in row else columns[0]
     raise RequestError(f"{name}: no column 'text' among {', '.join(row)}", "name the text column 'text'")

@@ -16,22 +16,27 @@ NAME = "windows.safetensors"
 
 def save_windows(folder: Path, data: RunData, asked: str) -> None:
     """Write all windows of a run, unless they are there already. asked: a name of the request that they answer."""
-    if load_windows(folder, asked) is None:
+    if load_windows(folder, asked, data.identities) is None:
         every = data.all()
-        said = {"names": [[w.dataset, w.split, w.sha256] for w in every], "held": data.held is not None, "asked": asked}
+        names = [[w.dataset, w.split, w.drawn_from, w.sha256] for w in every]
+        said = {"names": names, "held": data.held is not None, "asked": asked, "identities": data.identities}
         write_whole(folder / NAME, save({str(i): w.ids_NL.contiguous() for i, w in enumerate(every)}, {"windows": json.dumps(said)}))
 
 
-def load_windows(folder: Path, asked: str) -> RunData | None:
-    """What save_windows wrote for the same request, or None when it is absent or damaged."""
+def load_windows(folder: Path, asked: str, identities: dict[str, str | None]) -> RunData | None:
+    """What save_windows wrote for the same request and the same files and data sets, or None when it is absent or damaged. One whose identity is
+    unknown now (the Hub is out of reach) is the one that it was.
+    """
     try:
         with safe_open(folder / NAME, "pt") as file:
             said = json.loads(file.metadata()["windows"])
-            every = [Windows(file.get_tensor(str(i)).clone(), dataset, split) for i, (dataset, split, _) in enumerate(said["names"])]
-        sound = said["asked"] == asked and [w.sha256 for w in every] == [sha256 for _, _, sha256 in said["names"]]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            every = [Windows(file.get_tensor(str(i)).clone(), *name[:-1]) for i, name in enumerate(said["names"])]
+        sound = said["asked"] == asked and [w.sha256 for w in every] == [name[-1] for name in said["names"]]
+        then = said["identities"]
+        sound = sound and then.keys() == identities.keys() and all(then[name] == now or None in (then[name], now) for name, now in identities.items())
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if not sound:
         return None
     held = every.pop() if said["held"] else None
-    return RunData(every[0], tuple(every[1:]), held)
+    return RunData(every[0], tuple(every[1:]), held, then)

@@ -6,23 +6,27 @@ Shapes: N = windows, L = tokens of a window.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.data.sources import Text, read_text
+from llmprune.data.sources import BUFFER, Text, TextSource, find_source, pieces, read_text
 from llmprune.errors import RequestError
+
+WHOLE = 16 << 20  # bytes; a larger file is drawn from piece by piece
+PIECE = 4 << 20  # characters
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [N, L] with the name of the text they were cut from."""
+    """Token ids [N, L] with the name of the text they were cut from. drawn_from: among how many, by which seed; empty for the first windows."""
 
     ids_NL: Tensor
     dataset: str
     split: str
+    drawn_from: str = ""
 
     def first(self, count: int) -> Windows:
         return replace(self, ids_NL=self.ids_NL[:count])
@@ -47,11 +51,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class RunData:
-    """All windows of a run. held: of the calibration text, for trials, on which nothing is calibrated; None where there are none."""
+    """All windows of a run. held: of the calibration text, for trials, on which nothing is calibrated; None where there are none. identities: of the
+    files and data sets that all are made from, None where it is unknown.
+    """
 
     calibration: Windows
     evaluation: tuple[Windows, ...] = ()
     held: Windows | None = None
+    identities: dict[str, str | None] = field(default_factory=dict)
 
     def all(self) -> tuple[Windows, ...]:
         return (self.calibration, *self.evaluation, *((self.held,) if self.held else ()))
@@ -64,14 +71,22 @@ def cut(text: Text, tokenizer: Any, length: int) -> Windows:
     return Windows(torch.tensor(ids[: count * length], dtype=torch.long).view(count, length), text.dataset, text.split)
 
 
-def read_windows(spec: str, purpose: str, tokenizer: Any, length: int, wanted: int | None, seed: int) -> Windows:
-    """All windows of a text, or enough of a large source for ``wanted``.
+def read_windows(spec: str, purpose: str, tokenizer: Any, length: int, wanted: int | None, *, draw: int | None = None) -> Windows:
+    """``windows_of`` what a spec names."""
+    return windows_of(find_source(spec, purpose), tokenizer, length, wanted, draw=draw)
+
+
+def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | None, *, draw: int | None = None) -> Windows:
+    """All windows of a text, or enough of a large source for ``wanted``. draw: a seed by which they are drawn from all of the source, of a stream by
+    way of a buffer; else they are the first.
 
     Raises RequestError when the source cannot be read, or its text gives not one window.
     """
-    characters = 8 * length * wanted if wanted else None
+    if draw is not None and wanted is not None and source.file is not None and source.file.stat().st_size > WHOLE:
+        return drawn(source, tokenizer, length, wanted, draw)
+    characters = 8 * length * wanted if wanted and (draw is None or source.file is None) else None
     while True:
-        text = read_text(spec, purpose, characters, seed)
+        text = read_text(source, characters, draw)
         windows = cut(text, tokenizer, length)
         if text.complete or wanted is None or len(windows.ids_NL) >= wanted:
             break
@@ -80,4 +95,24 @@ def read_windows(spec: str, purpose: str, tokenizer: Any, length: int, wanted: i
     if not len(windows.ids_NL):
         tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
         raise RequestError(f"{text.dataset}: {tokens} tokens, not one window of {length}", "give more text, or a smaller --sequence-length")
-    return windows
+    if draw is None:
+        return windows
+    among = f"{len(windows.ids_NL):,} windows" if source.file else f"a stream shuffled in a buffer of {BUFFER:,} rows"
+    return replace(windows.shuffled(draw), drawn_from=f"{among}, seed {draw}")
+
+
+def drawn(source: TextSource, tokenizer: Any, length: int, wanted: int, seed: int) -> Windows:
+    """``wanted`` windows drawn uniformly from all of a large file, in random order: those with the smallest of random keys. In memory are they and
+    one piece. The tail of every piece is dropped. Raises RequestError.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids_NL, keys_N, count = torch.empty(0, length, dtype=torch.long), torch.empty(0, dtype=torch.float64), 0
+    for text in pieces(source, PIECE):
+        new_NL = cut(text, tokenizer, length).ids_NL
+        count += len(new_NL)
+        keys_N = torch.cat([keys_N, torch.rand(len(new_NL), generator=generator, dtype=torch.float64)])
+        order_N = keys_N.argsort()[:wanted]
+        ids_NL, keys_N = torch.cat([ids_NL, new_NL])[order_N], keys_N[order_N]
+    if not count:
+        raise RequestError(f"{source.dataset}: not one window of {length}", "give a smaller --sequence-length")
+    return Windows(ids_NL, source.dataset, source.split, f"{count:,} windows, seed {seed}")

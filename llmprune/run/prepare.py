@@ -27,7 +27,7 @@ from llmprune.recipe.recipe import Recipe
 from llmprune.run.memory import Footprint, footprint
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
-from llmprune.run.windows import gather_windows
+from llmprune.run.windows import find_texts, gather_windows
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.whole import WholeStream
@@ -61,6 +61,7 @@ class Job:
         return {
             "recipe": self.recipe.resolved(),
             "source": self.source.hashes,
+            "text": self.data.identities,
             "calibration": self.data.calibration.sha256,
             "evaluation": [w.sha256 for w in self.data.evaluation],
             "held": self.data.held.sha256 if self.data.held else None,
@@ -96,7 +97,8 @@ class Job:
         calibration = self.data.calibration
         count, length = calibration.ids_NL.shape
         held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
-        return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){held}"
+        drawn = f", drawn from {calibration.drawn_from}" if calibration.drawn_from else ""
+        return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){drawn}{held}"
 
 
 def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
@@ -129,8 +131,9 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     plan, matrices = planned(recipe, stream, selection)
     plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe))
-    data = stored or gather_windows(recipe, source, stream, windows)
+    texts = find_texts(recipe, source.folder, windows)
+    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe), texts.identities)
+    data = stored or gather_windows(recipe, source, stream, texts, windows)
     for part in data.all():
         check_ids(part, stream.skeleton)
     memory = footprint(stream, plan, matrices, data)
@@ -168,5 +171,5 @@ def described(source: Source) -> dict[str, Any]:
 
 def describe(windows: Windows) -> dict[str, Any]:
     count, length = windows.ids_NL.shape
-    name = {"dataset": windows.dataset, "split": windows.split}
+    name = {"dataset": windows.dataset, "split": windows.split} | ({"drawn_from": windows.drawn_from} if windows.drawn_from else {})
     return name | {"windows": count, "window": length, "tokens": count * length, "sha256": windows.sha256}

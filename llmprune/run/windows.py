@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llmprune.checkpoint.companions import tokenizer_files
+from llmprune.checkpoint.files import hash_file
 from llmprune.checkpoint.resolve import is_bundled
 from llmprune.checkpoint.source import Source
+from llmprune.data.sources import TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import RunData, Windows, read_windows
+from llmprune.data.windows import RunData, Windows, windows_of
 from llmprune.errors import RequestError
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_length
@@ -23,21 +27,41 @@ BUNDLED_LENGTH = 256
 HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 
-def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, given: Tensor | None) -> RunData:
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a run asks for, found but not read. calibration: None where token ids are given. identities: of all that windows are made from,
+    the texts and the tokenizer's files, by name; None where it is unknown.
+    """
+
+    calibration: TextSource | None
+    evaluation: tuple[TextSource, ...]
+    identities: dict[str, str | None]
+
+
+def find_texts(recipe: Recipe, folder: Path, given: Tensor | None) -> Texts:
+    """folder: of the model. Raises RequestError for a text that is not there."""
+    spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
+    calibration = None if given is not None else find_source(spec, "calibration")
+    evaluation = tuple(find_source(spec, "evaluation") for spec in (recipe.eval if given is not None else evaluation_sets(recipe)))
+    identities = {f"calibration {calibration.dataset}": calibration.identity} if calibration else {}
+    identities |= {f"evaluation {n}, {text.dataset}": text.identity for n, text in enumerate(evaluation, 1)}
+    identities |= {f"tokenizer {path.name}": f"sha256 {hash_file(path)}" for path in tokenizer_files(folder)} if identities else {}
+    return Texts(calibration, evaluation, identities)
+
+
+def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, texts: Texts, given: Tensor | None) -> RunData:
     """The windows of a run, as the recipe and its defaults say."""
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
     check_length(length, stream.skeleton.config)
-    if given is not None and not recipe.eval:
+    if given is not None and not texts.evaluation:
         return given_windows(recipe, given)
     tokenizer = load_tokenizer(source.folder)
-    evaluation = tuple(read_windows(spec, "evaluation", tokenizer, length, None, recipe.seed) for spec in evaluation_sets(recipe))
-    if given is not None:
-        return replace(given_windows(recipe, given), evaluation=evaluation)
+    evaluation = tuple(windows_of(text, tokenizer, length, None) for text in texts.evaluation)
+    if texts.calibration is None:
+        assert given is not None
+        return replace(given_windows(recipe, given), evaluation=evaluation, identities=texts.identities)
     samples = recipe.samples or DEFAULT_SAMPLES
-    spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
-    windows = read_windows(spec, "calibration", tokenizer, length, samples + 2 * HELD_BACK, recipe.seed)
-    if recipe.shuffle:
-        windows = windows.shuffled(recipe.seed)
+    windows = windows_of(texts.calibration, tokenizer, length, samples + 2 * HELD_BACK, draw=recipe.seed if recipe.shuffle else None)
     have = len(windows.ids_NL)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
@@ -49,7 +73,7 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
         spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
         samples = min(samples, have - min(spare, HELD_BACK))
         evaluation = (windows.after(samples).first(HELD_BACK),) if have > samples else ()
-    return RunData(windows.first(samples), evaluation, held)
+    return RunData(windows.first(samples), evaluation, held, texts.identities)
 
 
 def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:

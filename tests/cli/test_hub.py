@@ -12,6 +12,7 @@ from cli.hub import Hub, commit_of, metadata_errors, serve, stand_in
 from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.data.sources import find_source
 
 LLAMA = {p.name: p.read_bytes() for p in (BUNDLED / "llama").iterdir()}
 README = b"---\nlicense: llama3.2\nlanguage:\n- en\nextra_gated_prompt: a promise\n---\n\n# A model\n"
@@ -78,3 +79,30 @@ def test_pinned_to_a_revision(tmp_path):
     assert metadata_errors(str(card)) == []
     assert absent.returncode == 2
     assert len(absent.stderr.splitlines()) == 2
+
+
+def test_windows_drawn_from_a_stream(tmp_path):
+    """The first rows are not the only ones that windows come from; where they come from is said."""
+    hub = Hub()
+    with stand_in(hub):
+        hub.add("models/org/tiny", LLAMA)
+        rows = [json.dumps({"text": f"row {'early' if i < 400 else 'late'} " * 20}).encode() + b"\n" for i in range(800)]
+        hub.add("datasets/org/words", {"train.jsonl": b"".join(rows)})
+        first = llmprune(hub.base, tmp_path, *ASK, "--calibration", "org/words")
+        drawn = llmprune(hub.base, tmp_path, *ASK[:-1], "drawn", "--calibration", "org/words", "--shuffle", "--seed", 3)
+    assert (first.returncode, drawn.returncode) == (0, 0), first.stderr + drawn.stderr
+    calibration = json.loads((tmp_path / "drawn" / "llmprune.json").read_text())["calibration"]
+    assert calibration["drawn_from"] == "a stream shuffled in a buffer of 10,000 rows, seed 3"
+    assert "8 windows of 64 from org/words (train), drawn from a stream shuffled in a buffer of 10,000 rows, seed 3" in drawn.stdout
+    assert "drawn_from" not in json.loads((tmp_path / "out" / "llmprune.json").read_text())["calibration"]
+    assert calibration["sha256"] != json.loads((tmp_path / "out" / "llmprune.json").read_text())["calibration"]["sha256"]
+
+
+def test_a_data_sets_revision_is_the_commit_that_it_stands_for(hub: Hub, monkeypatch):
+    data = hub.add("datasets/org/words", {"train.jsonl": b"".join(lines())})
+    assert find_source("org/words", "calibration").identity == data.commits[0].id
+    data.commit({"train.jsonl": b'{"text": "other"}\n'})
+    source = find_source("org/words", "calibration")
+    assert source.identity == source.revision == data.commits[1].id
+    hub.fail(1, lasting=True)
+    assert find_source("org/words", "calibration").identity is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from faults.runs import contents, small_text
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
+from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
@@ -102,6 +104,27 @@ def test_another_request_is_refused_and_restart_discards(here):
     report = llmprune.prune(**{**ASK, "sparsity": 0.6}, restart=True)
     assert report.timings["resumed_blocks"] == 0
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+def test_an_edited_text_or_tokenizer_is_refused_by_name(here):
+    """Its windows were kept beside the journal, and a file of the same name would have been taken for the one that they were cut from."""
+    shutil.copytree(BUNDLED / "llama", "model")
+    Path("rows.txt").write_text((BUNDLED / "calibration.txt").read_text())
+    ask = {"model": "model", "calibration": "rows.txt"}
+    run_until("prune", 3, **ask)
+    named = {"rows.txt": "calibration rows.txt", "small.txt": "evaluation 1, small.txt", "model/tokenizer.json": "tokenizer tokenizer.json"}
+    for path, name in named.items():
+        before = Path(path).read_text()
+        Path(path).write_text(before + "\n")
+        with pytest.raises(llmprune.LlmpruneError, match=rf'begun with another text: {name} \(then "sha256 \w+\.\.\., now "sha256') as refused:
+            llmprune.prune(**{**ASK, **ask})
+        assert (refused.value.exit_code, "--restart" in refused.value.hint) == (2, True)
+        Path(path).write_text(before)
+    Path("else").mkdir()
+    Path("else/rows.txt").write_text("Another text of the same name. " * 2000)
+    with pytest.raises(llmprune.LlmpruneError, match=r"another text: calibration rows\.txt"):
+        llmprune.prune(**{**ASK, **ask, "calibration": "else/rows.txt"})
+    assert llmprune.prune(**{**ASK, **ask}).timings["resumed_blocks"] == 3
 
 
 def test_one_run_at_a_time(here):

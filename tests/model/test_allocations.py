@@ -181,7 +181,7 @@ def test_a_budget_of_perplexity_ends_near_its_limit(tmp_path: Path) -> None:
     assert 0.17 <= chosen["increase"] <= 0.2
     assert all(step["increase"] > 0.2 for step in report.frontier if step["sparsity"] > report.asked)
     assert report.sparsity == pytest.approx(report.asked, abs=1e-3)
-    windows = read_windows("bundled-calibration", "calibration", llmprune.load(tmp_path / "out")[1], 64, None, 0)
+    windows = read_windows("bundled-calibration", "calibration", llmprune.load(tmp_path / "out")[1], 64, None)
     held_NL = windows.held_back(32)[1].ids_NL
     model = llmprune.load(tmp_path / "out", dtype=torch.float32)[0]
     with torch.no_grad():
