@@ -1,4 +1,4 @@
-"""A weight that is stored as codes and scales, and what turns them back."""
+"""A weight that is stored as codes and scales, and its dequantisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Code:
-    """The names of the tensors that a weight is stored in, the codes first, its own shape, and what turns those tensors into it."""
+    """The names of the tensors that a weight is stored in, the codes first, its shape, and the function that dequantises them."""
 
     parts: tuple[str, ...]
     shape: tuple[int, ...]

@@ -1,5 +1,5 @@
-"""Checkpoints in the formats of compressed-tensors (integers, packed or not, floats, nvfp4, mxfp4 ...): its own library turns the tensors of one
-module at a time back into a weight, as it does where transformers loads with ``CompressedTensorsConfig(dequantize=True)``.
+"""Checkpoints in the formats of compressed-tensors (integers, packed or not, floats, nvfp4, mxfp4 ...): its own library dequantises
+one module at a time, as it does where transformers loads with ``CompressedTensorsConfig(dequantize=True)``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llmprune.errors import RequestError, first_line
 
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape")
 BESIDE = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
-OLDEST = (0, 20)  # of the library; before it formats were others
-WORD = {"I32": 32, "U8": 8}  # bits of what packed codes are stored in
-SLOW = re.compile(r"\)[*+?{]|([*+{].*){5}")  # of an expression: repeated groups, or so many repetitions that a match may take for ever
+OLDEST = (0, 20)  # of the library; earlier ones have other formats
+WORD = {"I32": 32, "U8": 8}  # bits of an integer that holds packed codes
+SLOW = re.compile(r"\)[*+?{]|([*+{].*){5}")  # of an expression: repeated groups, or so many repetitions that a match may never end
 UNDONE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 AGAIN = "fetch the checkpoint again, or prune the model that it was made from"
 
@@ -33,12 +33,12 @@ def installed() -> bool:
 
 
 def compressed_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code], set[str]]:
-    """(weights that have a scale, the tensors that go with them). Raises RequestError for what the library does not know, or where it is absent."""
+    """(weights that have a scale, the tensors that go with them). Raises RequestError for what the library does not support, or without it."""
     if not installed():
         oldest = ".".join(map(str, OLDEST))
         raise RequestError(
-            f"config.json: the weights are already quantised, which takes compressed-tensors {oldest} or newer",
-            f'pip install "compressed-tensors>={oldest}", then the same command takes them as they are',
+            f"config.json: the weights are already quantised, which needs compressed-tensors {oldest} or newer",
+            f'pip install "compressed-tensors>={oldest}", then the same command reads them as they are',
         )
     from compressed_tensors.utils.match import match_name
 
@@ -49,7 +49,7 @@ def compressed_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, C
     for name in source.tensors:
         module, _, last = name.rpartition(".")
         if last == "weight_g_idx":
-            raise RequestError(f"{name}: columns quantised in another order cannot be turned back", AGAIN)
+            raise RequestError(f"{name}: columns quantised in another order cannot be dequantised", AGAIN)
         if last != "weight_scale":
             continue
         fits = groups if len(groups) == 1 else [g for g in groups if any(match_name(module, target) for target in g.targets)]
@@ -82,12 +82,12 @@ def _config(asked: dict[str, Any]) -> Any:
         raise RequestError("config.json: quantization_config: config_groups is empty", AGAIN)
     for expression in expressions:
         if SLOW.search(expression):
-            raise RequestError(f"config.json: quantization_config: the target {expression[:60]!r} is too intricate to be matched", AGAIN)
+            raise RequestError(f"config.json: quantization_config: the target {expression[:60]!r} is too complex to be matched", AGAIN)
     return config
 
 
 def _said(error: Exception) -> str:
-    """What is wrong, without what a validation says before it."""
+    """The message of a validation error, without its preamble."""
     if isinstance(error, ValidationError):
         found = error.errors()[0]
         return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"[:160]
@@ -95,7 +95,7 @@ def _said(error: Exception) -> str:
 
 
 def _code(source: Source, module: str, scheme: Any, form: Any) -> Code:
-    """How the weight of a module is stored. scheme: what the config says of its group; form: the format's name."""
+    """How the weight of a module is stored. scheme: its group's entry in the config; form: the format's name."""
     from compressed_tensors.compressors import BaseCompressor
 
     held = [part for part in PARTS if f"{module}.{part}" in source.tensors]
@@ -104,7 +104,7 @@ def _code(source: Source, module: str, scheme: Any, form: Any) -> Code:
         compressor = BaseCompressor.get_value_from_registry(form)
         bits = scheme.weights.num_bits
     except (KeyError, AttributeError):
-        raise RequestError(f"{module}: stored as {form}, which compressed-tensors cannot turn back", AGAIN) from None
+        raise RequestError(f"{module}: stored as {form}, which compressed-tensors cannot dequantise", AGAIN) from None
     if held[0] not in ("weight", "weight_packed"):
         raise RequestError(f"{module}: has a weight_scale and no weight", AGAIN)
     strange = [part for part in held if source.tensors[f"{module}.{part}"].dtype not in DTYPES | CODES]
@@ -118,9 +118,9 @@ def _code(source: Source, module: str, scheme: Any, form: Any) -> Code:
         try:
             weight = compressor.decompress(dict(zip(held, stored, strict=True)), scheme)["weight"]
         except UNDONE as error:
-            raise RequestError(f"{module}: cannot be turned back ({first_line(error)[:160]})", AGAIN) from None
+            raise RequestError(f"{module}: cannot be dequantised ({first_line(error)[:160]})", AGAIN) from None
         if weight.shape != shape:
-            raise RequestError(f"{module}: turned back into {list(weight.shape)} instead of {list(shape)}", AGAIN)
+            raise RequestError(f"{module}: dequantised to {list(weight.shape)} instead of {list(shape)}", AGAIN)
         return weight
 
     return Code(tuple(f"{module}.{part}" for part in held), shape, decode)
@@ -139,5 +139,5 @@ def _unpacked(source: Source, module: str, bits: Any, told: bool) -> tuple[int, 
             raise RequestError(f"{module}.weight_shape: {entry.dtype} {list(entry.shape)} instead of two integers", AGAIN)
         columns = int(source.read(f"{module}.weight_shape")[1])
     if columns < 1 or ceil(columns * bits / WORD[packed.dtype]) != words:
-        raise RequestError(f"{module}: {columns} columns of {bits} bits are not what its {words} packed ones hold", AGAIN)
+        raise RequestError(f"{module}: {columns} columns of {bits} bits do not match its {words} packed ones", AGAIN)
     return rows, columns

@@ -1,7 +1,7 @@
 """The one file layer: the only way that a run's state reaches the disk, all of it by functions of ``os``.
 
-After a crash, and after a loss of power that takes with it whatever was not synced, a file written whole is the old one or the new one, and a folder
-that has been swapped in has all of its content.
+After a crash, and after a power failure that loses whatever was not synced, a file written whole is the old one or the new one, and a folder
+that has been swapped in is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmprune.errors import RequestError, StoppedError
 
 CHUNK = 16 << 20
 REPORT = "llmprune.json"
-UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or its owner's to edit
+UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or meant to be edited
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,19 +39,19 @@ def sync_file(handle: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder with all above it, durably: a new name is not on the disk before the folder that it stands in is synced."""
+    """The folder and its parents, durably: a new name is not on the disk before the folder that contains it is synced."""
     if not folder.is_dir():
         make_folder(folder.absolute().parent)
         try:
             os.mkdir(folder)
-        except FileExistsError:  # another process was first; a file of this name is met by whoever writes into it
+        except FileExistsError:  # another process was first; if it is a file, writing into it fails
             return
         sync_folder(folder.absolute().parent)
 
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """A file's handle; a new file gets the mode that the umask leaves."""
+    """A file's handle; a new file gets the mode that the umask allows."""
     handle = os.open(path, flags, 0o666)
     try:
         yield handle
@@ -70,7 +70,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def lay_out(path: Path, header: bytes, size: int) -> None:
-    """A file of just ``size`` bytes with its space reserved and ``header`` in front. What it holds behind that stays.
+    """A file of exactly ``size`` bytes with its space reserved and ``header`` in front. Whatever it holds after that is kept.
 
     Raises StoppedError when the disk is too small.
     """
@@ -81,11 +81,11 @@ def lay_out(path: Path, header: bytes, size: int) -> None:
                 os.posix_fallocate(handle, 0, size)
             write_range(handle, 0, header)
         except OSError as error:
-            raise StoppedError(f"{path.name}: {error.strerror} for {size:,} bytes", "free some space, then the same command goes on") from None
+            raise StoppedError(f"{path.name}: {error.strerror} for {size:,} bytes", "free some space, then the same command resumes") from None
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder and all in it; of a symbolic link only the link."""
+    """A file, or a folder and all in it; of a symbolic link only the link itself."""
     if path.is_symlink() or not path.is_dir():
         return os.unlink(path)
     for inside in sorted(path.iterdir()):
@@ -125,12 +125,12 @@ def write_range(handle: int, start: int, data: Any) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Make the folder and take it for this process; the lock goes with the process. RequestError when another one holds it."""
+    """Make the folder and lock it for this process; the lock ends with the process. RequestError when another one holds it."""
     while True:
         make_folder(folder)
         try:
             handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
-        except FileNotFoundError:  # its holder finished and removed it in between
+        except FileNotFoundError:  # its holder finished and removed it meanwhile
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +149,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def _holder(handle: int) -> str:
-    """The number that the holder of a lock has left in it, or is just about to."""
+    """The process id that the holder of a lock has written into it, or is about to write."""
     for _ in range(20):
         number = os.pread(handle, 32, 0).decode(errors="replace").strip()
         if number:
@@ -159,8 +159,8 @@ def _holder(handle: int) -> str:
 
 
 def remove_locked(folder: Path) -> None:
-    """Remove a folder whose lock this process holds: the lock last, so that nobody takes the folder while it is emptied, and before it the record
-    that says that all of it may go.
+    """Remove a folder whose lock this process holds: the lock last, so that no other process takes the folder while it is emptied, and just before it
+    the record that all of it may be removed.
     """
     last = ("published.json", "lock")
     for path in sorted(folder.iterdir()):
@@ -172,12 +172,12 @@ def remove_locked(folder: Path) -> None:
     try:
         os.rmdir(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # the next run has begun in it
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # the next run has started in it
             raise
 
 
 def swap_in(folder: Path, output: Path) -> None:
-    """Give a finished folder its name; an older output is moved into the folder's parent first, which the caller deletes last."""
+    """Give a finished folder its name; an older output is first moved into the folder's parent, which the caller deletes last."""
     if output.exists():
         os.rename(output, folder.parent / "replaced")
     os.rename(folder, output)
@@ -185,7 +185,7 @@ def swap_in(folder: Path, output: Path) -> None:
 
 
 def settle_swap(folder: Path, output: Path) -> None:
-    """After a crash: undo a swap that stopped between its two renames; of one that was done, drop the older output."""
+    """After a crash: undo a swap that stopped between its two renames; of a completed one, drop the older output."""
     replaced = folder / "replaced"
     if replaced.exists() and output.exists():
         remove(replaced)

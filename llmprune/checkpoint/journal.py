@@ -1,15 +1,15 @@
-"""What a run has finished: small files in ``OUT.partial`` that let the same command go on after any interruption.
+"""What a run has finished: small files in ``OUT.partial`` that let the same command resume after any interruption.
 
 OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.json ...  output/ (the checkpoint in the making)
-    polished/ (what distillation has made of finished tensors)  smaller/ (the checkpoint without what structured pruning has masked)
+    polished/ (finished tensors after distillation)  smaller/ (the checkpoint without what structured pruning has masked)
 
-Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is believed. A
-block's tensors are on disk before its record is, and their hashes stand in it. What is finished is not written over before the end, so the
-generation before a damaged block is the block before it, and the damaged one is computed again with those after it, which rest on it.
-Without its identity a run still knows its records by their hashes.
+Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is trusted. A
+block's tensors are on disk before its record is, and the record has their hashes. Finished tensors are not overwritten before the end, so a run
+with a damaged block resumes at that block and computes it again with all later ones, which depend on it.
+Without its identity a run still recognises its records by their hashes.
 
 Hidden states are not kept: they are recomputed through the finished blocks, which is deterministic and needs one forward instead of a file of their
-size at every block.
+size for every block.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Journal:
         strange = [p.name for p in self.folder.iterdir() if not OWN.fullmatch(p.name)]
         if strange:
             self.close()
-            raise RequestError(f"{self.folder.name}: holds {strange[0]!r}, which is no run's state", "move it, or choose another --output")
+            raise RequestError(f"{self.folder.name}: holds {strange[0]!r}, which is not the state of a run", "move it, or choose another --output")
         for path in self.folder.iterdir():
             if path.name != "lock":
                 remove(path)
@@ -68,8 +68,8 @@ class Journal:
             self.close()
             name, was, now = changed
             raise RequestError(
-                f"{self.folder.name}: begun with another {name} (then {_short(was)}, now {_short(now)})",
-                "repeat the first command to go on, or add --restart to begin anew",
+                f"{self.folder.name}: started with another {name} (then {_short(was)}, now {_short(now)})",
+                "repeat the first command to resume it, or add --restart to discard it",
             )
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -78,7 +78,7 @@ class Journal:
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         run = "" if name in UNBOUND else self._run
-        value = json.loads(to_json(value))  # as it will be read: keys are strings
+        value = json.loads(to_json(value))  # as it will be read back: keys are strings
         write_whole(self.folder / f"{name}.json", to_json({"sha256": _sealed(value, run), "value": value}))
 
     def _stored(self, name: str, run: str = "") -> dict[str, Any] | None:
@@ -100,7 +100,7 @@ class Journal:
         remove_locked(self.folder)
 
     def discard(self) -> None:
-        """Drop a state in which nothing was done yet."""
+        """Drop a state in which nothing has been done yet."""
         remove_locked(self.folder)
 
     def close(self) -> None:
@@ -112,9 +112,9 @@ def partial_folder(output: Path) -> Path:
 
 
 def drop_leftover(output: Path) -> None:
-    """Remove what a run that has published ``output`` and crashed in its last clean-up has left beside it; anything else stays as it is."""
+    """Remove what a run that has published ``output`` and crashed in its last clean-up has left beside it; everything else is kept."""
     folder = partial_folder(output)
-    with suppress(RequestError, OSError):  # another run's, or not ours to remove
+    with suppress(RequestError, OSError):  # belongs to another run, or may not be removed
         if _left_over(folder):
             lock = lock_folder(folder)
             try:
@@ -125,14 +125,14 @@ def drop_leftover(output: Path) -> None:
 
 
 def _left_over(folder: Path) -> bool:
-    """What it published is no longer in it, or nothing is but its lock."""
+    """Its output has been published out of it, or it holds nothing but its lock."""
     names = {path.name for path in folder.iterdir()}
     published = _record(folder / "published.json")
     return names <= {"lock"} or (published is not None and published["folder"] not in names and all(map(OWN.fullmatch, names)))
 
 
 def _record(path: Path, run: str = "") -> dict[str, Any] | None:
-    """What a record says, or None when it is absent, damaged, or of another run."""
+    """The content of a record, or None when it is absent, damaged, or of another run."""
     try:
         record = json.loads(path.read_bytes())
         value, sha256 = record["value"], record["sha256"]
@@ -156,7 +156,7 @@ def _sealed(value: dict[str, Any], run: str) -> str:
 
 
 def _difference(known: dict[str, Any], ours: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """(name, value then, value now) of the first field that differs, the request's own fields before what follows from them."""
+    """(name, value then, value now) of the first field that differs, the request's own fields before those derived from them."""
     for key in sorted(known.keys() | ours.keys(), key=lambda key: (key not in FIRST, key)):
         was, now = known.get(key), ours.get(key)
         if was != now and isinstance(was, dict) and isinstance(now, dict):

@@ -15,13 +15,13 @@ from llmprune.checkpoint.source import DTYPES, FIRST_NUMBER, Source
 from llmprune.errors import ConversionError, RequestError
 
 MOST_NAMED = 20
-HINT_QUANTISED = "give the checkpoint in float16, bfloat16 or float32; which scales would turn these numbers into weights is not known"
+HINT_QUANTISED = "give the checkpoint in float16, bfloat16 or float32; the scales of these codes are unknown"
 HINT_MISSING = "the checkpoint is incomplete; fetch it again"
 HINT_SHAPES = "config.json and weights do not belong together"
 
 
 class Finished(Protocol):
-    """Where the tensors that a run has finished are put, and read again."""
+    """Where the tensors that a run has finished are written, and read again."""
 
     @property
     def written(self) -> Container[str]: ...
@@ -49,7 +49,7 @@ class Loader:
         for key in sorted(names, key=natural):
             self.keys_of.setdefault(names[key], []).append(key)
         self.empty: dict[str, Tensor] = dict(skeleton.state_dict())  # meta parameters; persistent buffers are real until loaded
-        # the skeleton's own empty parameters are put back after use: new ones would lie scattered in the heap and keep it from shrinking
+        # the skeleton's own empty parameters are put back after use: new ones would fragment the heap and keep it from shrinking
         self._meta = {(id(m), leaf): p for m in skeleton.modules() for leaf, p in m._parameters.items() if p is not None}
         self.tied: dict[str, str] = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.empty}
         self._prefixes = [f"{block_path}.{i}." for i in range(blocks)]
@@ -66,7 +66,7 @@ class Loader:
         return self._outer
 
     def _check(self) -> None:
-        """All that the headers say against the model is said at once. Raises RequestError."""
+        """Raises RequestError naming everything in which the headers contradict the model."""
         stored = self.source.tensors
         numbers = {k for k, p in self.parameter_of.items() if self.empty[p].is_floating_point()}
         odd = sorted(k for k in self.parameter_of if (d := DTYPES.get(stored[k].dtype)) is None or (k in numbers and not d.is_floating_point))
@@ -83,7 +83,7 @@ class Loader:
         ]
         beyond = self._beyond()
         found = {
-            f"{len(odd)} tensors in a quantised format without a word of it in config.json": [f"{k} ({stored[k].dtype})" for k in odd],
+            f"{len(odd)} tensors in a quantised format that config.json does not mention": [f"{k} ({stored[k].dtype})" for k in odd],
             f"{len(missing)} tensors missing": missing,
             f"{len(beyond)} tensors of blocks that the config does not have": beyond,
             f"{len(wrong)} tensors of another shape": wrong,
@@ -93,7 +93,7 @@ class Loader:
             raise RequestError(said, HINT_QUANTISED if odd else HINT_MISSING if missing else HINT_SHAPES)
 
     def _beyond(self) -> list[str]:
-        """Checkpoint tensors of blocks after the last one, but for those that the model itself leaves out (multi-token prediction)."""
+        """Checkpoint tensors of blocks after the last one, except those that the model itself ignores (multi-token prediction)."""
         stems = {found[1] for key in self._in_block[0] if (found := FIRST_NUMBER.match(key)) and found[2] == "0"}
         more = getattr(self.skeleton.config.get_text_config(decoder=True), "num_nextn_predict_layers", 0)
         blocks = len(self._prefixes) + (more if type(more) is int else 0)
@@ -105,7 +105,7 @@ class Loader:
         ]
 
     def try_conversion(self) -> None:
-        """Load one block that needs conversion and turn it back. Raises ConversionError when that does not give what was read."""
+        """Load one block that needs conversion and convert it back. Raises ConversionError when that does not return what was read."""
         index = next((i for i, keys in enumerate(self._in_block) if not self.converted.isdisjoint(keys)), None)
         if index is not None:
             self.load_block(index, torch.device("cpu"))

@@ -1,6 +1,6 @@
-"""What a run says of its output in llmprune.json: sha256 of every file and of every tensor. Made at its end, and checked later.
+"""The hashes of an output in llmprune.json: sha256 of every file and of every tensor. Made at the end of a run, and checked later.
 
-A source can have such a manifest too, or lie in the Hub's cache, where files are named for their hashes; then what is read is what was meant.
+A source can have such a manifest too, or lie in the Hub's cache, where files are named by their hashes; then what is read is verified.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmprune.errors import RequestError
 
 @dataclass(frozen=True)
 class Manifest:
-    """sha256 by file name, without what is written about the weights (files.UNHASHED), and by tensor."""
+    """sha256 by file name, except for the files about the weights (files.UNHASHED), and by tensor."""
 
     files: dict[str, str]
     tensors: dict[str, str]
@@ -26,7 +26,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a folder has against its manifest: names of what has changed, is missing, or was not there."""
+    """How a folder differs from its manifest: names that have changed, are missing, or are extra."""
 
     changed_files: tuple[str, ...] = ()
     missing_files: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Checked:
 
 
 def manifest_of(folder: Path) -> Manifest:
-    """Of a finished checkpoint, each byte read once. What a crash may have left beside its files is not looked at."""
+    """Of a finished checkpoint, each byte read once. Whatever a crash may have left beside its files is ignored."""
     files, tensors = weight_hashes(open_folder(folder, folder.name))
     files |= {name: hash_file(folder / name) for name in names_in(folder) if name not in files and not name.endswith(".tmp")}
     return Manifest(dict(sorted(files.items())), tensors)
@@ -67,16 +67,16 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The files that a manifest lists; hidden ones are nobody's business."""
+    """The files that a manifest lists; hidden ones are ignored."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return [name for name in names if name not in UNHASHED and not any(part.startswith(".") for part in name.split("/"))]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What llmprune.json lists. Raises RequestError when that is no list of files in this folder."""
+    """The hashes that llmprune.json lists. Raises RequestError when it does not list files of this folder."""
     hint = "give the output folder of a finished run"
     if not (folder / REPORT).is_file():
-        raise RequestError(f"{folder.name}: holds no {REPORT}, so it is no finished output", hint)
+        raise RequestError(f"{folder.name}: holds no {REPORT}, so it is not a finished output", hint)
     stored = read_json(folder / REPORT)
     files, tensors = stored.get("files"), stored.get("tensors", {})
     if not is_hashes(files) or not is_hashes(tensors) or "config.json" not in files:
@@ -92,13 +92,13 @@ def is_hashes(value: Any) -> TypeGuard[dict[str, str]]:
 
 
 def check_manifest(folder: Path) -> tuple[Manifest, Checked]:
-    """A finished output's manifest, and what the folder has against it. Raises RequestError when there is none."""
+    """A finished output's manifest, and how the folder differs from it. Raises RequestError when there is none."""
     listed = read_manifest(folder)
     there = names_in(folder)
     try:
         files, tensors = weight_hashes(open_folder(folder, folder.name))
         unreadable: tuple[str, ...] = ()
-    except RequestError as error:  # a header that is broken, or a shard that is gone
+    except RequestError as error:  # a broken header, or a missing shard
         files, tensors, unreadable = {}, listed.tensors, (error.message,)
     files |= {name: hash_file(folder / name) for name in there if name not in files}
     files_found, tensors_found = compared(listed.files, files), compared(listed.tensors, tensors)
@@ -106,29 +106,29 @@ def check_manifest(folder: Path) -> tuple[Manifest, Checked]:
 
 
 def compared(listed: dict[str, str], found: dict[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Names that differ, are missing, and are too many."""
+    """Names that differ, are missing, and are extra."""
     changed = tuple(name for name in listed if name in found and found[name] != listed[name])
     return changed, tuple(listed.keys() - found.keys()), tuple(sorted(found.keys() - listed.keys()))
 
 
 def check_source(source: Source) -> None:
-    """A scanned source is what its own manifest, or the Hub, says that it is. Raises RequestError naming the files that are not."""
+    """Compare a scanned source with its own manifest, or the Hub's hashes. Raises RequestError naming the files that differ."""
     said = read_json(source.folder / REPORT).get("files") if (source.folder / REPORT).is_file() else None
     here = {name: source.folder / name for name in names_in(source.folder)}
     if is_hashes(said):
         wrong = [name for name, path in here.items() if name in said and (source.hashes.get(name) or hash_file(path)) != said[name]]
-        refuse_changed(source, wrong, REPORT, f"restore them; where a change was meant, remove {REPORT} from the folder")
+        refuse_changed(source, wrong, REPORT, f"restore them; if the change was intended, remove {REPORT} from the folder")
     wrong = [name for name, path in here.items() if path.is_symlink() and not is_blob(path.resolve(), source.hashes.get(name))]
-    refuse_changed(source, wrong, "the Hub", "remove them from the cache and fetch them again")
+    refuse_changed(source, wrong, "the Hub's hashes", "remove them from the cache and fetch them again")
 
 
 def refuse_changed(source: Source, names: list[str], witness: str, hint: str) -> None:
     if names:
-        raise RequestError(f"{source.name}: {len(names)} files are not what {witness} says: {', '.join(names)}", hint)
+        raise RequestError(f"{source.name}: {len(names)} files differ from {witness}: {', '.join(names)}", hint)
 
 
 def is_blob(path: Path, sha256: str | None) -> bool:
-    """Whether a file of the Hub's cache has the content that it is named for: by sha256 where large, else by git's hash."""
+    """Whether a file of the Hub's cache has the content that its name promises: by sha256 where large, else by git's hash."""
     if re.fullmatch("[0-9a-f]{64}", path.name):
         return (sha256 or hash_file(path)) == path.name
     if re.fullmatch("[0-9a-f]{40}", path.name):

@@ -26,7 +26,7 @@ try:
         revert_weight_conversion,
     )
     from transformers.modeling_utils import LoadStateDictConfig
-except ImportError as error:  # these are internals: another version may have moved them
+except ImportError as error:  # internals: another version may have moved them
     MOVED = str(error)
 else:
     MOVED = ""
@@ -35,8 +35,8 @@ else:
 def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str]]:
     """(checkpoint key -> parameter it goes into, the keys whose tensors must be merged, split or transposed on the way).
 
-    Keys that the model has no place for are left out. Several keys may go into one parameter; one key may fill several (only the first is
-    named then). Raises ConversionError when this transformers has no such conversion.
+    Keys that the model has no place for are left out. Several keys may fill one parameter; one key may fill several (then only the first is
+    named). Raises ConversionError when this transformers has no such conversion.
     """
     if MOVED:
         raise ConversionError(f"transformers' key conversion is not where it was ({MOVED})")
@@ -58,7 +58,7 @@ def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[st
 
 
 def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Fill the skeleton's parameters that these checkpoint tensors make up, in ``dtype``.
+    """Fill the skeleton's parameters that consist of these checkpoint tensors, in ``dtype``.
 
     Raises ConversionError when transformers cannot convert them.
     """

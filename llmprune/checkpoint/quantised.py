@@ -1,10 +1,10 @@
-"""Checkpoints that are quantised already, read as if they held plain weights: a tensor is turned back whenever it is asked for.
+"""Checkpoints that are quantised already, read as if they held plain weights: a tensor is dequantised whenever it is read.
 
     fp8     weight = code * scale of the block that the code lies in           K and K_scale_inv become K
     mxfp4   weight = one of 16 values * 2^(scale - 127), 32 codes a scale      K_blocks and K_scales become K (experts of gpt-oss)
     compressed-tensors   by its own library: compressed.py
 
-Nothing is written for that, and one tensor is in memory at a time. Other formats are refused by name, with the step that turns them back.
+No copy is written, and one tensor is in memory at a time. Other formats are refused by name, with the step that dequantises them.
 
 Shapes: R, C = rows and columns of a weight; r, c = of its grid of scales; E = experts, G = groups of 32 codes, two in a byte.
 """
@@ -27,7 +27,7 @@ from llmprune.maths.linalg import all_finite
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 FP8 = ("F8_E4M3", "F8_E5M2")
-NEEDS = {  # what transformers turns these back with, which is not installed along
+NEEDS = {  # what transformers dequantises these with; none of it is a dependency
     "bitsandbytes": "pip install bitsandbytes, load it and call model.dequantize()",
     "gptq": "pip install gptqmodel, load it on a GPU and call model.dequantize()",
     "awq": "pip install gptqmodel, load it on a GPU and call model.dequantize()",
@@ -63,7 +63,7 @@ class Decoder:
 
 
 def plain(source: Source) -> Source:
-    """The source itself, or what it holds before its quantisation. Raises RequestError for a format that cannot be turned back here."""
+    """The source itself, or a view of its dequantised weights. Raises RequestError for a format that cannot be dequantised here."""
     asked = source.config.get("quantization_config")
     if asked is None:
         return source
@@ -76,7 +76,7 @@ def plain(source: Source) -> Source:
         )
     codes, left_out = found(source, asked)
     if not codes:
-        raise RequestError(f"config.json: says {method}, but no tensor is stored so", "config.json and weights do not belong together")
+        raise RequestError(f"config.json: says {method}, but no tensor is in that format", "config.json and weights do not belong together")
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
     dtype = said if said in FLOATS else "bfloat16"
@@ -110,7 +110,7 @@ def fp8_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code], s
         if entry.dtype not in FP8:
             continue
         if scales not in source.tensors:
-            raise RequestError(f"{name}: fp8 codes without {scales}", "the checkpoint is incomplete, or of a kind that is not known")
+            raise RequestError(f"{name}: fp8 codes without {scales}", "the checkpoint is incomplete, or of an unknown kind")
         block = block_of(name, entry.shape, source.tensors[scales].shape, asked.get("weight_block_size"))
         codes[name] = Code((name, scales), entry.shape, lambda c, s, block=block: from_fp8(c, s, block))
         left_out.add(scales)
@@ -118,7 +118,7 @@ def fp8_codes(source: Source, asked: dict[str, Any]) -> tuple[dict[str, Code], s
 
 
 def block_of(name: str, shape: tuple[int, ...], grid: tuple[int, ...], said: Any) -> tuple[int, int]:
-    """Rows and columns that share a scale: as the config says, where that gives this many, or else as they divide evenly."""
+    """Rows and columns that share a scale: as the config says, if that gives this many scales, else as they divide evenly."""
     rows, columns = shape[-2:] if len(shape) > 1 else (1, *shape)
     r, c = grid[-2:] if len(grid) > 1 else (1, 1)
     sound = isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said)

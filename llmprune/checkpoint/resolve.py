@@ -20,9 +20,9 @@ def is_bundled(model: str) -> bool:
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
-    """Open what ``model`` names. A local folder goes before a Hub id of the same spelling.
+    """Open what ``model`` names. A local folder takes precedence over a Hub id of the same name.
 
-    Raises RequestError when nothing of that name can be had.
+    Raises RequestError when nothing of that name can be found.
     """
     if is_bundled(model):
         return open_folder(BUNDLED / model, model)
@@ -47,4 +47,4 @@ def _download(repo: str, revision: str | None) -> Source:
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub says: {first[:160]}", hint) from None
     except OSError as error:
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub cannot be reached ({error})"[:300], hint) from None
-    return plain(open_folder(folder, repo, folder.name))  # the snapshot folder is named for its commit
+    return plain(open_folder(folder, repo, folder.name))  # the snapshot folder is named after its commit

@@ -1,6 +1,6 @@
-"""Writes the pruned checkpoint: the source's own shards, names and byte layout, with pruned tensors put in their places as they come.
+"""Writes the pruned checkpoint: the source's own shards, names and byte layout, with pruned tensors written in place as they arrive.
 
-Every file is laid out (and its space reserved) at the start, so a full disk is met before any computing.
+Every file is laid out (and its space reserved) at the start, so a full disk is noticed before any computing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmprune.checkpoint.source import INDEX, Source, read_tensor
 class Sink:
     """The output folder in the making. ``written`` holds the keys whose pruned tensors are on disk, with their hashes.
 
-    What is on disk is never written over before the end: new values of it wait in the folder ``again``, so that a crash spoils neither.
+    What is on disk is never overwritten before the end: its new values are kept in the folder ``again``, so that a crash damages neither.
     """
 
     def __init__(self, folder: Path, source: Source, again: Path | None = None) -> None:
@@ -39,7 +39,7 @@ class Sink:
         sync_folder(self.folder)
 
     def write(self, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """Put tensors in their places, durably; their sha256 by key."""
+        """Write tensors in place, durably; their sha256 by key."""
         hashes = {}
         for file, keys in self._by_file(tensors).items():
             with opened(self.folder / file, os.O_RDWR) as handle:
@@ -52,27 +52,27 @@ class Sink:
         return hashes
 
     def write_again(self, tensors: dict[str, Tensor]) -> dict[str, str]:
-        """New values of tensors, beside those that may have been written before; their sha256 by key."""
+        """Write new values of tensors beside those that were written before; their sha256 by key."""
         assert self._again is not None
         hashes = self._again.write(tensors)
         self.written |= hashes
         return hashes
 
     def accept_again(self, hashes: dict[str, str]) -> bool:
-        """Take new values that an earlier process wrote, if every one still has its hash."""
+        """Reuse new values that an earlier process wrote, if every one still has its hash."""
         if self._again is None or not self._again.accept(hashes):
             return False
         self.written |= hashes
         return True
 
     def forget(self) -> None:
-        """Nothing that an earlier process wrote is taken."""
+        """Reuse nothing that an earlier process wrote."""
         self.written = {}
         if self._again:
             self._again.written = {}
 
     def accept(self, hashes: dict[str, str]) -> bool:
-        """Take tensors that an earlier process wrote as finished, if every one still has its hash."""
+        """Reuse tensors that an earlier process finished, if every one still has its hash."""
         for file, keys in self._by_file(hashes).items():
             with opened(self.folder / file, os.O_RDONLY) as handle:
                 for key in keys:
@@ -92,7 +92,7 @@ class Sink:
         return out
 
     def finish(self) -> None:
-        """Put new values in their places, copy every other tensor byte for byte, and the files that belong to the weights."""
+        """Write new values in place, copy every other tensor byte for byte, and the files that belong to the weights."""
         if self._again:
             for key in list(self._again.written):
                 self.write(self._again.read_many([key]))
@@ -113,7 +113,7 @@ class Sink:
         copy_companions(self.source.folder, self.folder)
 
     def _finish_decoded(self) -> None:
-        """The same of a source that is stored otherwise: its config and index are those of the plain weights."""
+        """The same for a quantised source: config and index are those of the plain weights."""
         for key in self.source.tensors.keys() - self.written.keys():
             self.write(self.source.read_many([key]))
         write_whole(self.folder / "config.json", to_json(self.source.config))

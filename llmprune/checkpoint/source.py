@@ -23,8 +23,8 @@ from llmprune.maths.linalg import all_finite
 
 MAX_JSON = 64 << 20
 MAX_HEADER = 100 << 20
-MAX_TENSORS = 400_000  # of a checkpoint; the largest mixtures, with scales of their own for every expert, hold half of that
-# Files beside the weights that are read whole, by us or by the tokenizer's library.
+MAX_TENSORS = 400_000  # of a checkpoint; the largest mixtures, with separate scales for every expert, hold half of that
+# Files beside the weights that are read whole, by llmprune or by the tokenizer's library.
 READ_WHOLE = ("*config.json", "*.index.json", *TOKENIZER)
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 FIRST_NUMBER = re.compile(r"(|.*?\.)(\d{1,9})(?:\.|$)")  # in model.layers.7.mlp.experts.3.weight: the block's
@@ -57,7 +57,7 @@ class Entry:
 
 
 class Reader(Protocol):
-    """Reads tensors that are stored otherwise than they are shown (quantised.py)."""
+    """Reads tensors whose stored form differs from the one shown (quantised.py)."""
 
     method: str
 
@@ -71,7 +71,7 @@ class Source:
     """An opened checkpoint folder.
 
     ``config`` is config.json as stored; ``tensors`` all entries of all weight files; ``headers`` the raw leading bytes of each file. With a
-    ``decoder`` they say how the checkpoint is shown, and would be written.
+    ``decoder`` they describe the plain checkpoint that it is shown as, and written as.
     """
 
     folder: Path
@@ -90,13 +90,13 @@ class Source:
 
     @property
     def index(self) -> dict[str, Any]:
-        """What the index says of a checkpoint in several files."""
+        """The index of a checkpoint in several files."""
         size = sum(entry.end - entry.start for entry in self.tensors.values())
         return {"metadata": {"total_size": size}, "weight_map": {key: entry.file for key, entry in self.tensors.items()}}
 
     @property
     def blocks(self) -> int:
-        """The most blocks that the names of the tensors speak of: different first numbers behind one prefix."""
+        """The number of blocks by the names of the tensors: the most different first numbers after one prefix."""
         numbers: dict[str, set[str]] = {}
         for name in self.tensors:
             if found := FIRST_NUMBER.match(name):
@@ -104,7 +104,7 @@ class Source:
         return max(map(len, numbers.values()), default=0)
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, in memory of its own."""
+        """One tensor in its stored dtype, in memory that it owns."""
         return self.read_many([name])[name]
 
     def read_many(self, names: list[str]) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class Source:
             handle = os.open(self.folder / file, os.O_RDONLY)
             try:
                 if _state(os.fstat(handle)) != self.states[file]:
-                    raise StoppedError(f"{file}: changed during the run", "restore it, or start again with --restart")
+                    raise StoppedError(f"{file}: changed during the run", "restore it, or start over with --restart")
                 for name in wanted:
                     out[name] = read_tensor(handle, self.tensors[name])
             finally:
@@ -189,7 +189,7 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
             raise RequestError(f"{file}: {sorted(twice)[0]!r} is in another file too", "the checkpoint is inconsistent; fetch it again")
         tensors |= entries
         if len(tensors) > MAX_TENSORS:
-            raise RequestError(f"{name}: more than {MAX_TENSORS} tensors", "this is no sane checkpoint")
+            raise RequestError(f"{name}: more than {MAX_TENSORS} tensors", "no valid checkpoint has that many")
     if index is not None:
         wrong = sorted(k for k, f in index.items() if k not in tensors or tensors[k].file != f)
         wrong += sorted(tensors.keys() - index.keys())
@@ -199,18 +199,20 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
 
 
 def check_places(folder: Path) -> None:
-    """Every file lies in the folder itself; in a snapshot of the Hub's cache, in the blobs beside it. What is read whole is of sane size.
+    """Every file lies in the folder itself; in a snapshot of the Hub's cache, in the blobs beside it. Files that are read whole are of sane size.
 
-    Raises RequestError: a link to elsewhere would carry a stranger's choice of file into the output.
+    Raises RequestError: a link to elsewhere would copy a file of the model author's choice into the output.
     """
     own = folder.resolve()
     blobs = (own.parent.parent / "blobs").resolve() if own.parent.name == "snapshots" else own
     for path in sorted({*folder.iterdir(), *companions(folder)}):
-        name, place = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))  # which a loop of links does not stop
+        name, place = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))  # a loop of links does not stop it
         if path.is_symlink() and not path.is_dir() and place.parent not in (own, blobs, path.parent.resolve()):
-            raise RequestError(f"{folder.name}/{name}: a link that leads out of the folder", "put the file itself there, or give its own folder")
+            raise RequestError(
+                f"{folder.name}/{name}: a link that leads out of the folder", "put the file itself there, or give the folder that it is in"
+            )
         if place.exists() and not place.is_file() and not place.is_dir():
-            raise RequestError(f"{folder.name}/{name}: is no file, but a pipe or a device", "remove it")
+            raise RequestError(f"{folder.name}/{name}: is not a file, but a pipe or a device", "remove it")
         if path.is_file() and matches(name, READ_WHOLE):
             check_size(path)
 
@@ -219,7 +221,7 @@ def check_size(path: Path) -> None:
     """A file that is parsed whole is of sane size; RequestError otherwise."""
     size = path.stat().st_size
     if size > MAX_JSON:
-        raise RequestError(f"{path.name}: {size} bytes, more than {MAX_JSON}", "this is no sane file of its kind")
+        raise RequestError(f"{path.name}: {size} bytes, more than {MAX_JSON}", "no valid file of this kind is so large")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path.name}: not valid JSON ({str(error)[:80]})", "fetch the checkpoint again") from None
     if not isinstance(value, dict):
-        raise RequestError(f"{path.name}: holds no JSON object", "fetch the checkpoint again")
+        raise RequestError(f"{path.name}: is not a JSON object", "fetch the checkpoint again")
     return value
 
 
@@ -244,7 +246,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             raise RequestError(f"{INDEX}: has no weight_map", "fetch the checkpoint again")
         unsafe = [f for f in weight_map.values() if not isinstance(f, str) or not SAFE_NAME.fullmatch(f)]
         if unsafe:
-            raise RequestError(f"{INDEX}: {unsafe[0]!r} is no safetensors file of this folder", "convert the checkpoint to safetensors")
+            raise RequestError(f"{INDEX}: {unsafe[0]!r} is not a safetensors file of this folder", "convert the checkpoint to safetensors")
         files = sorted(set(weight_map.values()))
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
@@ -276,18 +278,18 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
     finally:
         os.close(handle)
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
-        raise RequestError(f"{file}: more than {MAX_TENSORS} tensors", "this is no sane checkpoint")
+        raise RequestError(f"{file}: more than {MAX_TENSORS} tensors", "no valid checkpoint has that many")
     try:
         header = json.loads(raw.decode(), parse_constant=_no_number)
         if b"\\u" in raw:
-            json.dumps(header, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(header, ensure_ascii=False).encode()  # half of a surrogate pair is not text
     except (ValueError, RecursionError):
         raise RequestError(f"{file}: header is not JSON", broken) from None
     if not isinstance(header, dict):
-        raise RequestError(f"{file}: header is no JSON object", broken)
+        raise RequestError(f"{file}: header is not a JSON object", broken)
     said = header.pop("__metadata__", {})
     if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
-        raise RequestError(f"{file}: __metadata__ maps no names to texts", broken)
+        raise RequestError(f"{file}: __metadata__ does not map names to texts", broken)
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     at = 8 + length
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.end)):
@@ -300,7 +302,7 @@ def _read_header(folder: Path, file: str) -> tuple[bytes, dict[str, Entry], tupl
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _entry(file: str, name: str, value: Any, base: int) -> Entry:

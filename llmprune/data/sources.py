@@ -21,7 +21,7 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 
 @dataclass(frozen=True)
 class Known:
-    """How a well-known data set is read: the papers' conventions."""
+    """How a well-known data set is read, by the papers' conventions."""
 
     repo: str
     config: str | None
@@ -70,7 +70,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from. ``complete`` is False when a large source was read in part."""
+    """A text and its origin. ``complete`` is False when a large source was read in part."""
 
     text: str
     dataset: str
@@ -108,7 +108,7 @@ def _find_file(path: Path) -> TextSource:
     if path.is_dir():
         raise RequestError(f"{path.name}: is a folder", f"give a file, one of {', '.join(BUILDERS)}")
     if builder is None:
-        raise RequestError(f"{path.name}: cannot tell what {path.suffix or 'a file without suffix'} holds", f"give one of {', '.join(BUILDERS)}")
+        raise RequestError(f"{path.name}: unknown format {path.suffix or '(no suffix)'}", f"give one of {', '.join(BUILDERS)}")
     if not path.is_file():
         raise RequestError(f"{path.name}: no such file", "check the path")
     if not path.stat().st_size:
@@ -130,10 +130,10 @@ def resolved(repo: str, revision: str | None) -> str | None:
 
 
 def read_text(source: TextSource, characters: int | None = None, draw: int | None = None) -> Text:
-    """The text of a source. Files of plain text are read whole; of row sources, rows are joined until ``characters`` are there (None: all of them).
+    """The text of a source. Files of plain text are read whole; of row sources, rows are joined until there are ``characters`` (None: all of them).
     draw: a seed, by which the rows of a stream are shuffled in a buffer.
 
-    Raises RequestError when it cannot be had, is empty, or has no text column.
+    Raises RequestError when it cannot be read, is empty, or has no text column.
     """
     most = None if source.builder == "text" or source.documents else characters
     parts: list[str] = []

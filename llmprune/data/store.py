@@ -15,7 +15,7 @@ NAME = "windows.safetensors"
 
 
 def save_windows(folder: Path, data: RunData, asked: str) -> None:
-    """Write all windows of a run, unless they are there already. asked: a name of the request that they answer."""
+    """Write all windows of a run, unless they are there already. asked: identifies the request that they are for."""
     if load_windows(folder, asked, data.identities) is None:
         every = data.all()
         names = [[w.dataset, w.split, w.drawn_from, w.sha256] for w in every]

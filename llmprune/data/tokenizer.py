@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, without any code that it brings along."""
+"""A checkpoint's own tokenizer, without running any code that comes with it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llmprune.errors import RequestError, first_line
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder, tried on a few words. Raises RequestError when it cannot be used."""
-    with ThreadPoolExecutor(1) as pool:  # malformed files make its library raise what has no narrower class, or panic: here that is a value
+    with ThreadPoolExecutor(1) as pool:  # malformed files make its library panic, or raise errors without a narrower class
         loading = pool.submit(_load, folder, trust_remote_code)
         error = loading.exception()
     if error is None:
         return loading.result()
     said = first_line(error).replace(str(folder), folder.name)
     if "trust_remote_code" in str(error):
-        said = "it needs code of its own, which is not run"
+        said = "it needs custom code, which is not run"
     raise RequestError(
-        f"{folder.name}: its tokenizer cannot be used ({said[:160]})", "repair or fetch its tokenizer files, or give token ids from Python"
+        f"{folder.name}: its tokenizer cannot be used ({said[:160]})", "repair or fetch its tokenizer files, or pass token ids in Python"
     )
 
 

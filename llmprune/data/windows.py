@@ -1,4 +1,4 @@
-"""Token windows: one tokenisation of the whole text, cut without overlap, the tail dropped.
+"""Token windows: one tokenisation of the whole text, cut without overlap, an incomplete last window dropped.
 
 Shapes: N = windows, L = tokens of a window.
 """
@@ -21,7 +21,7 @@ PIECE = 4 << 20  # characters
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [N, L] with the name of the text they were cut from. drawn_from: among how many, by which seed; empty for the first windows."""
+    """Token ids [N, L] with the name of their text. drawn_from: among how many, by which seed; empty for the first windows."""
 
     ids_NL: Tensor
     dataset: str
@@ -51,7 +51,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class RunData:
-    """All windows of a run. held: of the calibration text, for trials, on which nothing is calibrated; None where there are none. identities: of the
+    """All windows of a run. held: of the calibration text, for trials, never used to calibrate; None if no trial needs them. identities: of the
     files and data sets that all are made from, None where it is unknown.
     """
 
@@ -80,7 +80,7 @@ def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | No
     """All windows of a text, or enough of a large source for ``wanted``. draw: a seed by which they are drawn from all of the source, of a stream by
     way of a buffer; else they are the first.
 
-    Raises RequestError when the source cannot be read, or its text gives not one window.
+    Raises RequestError when the source cannot be read, or its text is shorter than one window.
     """
     if draw is not None and wanted is not None and source.file is not None and source.file.stat().st_size > WHOLE:
         return drawn(source, tokenizer, length, wanted, draw)
@@ -94,7 +94,7 @@ def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | No
         characters *= 2
     if not len(windows.ids_NL):
         tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
-        raise RequestError(f"{text.dataset}: {tokens} tokens, not one window of {length}", "give more text, or a smaller --sequence-length")
+        raise RequestError(f"{text.dataset}: {tokens} tokens, less than one window of {length}", "give more text, or a smaller --sequence-length")
     if draw is None:
         return windows
     among = f"{len(windows.ids_NL):,} windows" if source.file else f"a stream shuffled in a buffer of {BUFFER:,} rows"

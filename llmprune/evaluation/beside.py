@@ -1,7 +1,7 @@
-"""A pruned model beside the dense one on the same evaluation windows: both perplexities, and how far the predictions have moved.
+"""A pruned model beside the dense one on the same evaluation windows: both perplexities, and the divergence of the predictions.
 
-The dense model goes first and leaves its final hidden states behind (in memory, or a file where they are large), so that the pruned model needs one
-pass more and no second model.
+The dense model runs first, and its final hidden states are kept (in memory, or a file where they are large), so that the pruned model needs only
+one more pass and no second model.
 
 Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 """
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Dense:
-    """What the dense model makes of one evaluation set. ``head_VD`` is its head's weight where the head is pruned too, else None."""
+    """The dense model's results on one evaluation set. ``head_VD`` is its head's weight where the head is pruned too, else None."""
 
     windows: Windows
     perplexity: Perplexity
@@ -37,7 +37,7 @@ class Dense:
 
 
 def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Progress) -> list[Dense]:
-    """The dense model on every evaluation set. Its hidden states do not outlive a process, so a resumed run computes them again."""
+    """The dense model on every evaluation set. Its hidden states are not stored across processes, so a resumed run computes them again."""
     record = journal.read("dense") or {"perplexity": [None] * len(evaluation)}
     known = [value and Perplexity(**value) for value in record["perplexity"]]
     found = [dense_pass(stream, windows, prunes_head, value, progress) for windows, value in zip(evaluation, known, strict=True)]
@@ -59,7 +59,7 @@ def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perpl
 
 @torch.no_grad()
 def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
-    """Of the model as ``stream`` holds it now, on the same windows; what is outside the blocks is the dense model's own, but for a rotated
+    """Of the model as ``stream`` holds it now, on the same windows; whatever is outside the blocks is the dense model's, except in a rotated
     stream.
     """
     windows = dense.windows
@@ -83,7 +83,7 @@ def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, 
 
 @contextmanager
 def _head_of(dense: Dense) -> Iterator[None]:
-    """The dense head in its place, where the pruned one differs."""
+    """Temporarily put the dense head in place, where the pruned one differs."""
     if dense.head_VD is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Divergence of a pruned model from the dense one, streamed: mean KL(dense || pruned) of the next-token distributions, in nats a token.
+"""Divergence of a pruned model from the dense one, streamed: mean KL(dense || pruned) of the next-token distributions, in nats per token.
 
 Shapes: N = windows, L = tokens of a window, V = vocabulary.
 """
@@ -15,7 +15,7 @@ from llmprune.stream.stream import Stream
 
 
 def after_blocks(stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> Flow:
-    """Windows that have gone through every block of the model as the stream holds it now."""
+    """Windows that have passed through every block of the model as the stream holds it now."""
     flow = Flow(stream, ids_NL)
     for index in range(len(stream.names)):
         with stream.block(index) as block:

@@ -1,5 +1,5 @@
-"""Tasks of the lm-evaluation-harness, the optional package lm-eval (https://github.com/EleutherAI/lm-evaluation-harness): its tasks, its prompts,
-its metrics, its numbers. The model is in memory as a whole.
+"""Tasks of the lm-evaluation-harness, the optional package lm-eval (https://github.com/EleutherAI/lm-evaluation-harness): its tasks, prompts,
+metrics and numbers. The whole model is in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmprune.errors import RequestError
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What lm-eval says of one task (or group of tasks): metrics by its names, such as ``acc,none`` and ``acc_stderr,none``."""
+    """lm-eval's results for one task (or group of tasks): metrics by its names, such as ``acc,none`` and ``acc_stderr,none``."""
 
     task: str
     metrics: dict[str, float]
@@ -46,7 +46,7 @@ def check_installed() -> None:
 
 
 def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's task manager, when it knows every name. folder: of the user's own task files, which are then the only ones: that works offline.
+    """lm-eval's task manager, when it knows every name. folder: of the user's own task files, which are then the only ones; this works offline.
 
     Raises RequestError.
     """
@@ -60,7 +60,7 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         known = f"it has {', '.join(sorted(manager.all_tasks)[:20]) or 'none'}" if folder is not None else "lm-eval ls tasks lists them"
-        raise RequestError(f"task {unknown[0]!r}: lm-eval knows none of that name" + (f" in {folder.name}" if folder else ""), known)
+        raise RequestError(f"task {unknown[0]!r}: unknown to lm-eval" + (f" in {folder.name}" if folder else ""), known)
     return manager
 
 

@@ -1,4 +1,4 @@
-"""Perplexity, streamed: exp of the mean negative log-likelihood over the L-1 targets of non-overlapping windows, tail dropped.
+"""Perplexity, streamed: exp of the mean negative log-likelihood over the L-1 targets of non-overlapping windows, an incomplete last window dropped.
 
 Shapes: N = windows, L = tokens of a window, V = vocabulary.
 """
@@ -48,7 +48,7 @@ def surprise(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
 
 
 def defined(total: Tensor, windows: Windows, dtype: str) -> Perplexity:
-    """The perplexity that a summed negative log-likelihood means, with its definition."""
+    """The perplexity of a summed negative log-likelihood, with its definition."""
     count, length = windows.ids_NL.shape
     tokens = count * (length - 1)
     mean = float(total) / tokens

@@ -1,6 +1,6 @@
-"""What a model goes on to write, greedily, after a prompt that is the same for every model: to be read beside another's, not to be measured.
+"""A model's greedy continuation of a prompt that is the same for every model: to be read beside another's, not to be measured.
 
-This needs the whole model at once, the one thing that pruning does not, so it is left out where that would be much.
+This needs the whole model in memory, which pruning does not, so it is skipped for large models.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
 
-PROMPT = "The first thing to know about a river is"  # nobody's data: the report may be published
+PROMPT = "The first thing to know about a river is"  # from no data set: the report may be published
 TOKENS = 32
-MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides alike
+MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides equally
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prompt:
 
 
 def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt | str:
-    """The prompt, or why there will be no sample."""
+    """The prompt, or the reason why there will be no sample."""
     size = count_parameters(stream.skeleton) * stream.dtype.itemsize
     if stream.resumable and size > MOST_BYTES:
         return f"the model takes {size / 1e9:,.1f} GB at once, and samples are written up to {MOST_BYTES / 1e9:.1f} GB"
@@ -55,8 +55,8 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
 
 @torch.no_grad()
 def written(stream: Stream, prompt: Prompt | str) -> str:
-    """The text that the model as the stream holds it now goes on with; empty where there is no prompt. One forward a token, without a cache: that
-    every model can do.
+    """The continuation by the model as the stream holds it now; empty without a prompt. One forward per token, without a cache, which every
+    model supports.
     """
     if isinstance(prompt, str):
         return ""

@@ -1,6 +1,6 @@
-"""The model card: README.md of an output, with metadata that the Hub reads. Equal runs write equal cards: no date, no path, no name of the folder.
+"""The model card: README.md of an output, with metadata that the Hub reads. Equal runs write equal cards: no date, no path, no folder name.
 
-It cannot know where it will be published, so ``PLACE`` stands for that, until a push puts the repository's name there.
+Where it will be published is unknown, so ``PLACE`` stands for that until a push replaces it by the repository's name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmprune.results import Perplexity
 CARD = "README.md"
 PLACE = "path/to/this/model"
 LICENCE_KEYS = ("license", "license_name", "license_link")
-UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what goes
+UNITS = {"structured": "channels and heads", "hidden": "width"}  # where the pattern's name is not the word for what is removed
 
 
 def write_card(folder: Path, report: Report, recipe: Recipe, source: Source) -> None:
@@ -59,7 +59,7 @@ def metadata_of(folder: Path, report: Report, recipe: Recipe, source: Source) ->
 
 
 def on_hub(source: Source) -> bool:
-    """Whether it was fetched by its Hub id; only then is its name one that others can look up."""
+    """Whether it was fetched by its Hub id; only then can others look up its name."""
     return source.revision is not None
 
 
@@ -68,13 +68,13 @@ def is_bundled(source: Source) -> bool:
 
 
 def method_of(recipe: Recipe) -> str:
-    """The word for what was done: a quality, a method, or a method's parts."""
+    """The name of what was done: a quality, a method, or a method's parts."""
     named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion_name, recipe.solver) if p)
     return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
 
 
 def result_of(pair: Measured) -> EvalResult:
-    """A perplexity as the Hub's metadata has it. The Hub tells results apart by the data set's type, so that every file needs its own."""
+    """A perplexity as the Hub's metadata has it. The Hub distinguishes results by the data set's type, so every file needs a different one."""
     pruned = pair.pruned
     name, _, revision = pruned.dataset.partition("@")
     known = KNOWN.get(name)
@@ -101,7 +101,7 @@ def result_of(pair: Measured) -> EvalResult:
 
 
 def finite(value: float) -> float | str:
-    """YAML has infinity, but JSON has not, and the Hub reads the one into the other."""
+    """YAML has infinity, JSON has not, and the Hub converts the one to the other."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -110,7 +110,7 @@ def definition(value: Perplexity) -> str:
 
 
 def licence_of(folder: Path, source: Source) -> dict[str, Any]:
-    """The source's licence, as its card states it, or by its licence file; empty where neither is there. Nothing is guessed from a text."""
+    """The source's licence, as its card states it, or by its licence file; empty where neither exists. Nothing is guessed from a licence's text."""
     if is_bundled(source):
         return {"license": "apache-2.0"}
     stated = front_matter(source)
@@ -131,7 +131,7 @@ def language_of(source: Source) -> Any:
 
 
 def is_text(value: Any) -> bool:
-    """A string or a list of them; YAML makes other things of some words, such as `no`."""
+    """A string or a list of them; YAML reads some words, such as `no`, as other types."""
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
@@ -148,13 +148,13 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
     if on_hub(source):
         base = f"[{source.name}](https://huggingface.co/{source.name}) at revision `{source.revision}`"
     elif is_bundled(source):
-        base = "the small Llama that llmprune bundles, a demonstration and no useful language model"
+        base = "the small Llama that llmprune bundles, a demonstration, not a useful language model"
     else:
         base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
     share = f"{report.zeros:,} of the {report.weights:,}"
     if report.smaller:
         now, units = report.smaller["parameters"], UNITS.get(recipe.pattern, recipe.pattern)
-        what = f"{share} parameters of its {units} were taken out ({report.sparsity:.2%}), {now:,} of {report.parameters:,} are left."
+        what = f"{share} parameters of its {units} were removed ({report.sparsity:.2%}), {now:,} of {report.parameters:,} remain."
     else:
         what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
     return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}"
@@ -163,7 +163,7 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
 def loading(folder: Path) -> str:
     own = "auto_map" in read_json(folder / "config.json")
     trust = ", trust_remote_code=True" if own else ""
-    said = "\n\nThe class of the model is a file of this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
+    said = "\n\nThe model's class is a file in this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
     return (
         "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{trust})\n'
@@ -174,23 +174,23 @@ def loading(folder: Path) -> str:
 def figures(report: Report) -> str:
     if not report.perplexity:
         return "## Figures\n\nNo perplexity was measured."
-    rows = ["| perplexity on | dense | pruned | by |", "|---|---:|---:|---|"]
+    rows = ["| perplexity on | dense | pruned | definition |", "|---|---:|---:|---|"]
     for pair in report.perplexity:
         name = f"{pair.pruned.dataset}, {pair.pruned.split}".replace("|", "\\|")
         rows.append(f"| {name} | {pair.dense.value:.4g} | {pair.pruned.value:.4g} | {definition(pair.pruned)} |")
-    said = "Exp of the mean negative log-likelihood over the targets of windows that do not overlap; comparable only where all of this is equal."
+    said = "Exp of the mean negative log-likelihood over the targets of windows that do not overlap; comparable only if all of this is equal."
     return "## Figures\n\n" + "\n".join(rows) + f"\n\n{said}"
 
 
 def making(report: Report, recipe: Recipe) -> str:
     """What was done, in words and as a recipe that does it again."""
     resolved, calibration = report.recipe, report.calibration
-    lines = [f"- pattern {recipe.pattern}, {report.asked:.4g} asked for, shared out by `{resolved['allocation']}`"]
+    lines = [f"- pattern {recipe.pattern}, {report.asked:.4g} asked for, allocated by `{resolved['allocation']}`"]
     lines += [f"- criterion {said('criteria', resolved['criterion'])}"] if resolved["criterion"] else []
     if recipe.pattern not in COARSE:
         lines.append(f"- solver {said('solvers', resolved['solver'].partition('+')[0])}")
     if resolved["solver"] != "mask_only":
-        lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'the outputs that it had'}")
+        lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'its original outputs'}")
     if report.polish:
         lines.append(f"- {report.polish['steps']} steps of distillation of the whole pruned model from the dense one")
     lines.append(
@@ -199,7 +199,7 @@ def making(report: Report, recipe: Recipe) -> str:
     lines += [f"- {note}" for note in (report.smaller["notes"] if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"
-    return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has its row in `llmprune.json`.\n\n{fold}"
+    return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has a row in `llmprune.json`.\n\n{fold}"
 
 
 def said(kind: str, name: str) -> str:
@@ -209,7 +209,7 @@ def said(kind: str, name: str) -> str:
 
 
 def given(recipe: Recipe, report: Report) -> dict[str, Any]:
-    """What was asked for, places left out and the source's revision pinned; read as a recipe, it asks for the same again."""
+    """What was asked for, without paths and with the source's revision pinned; read as a recipe, it asks for the same again."""
     chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
     chosen |= {key: report.recipe[key] for key in ("model", "criterion", "calibration", "eval") if key in chosen}  # paths are their last names there
     if report.source["revision"]:
@@ -218,25 +218,25 @@ def given(recipe: Recipe, report: Report) -> dict[str, Any]:
 
 
 def limits(recipe: Recipe) -> str:
-    """What it is not good for, without comfort."""
+    """What it is not good for, plainly."""
     lines = []
     if not recipe.structured:
-        lines.append("Speed or size as it is: the zeros are stored as numbers, so the files are no smaller, and dense kernels are no faster.")
+        lines.append("Speed or size as it is: the zeros are stored explicitly, so the files are no smaller, and dense kernels are no faster.")
         if recipe.pattern == "2:4":
-            lines.append("2:4 kernels exist for NVIDIA GPUs since Ampere, and need a conversion after loading; measure before you count on them.")
-        lines.append("Ordinary fine-tuning: it fills the zeros again unless their places are held.")
+            lines.append("2:4 kernels exist for NVIDIA GPUs since Ampere, and need a conversion after loading; measure before you rely on them.")
+        lines.append("Ordinary fine-tuning: it fills the zeros again unless the mask is enforced.")
     else:
         lines.append("Adapters and merges made for the base model: shapes differ.")
-        lines.append("Speed that was not measured: `llmprune bench` compares it with its base model on your machine.")
+        lines.append("Speed: none was measured; `llmprune bench` compares it with its base model on your machine.")
     lines.append("Anything that was not measured: perplexity on the texts above says little about tasks, other languages, long contexts or safety.")
-    lines.append("Fixing what the base model gets wrong; its limits and biases are all still here.")
+    lines.append("Fixing errors of the base model: its limits and biases are all still here.")
     return "## What it is not good for\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def licence_text(folder: Path, source: Source) -> str:
     found = licence_of(folder, source)
     if not found:
-        return "## Licence\n\nThe base model's folder states none. Find out what it is before you share this model."
+        return "## Licence\n\nThe base model's folder states none. Find out which it is before you share this model."
     name = found.get("license_name") or found["license"]
     link = f", {found['license_link']}" if "license_link" in found else ""
-    return f"## Licence\n\nThat of the base model, carried over: {name if isinstance(name, str) else ', '.join(map(str, name))}{link}."
+    return f"## Licence\n\nThe licence of the base model: {name if isinstance(name, str) else ', '.join(map(str, name))}{link}."

@@ -1,11 +1,11 @@
 """Publishing a finished output on the Hub: checked first, private by default, in one commit, and resumable.
 
-Nothing is written to a repository that was there before, unless that is asked for. The token is what `hf auth login` or the environment
-gives; it is neither an argument nor part of anything that is said or kept.
+Nothing is written to an existing repository unless that is asked for. The token comes from `hf auth login` or the environment; it is
+neither an argument nor part of anything that is printed or stored.
 
-An upload that is cut off is finished by the same command. Three facts carry that: large files are kept by their hash, so those that arrived
-are not sent again; a mark in the output's folder, made before the repository is, tells an empty repository of ours from anybody else's; and a
-commit whose answer was lost is recognised by its content.
+An interrupted upload is finished by the same command, for three reasons: large files are stored by their hash, so those that arrived are
+not sent again; a marker in the output's folder, made before the repository, distinguishes an empty repository of this push from any other; and
+a commit whose answer was lost is recognised by its content.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from llmprune.results import Pushed
 
 MARK = ".push.json"
 
-OF_A_NEW_REPOSITORY = {".gitattributes"}  # what the Hub itself puts there
+OF_A_NEW_REPOSITORY = {".gitattributes"}  # what the Hub itself adds
 
-# What an older model may have left in the repository that would be loaded with, or instead of, the new one. Licences and the rest stay.
+# Files of an older model in the repository that would be loaded with, or instead of, the new one. Licences and other files are kept.
 STALE = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"),
     *("*.py", "adapter_config.json", "report.html", "config.json", "generation_config.json", *TOKENIZER),
@@ -47,14 +47,14 @@ STALE = (
 def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:
     """Publish the output of a run as a model repository, in one commit.
 
-    repo: me/name, or a name of one's own. public: else private. existing: it may be there already; old weights are then removed in the same
-    commit. dry_run: only say what would be done. Raises RequestError when it is refused, with nothing written, and StoppedError when it was cut
-    off and the same call goes on.
+    repo: me/name, or a name under the user's account. public: else private. existing: the repository may exist; old weights are then removed
+    in the same commit. dry_run: only say what would be done. Raises RequestError when it is refused, with nothing written, and StoppedError when
+    it was interrupted and the same call resumes.
     """
     folder = Path(folder)
     files = finished_files(folder)
     flags = " --public" * public + " --existing" * existing
-    again = f"llmprune push {shlex.quote(str(folder))} {repo}{flags} goes on; what has arrived is not sent again"
+    again = f"llmprune push {shlex.quote(str(folder))} {repo}{flags} resumes; what has arrived is not sent again"
     with talking(repo, again, StoppedError):
         there = reach(repo)
         content = {name: content_of(path, there.repo) for name, path in files.items()}
@@ -62,13 +62,13 @@ def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool 
         if not found.complete and not dry_run:
             found = send(there, found, content, folder / MARK)
         if found.complete:
-            with suppress(OSError):  # there is none in a folder that cannot be written to
+            with suppress(OSError):  # a folder that cannot be written to has none
                 (folder / MARK).unlink()
         return found
 
 
 def plan(there: There, folder: Path, content: dict[str, bytes | Path], public: bool, existing: bool) -> Pushed:
-    """What has to be done, if it may be. Nothing, where the repository holds all of it; so the commit whose answer was lost is not made twice."""
+    """What has to be done, if it may be. Nothing if the repository holds all of it; so a commit whose answer was lost is not made twice."""
     removed = tuple(sorted(name for name in there.files if name not in content and is_stale(name)))
     done = there.info is not None and not removed and holds(there.files, content)
     if done:
@@ -82,8 +82,8 @@ def plan(there: There, folder: Path, content: dict[str, bytes | Path], public: b
 
 
 def check_destination(repo: str, public: bool = False, existing: bool = False) -> None:
-    """Refuse, before any work, what a push would refuse later: no token, a bad name, a repository that is there. RequestError."""
-    with talking(repo, "check the network, or leave --push out and use llmprune push later", RequestError):
+    """Refuse, before any work, what a push would refuse later: no token, a bad name, an existing repository. RequestError."""
+    with talking(repo, "check the network, or omit --push and use llmprune push later", RequestError):
         check(reach(repo), public, existing)
 
 
@@ -109,7 +109,7 @@ def reach(repo: str) -> There:
     api = HfApi(token=token)
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise RequestError(f"repository {repo!r}: the token may only read", "make one that may write, and `hf auth login` with it")
+        raise RequestError(f"repository {repo!r}: the token may only read", "create one that may write, and `hf auth login` with it")
     full = repo if "/" in repo else f"{me['name']}/{repo}"
     try:
         info = api.model_info(full)
@@ -123,7 +123,7 @@ def listing(api: HfApi, repo: str, revision: str | None) -> dict[str, RepoFile]:
 
 
 def check(there: There, public: bool, may_exist: bool) -> None:
-    """A repository that is there may be written to, and is as private as asked."""
+    """An existing repository may be written to, and is as private as asked."""
     if there.info is None:
         return
     if not may_exist:
@@ -134,29 +134,29 @@ def check(there: There, public: bool, may_exist: bool) -> None:
 def check_visibility(there: There, public: bool) -> None:
     """A push neither publishes by accident nor changes what others may see."""
     if there.info is not None and bool(there.info.private) == public:
-        is_now, hint = ("private", "leave --public out") if public else ("public", "add --public if everybody may see it")
+        is_now, hint = ("private", "leave --public out") if public else ("public", "add --public if everyone may see it")
         raise RequestError(f"repository {there.repo}: is {is_now}", f"{hint}, or change it on the repository's page")
 
 
 def send(there: There, asked: Pushed, content: dict[str, bytes | Path], mark: Path) -> Pushed:
-    """Make the repository if there is none, upload, commit once, and look whether all is there."""
+    """Create the repository if there is none, upload, commit once, and check that all files are there."""
     api, repo = there.api, there.repo
     if there.info is None:
-        with suppress(OSError):  # from a folder that cannot be written to, a push that is cut off takes --existing to go on
+        with suppress(OSError):  # from a folder that cannot be written to, an interrupted push needs --existing to resume
             write_whole(mark, to_json({"repo": repo}))
         try:
             api.create_repo(repo, private=not asked.public)
         except HfHubHTTPError as error:
-            if error.response.status_code == 409:  # made by somebody else since we looked
+            if error.response.status_code == 409:  # made by someone else since the check
                 mark.unlink(missing_ok=True)
                 raise RequestError(f"repository {repo}: exists already", "add --existing, or choose another name") from None
             raise
         there = There(api, repo, api.model_info(repo), {})
-        check_visibility(there, asked.public)  # an organisation may have rules of its own
+        check_visibility(there, asked.public)  # an organisation may have its own rules
     operations: list[Any] = [CommitOperationDelete(name, is_folder=False) for name in asked.removed]
     operations += [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in content.items()]
     assert there.info is not None
-    # The parent makes a commit that was not ours to see fail instead of being written over.
+    # With the parent named, a commit made meanwhile makes this one fail instead of being overwritten.
     commit = api.create_commit(repo, operations, commit_message="Model pruned by llmprune", parent_commit=there.info.sha)
     if not holds(listing(api, repo, commit.oid), content):
         raise StoppedError(f"repository {repo}: does not hold all files after the commit", "look for a .gitignore in it")
@@ -178,7 +178,7 @@ def is_same(remote: RepoFile, content: bytes | Path) -> bool:
 
 
 def content_of(path: Path, repo: str) -> bytes | Path:
-    """What is sent of a file: itself, but the card knows by now where it will lie."""
+    """What is sent for a file: its content; in the card, with the repository's name filled in."""
     return path.read_bytes().replace(PLACE.encode(), repo.encode()) if path.name == CARD else path
 
 
@@ -187,7 +187,7 @@ def is_stale(name: str) -> bool:
 
 
 def is_ours(mark: Path, repo: str) -> bool:
-    """Whether a push of this folder has begun to make that repository."""
+    """Whether a push of this folder has started to create that repository."""
     try:
         return json.loads(mark.read_bytes()) == {"repo": repo}
     except (OSError, ValueError):
@@ -195,10 +195,10 @@ def is_ours(mark: Path, repo: str) -> bool:
 
 
 def finished_files(folder: Path) -> dict[str, Path]:
-    """The files of a finished output that are to be published, each as the run has left it. Raises RequestError for anything else."""
+    """The files of a finished output that are to be published, each as the run left it. Raises RequestError for anything else."""
     place = folder.resolve()
     if any(part.name.endswith(".partial") for part in (place, place.parent)):
-        raise RequestError(f"{folder.name}: is unfinished", "repeat the command that began it, then push its output")
+        raise RequestError(f"{folder.name}: is unfinished", "repeat the command that started it, then push its output")
     hashes = read_manifest(folder).files
     missing = [name for name in hashes if not (folder / name).is_file()]
     if missing:
@@ -206,19 +206,19 @@ def finished_files(folder: Path) -> dict[str, Path]:
     weights = open_folder(folder, folder.name).headers
     changed = [name for name in hashes if hash_file(folder / name) != hashes[name]] + [name for name in weights if name not in hashes]
     if changed:
-        raise RequestError(f"{folder.name}: {len(changed)} files are not as the run left them, first {changed[0]!r}", "prune again")
+        raise RequestError(f"{folder.name}: {len(changed)} files differ from what the run wrote, first {changed[0]!r}", "prune again")
     return {name: folder / name for name in [*hashes, *(name for name in UNHASHED if name not in hashes and (folder / name).is_file())]}
 
 
 def left_out(folder: Path, files: Container[str]) -> tuple[str, ...]:
-    """Files of the folder that are not published, since no run wrote them; hidden ones are not even named."""
+    """Files of the folder that are not published, since no run wrote them; hidden ones are not named."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return tuple(name for name in names if name not in files and not any(part.startswith(".") for part in name.split("/")))
 
 
 @contextmanager
 def talking(repo: str, hint: str, kind: type[LlmpruneError]) -> Iterator[None]:
-    """What goes wrong between us and the Hub becomes one line of that kind; a refusal by the Hub is a RequestError."""
+    """Errors of the connection become one line of that kind; a refusal by the Hub is a RequestError."""
     try:
         yield
     except LlmpruneError:
@@ -228,12 +228,12 @@ def talking(repo: str, hint: str, kind: type[LlmpruneError]) -> Iterator[None]:
             hint = "`hf auth login` with a token that may write there"
             raise RequestError(f"repository {repo}: the Hub refuses: {reason(error)}", hint) from None
         raise kind(f"repository {repo}: {reason(error)}", hint) from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client wraps what fails in its threads, and what it cannot parse
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # the client wraps failures of its threads, and answers that it cannot parse
         raise kind(f"repository {repo}: {reason(error.__cause__ or error)}", hint) from None
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, the server's own words where it has sent any, without what a signed address would give away."""
+    """The first line of an error's message, preferably the server's, without the secrets of a signed address."""
     text = first_line(error)
     if isinstance(error, HfHubHTTPError) and error.server_message:
         text = f"HTTP {error.response.status_code}: {error.server_message.splitlines()[0]}"

@@ -113,7 +113,7 @@ def test_a_source_with_a_manifest_is_checked_before_it_is_pruned(cli, output):
     flip(output / "model.safetensors", -1)
     ran = cli(*again)
     assert ran.code == 2
-    assert "out: 1 files are not what llmprune.json says: model.safetensors" in ran.err
+    assert "out: 1 files differ from llmprune.json: model.safetensors" in ran.err
     assert "remove llmprune.json" in ran.err
     assert not Path("again").exists()
     (output / "llmprune.json").unlink()
@@ -134,4 +134,4 @@ def test_a_snapshot_of_the_hub_is_what_its_blobs_are_named_for(cli, tmp_path):
     flip((snapshot / "model.safetensors").resolve(), -1)
     ran = cli(*ask, "--output", "spoiled")
     assert ran.code == 2
-    assert "main: 1 files are not what the Hub says: model.safetensors" in ran.err
+    assert "main: 1 files differ from the Hub's hashes: model.safetensors" in ran.err

@@ -123,7 +123,7 @@ def test_whatever_request_fails_the_same_command_finishes(hub: Hub, output, way,
         assert not (output / MARK).exists()
     assert len(stops) == requests if lasting else stops
     assert {error.exit_code for error in stops} == {3}
-    assert all(f"llmprune push {output} me/tiny goes on" in error.hint for error in stops)
+    assert all(f"llmprune push {output} me/tiny resumes" in error.hint for error in stops)
     assert not any(CANARY in error.message + error.hint for error in stops)
 
 

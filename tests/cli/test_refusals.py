@@ -223,7 +223,7 @@ def test_ids_beyond_the_vocabulary(cli, model):
     [
         (b"", "the file is empty"),
         (b"  \n ", "holds no text"),
-        (b"a few words", "not one window"),
+        (b"a few words", "less than one window"),
         (b"\xff\xfe\x00\x01" * 5000, "cannot be read as text"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_run_is_left_alone(here):
     Path("out.partial").mkdir()
     Path("out.partial/thesis.txt").write_text("mine")
     for restart in (False, True):
-        with pytest.raises(llmprune.LlmpruneError, match="no run's state"):
+        with pytest.raises(llmprune.LlmpruneError, match="not the state of a run"):
             llmprune.prune(**ASK, restart=restart)
     assert Path("out.partial/thesis.txt").read_text() == "mine"
 

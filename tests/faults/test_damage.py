@@ -148,5 +148,5 @@ def test_given_token_ids_are_those_that_are_used(tmp_path, monkeypatch):
 
     with pytest.raises(Stop):
         run(prepare(read_recipe(None, ask), ids_NL), progress)
-    with pytest.raises(llmprune.LlmpruneError, match="begun with another calibration"):
+    with pytest.raises(llmprune.LlmpruneError, match="started with another calibration"):
         llmprune.prune(**ask, calibration=ids_NL + 1)

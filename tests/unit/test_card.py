@@ -86,7 +86,7 @@ def test_the_licence_is_the_sources(tmp_path, files, on_hub, said):
     source = open_source(str(folder(tmp_path / "base", **files)))
     found = card_of(replace(source, **ON_HUB) if on_hub else source, tmp_path / "base")
     assert {key: value for key, value in found.data.to_dict().items() if key.startswith("license")} == said
-    assert ("Find out what it is" in found.text) == (said == {})
+    assert ("Find out which it is" in found.text) == (said == {})
     assert found.data.get("base_model") == ("org/base" if on_hub else None)
 
 
