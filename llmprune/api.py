@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +21,7 @@ from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, read_windows
 from llmprune.engine import prune as prune_stream
 from llmprune.errors import RequestError
-from llmprune.evaluation.harness import TaskResult, find_tasks, run_tasks
+from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.export.live import slice_model
 from llmprune.export.save import cuts, kept_layers
@@ -38,12 +37,11 @@ from llmprune.recipe.named import COARSE
 from llmprune.recipe.reading import read_recipe
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
-from llmprune.results import Perplexity, Polished, Pushed
+from llmprune.results import Origin, Perplexity, Polished, Pushed, TaskResult
 from llmprune.run.job import Progress, quiet, run
 from llmprune.run.planning import planned, with_budget, with_latency
 from llmprune.run.preflight import check_ids, check_length, check_plan
-from llmprune.run.prepare import describe, open_stream, prepare
-from llmprune.run.resume import polish_to_json
+from llmprune.run.prepare import describe, environment, open_stream, prepare
 from llmprune.run.windows import DEFAULT_SAMPLES, default_length, given_windows
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.live import LiveStream
@@ -121,18 +119,18 @@ def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any
         smaller = slice_model(model, cuts(structure, blocks, recipe.pad), kept_layers(shown))
     return Report(
         recipe=recipe.resolved(),
-        source={"name": type(model).__name__, "revision": None, "files": {}},
+        source=Origin(type(model).__name__, None, {}),
         calibration=describe(data.calibration),
         blocks=tuple(blocks),
         perplexity=(),
         parameters=count_parameters(model),
         model=smaller,
-        polish=polish_to_json(polished[0], stream) if polished else None,
+        polish=polished[0] if polished else None,
         asked=decision.sparsity,
         reasons=decision.ratios.reasons,
         tried=decision.ratios.tried,
-        frontier=tuple(asdict(step) for step in decision.frontier),
-        environment={"torch": torch.__version__, "dtype": str(model.dtype).removeprefix("torch.")},
+        frontier=decision.frontier,
+        environment=environment(model.device, model.dtype, block_by_block=False),
     )
 
 

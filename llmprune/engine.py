@@ -103,8 +103,8 @@ def polish(stream: Stream, teacher: Flow, matrices: dict[int, list[Matrix]], pla
                 store(stream, i, block, [*masked[i], *free[i]])
 
         if not masked:  # some experts of a stack alone: nothing can be trained without the others
-            return Polished(0, 0.0, 0.0, {}), {}
+            return Polished(0, 0.0, 0.0, ()), {}
         polished = distill(stream, teacher, masked, free, plan.polish_steps, settle, progress)
-        for index, names in polished.changed.items():
-            hashes |= stream.keep(index, names, again=True)
+        for index in blocks if polished.changed else ():
+            hashes |= stream.keep(index, [*masked[index], *free[index]], again=True)
     return polished, hashes

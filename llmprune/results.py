@@ -1,8 +1,62 @@
-"""What a run finds: rows of matrices, reports of blocks, perplexities, what was published."""
+"""What a run finds, in words that travel between folders: rows of matrices, reports of blocks, perplexities, what was tried, saved, published."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def _without_defaults(part: Origin | Calibration) -> dict[str, Any]:
+    """As JSON; a field that says nothing is left out."""
+    silent = {field.name for field in fields(part) if getattr(part, field.name) == field.default}
+    return {name: value for name, value in asdict(part).items() if name not in silent}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run has pruned. files: sha256 of those that hold weights; bytes: of its plain weights; both unknown of a live model."""
+
+    name: str
+    revision: str | None
+    files: dict[str, str]
+    bytes: int | None = None
+    quantised: str | None = None  # by which method, where its weights were stored so
+    left_behind: tuple[str, ...] = ()  # files that are not copied since they are too large
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_defaults(self)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The token windows that a run was calibrated on."""
+
+    dataset: str
+    split: str
+    windows: int
+    window: int  # tokens of each
+    tokens: int
+    sha256: str  # of all token ids
+    drawn_from: str = ""  # among how many, by which seed; empty for the first windows
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_defaults(self)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run was made. versions: of Python, llmprune, and the libraries that its numbers depend on."""
+
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    threads: int
+    block_by_block: bool  # whether one block was in memory at a time, and not the whole model
+
+    def to_json(self) -> dict[str, Any]:
+        """In one level: the versions beside the rest."""
+        machine = asdict(self)
+        return machine.pop("versions") | machine
 
 
 @dataclass(frozen=True)
@@ -30,7 +84,7 @@ class Row:
 
     @property
     def gone(self) -> int:
-        if self.kept is None or self.units is None:
+        if self.kept is None or not self.units:
             return self.zeros
         return self.parameters // self.units * (self.units - len(self.kept))
 
@@ -57,7 +111,66 @@ class Polished:
     steps: int
     divergence_before: float
     divergence_after: float
-    changed: dict[int, list[str]]  # block -> parameters that have changed
+    changed: tuple[str, ...]  # full names of the tensors that it has changed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An allocation that was tried out: mean KL from the dense model on held-back windows, in nats, and whether its ratios were taken."""
+
+    allocation: str
+    divergence: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One point of the frontier that a budget's search walked: the perplexity on held-back windows, and its increase over the dense model's."""
+
+    sparsity: float
+    perplexity: float
+    increase: float
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller checkpoint as it was saved. ``difference``: of its logits from the masked model's, relative; None where it was not loaded."""
+
+    pattern: str
+    patterns: tuple[str, ...]
+    layers: tuple[int, ...]  # numbers in the source of the blocks that stay
+    parameters: int
+    bytes: int
+    difference: float | None
+    remote_code: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the dense and the pruned model write after a prompt."""
+
+    prompt: str
+    tokens: int  # that each of them writes
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True)
+class NoSample:
+    """Why there is none."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and bytes of one process; None where nobody has measured them."""
+
+    seconds: float | None = None
+    resumed_blocks: int = 0  # that an earlier process had finished
+    peak_memory: int | None = None  # of the whole process, libraries included
+    planned_memory: int | None = None  # for the run, libraries not included
 
 
 @dataclass(frozen=True)
@@ -72,11 +185,13 @@ class Perplexity:
     tokens: int  # number of predicted targets
     dtype: str
 
+    @property
+    def definition(self) -> str:
+        """What it is measured over, besides the data set."""
+        return f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.value:.4g} ({self.dataset}, {self.split}, {self.windows} windows of {self.window}, "
-            f"stride {self.window}, {self.tokens:,} targets, {self.dtype})"
-        )
+        return f"{self.value:.4g} ({self.dataset}, {self.split}, {self.definition})"
 
 
 @dataclass(frozen=True)
@@ -98,6 +213,39 @@ class Divergence:
         return (
             f"mean KL(dense || pruned) {self.kl:.4g} nats, likeliest token equal in {self.top1:.2%} of {self.tokens:,} predictions ({self.dataset})"
         )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation set says of a run: both perplexities, by the same definition, and how far the predictions behind them have moved."""
+
+    dense: Perplexity
+    pruned: Perplexity
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """lm-eval's results for one task (or group of tasks): metrics by its names, such as ``acc,none`` and ``acc_stderr,none``."""
+
+    task: str
+    metrics: dict[str, float]
+    samples: int | None  # questions that counted
+    shots: int | None
+    task_version: str | None
+    lm_eval: str
+    dtype: str
+
+    def __str__(self) -> str:
+        said = []
+        for name, value in self.metrics.items():
+            metric, _, kept = name.partition(",")
+            error = self.metrics.get(f"{metric}_stderr,{kept}")
+            if not metric.endswith("_stderr"):
+                said.append(f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}") + ("" if kept in ("", "none") else f" ({kept})"))
+        how = [f"{self.samples} samples" if self.samples else "", "" if self.shots is None else f"{self.shots}-shot"]
+        how += [f"task version {self.task_version}" if self.task_version else "", self.dtype, f"lm-eval {self.lm_eval}"]
+        return f"{self.task}: {', '.join(said)} ({', '.join(h for h in how if h)})"
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 from llmprune.benchmark.kernels import Kernel
 from llmprune.benchmark.laps import Lap, Spread
+from llmprune.checkpoint.files import FORMAT
 
 
 @dataclass(frozen=True)
-class Measured:
+class Figures:
     """One model. Rates are tokens a second over all sequences of the batch, times are seconds, sizes are bytes.
 
     ``first_token`` is from the prompt to the first token known; ``peak_memory`` is the most in use during laps, weights included and
@@ -45,21 +46,38 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What figures depend on: workload, machine, versions."""
+
+    prompt_length: int
+    new_tokens: int
+    batch: int
+    repeat: int
+    device: str
+    card: str
+    threads: int
+    compile: bool = False
+    llmprune: str = ""
+    torch: str = ""
+    transformers: str = ""
+
+
+@dataclass(frozen=True)
 class Bench:
     """All that one run found. The first model is the reference of ``ratios``."""
 
-    setting: dict[str, Any]
-    models: tuple[Measured, ...]
+    setting: Setting
+    models: tuple[Figures, ...]
     ratios: tuple[Compared, ...]
     kernels: tuple[Kernel, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         kernels = [asdict(k) | {"speed_up": k.speed_up} for k in self.kernels]
-        return asdict(self) | {"kernels": kernels}
+        return {"format": FORMAT} | asdict(self) | {"kernels": kernels}
 
 
-def compared(model: Measured, laps: Sequence[Lap], reference: Measured, theirs: Sequence[Lap]) -> Compared:
+def compared(model: Figures, laps: Sequence[Lap], reference: Figures, theirs: Sequence[Lap]) -> Compared:
     """A model beside the reference; ``laps`` and ``theirs`` were run by turns, so each pair met the same load."""
     pairs = list(zip(laps, theirs, strict=True))
     memory = model.peak_memory / reference.peak_memory if model.peak_memory and reference.peak_memory else None

@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import llmprune
 from llmprune.benchmark.kernels import Kernel, why_not
 from llmprune.benchmark.laps import Lap, Spread, in_turns
-from llmprune.benchmark.result import Bench, Measured, compared
+from llmprune.benchmark.result import Bench, Figures, Setting, compared
 from llmprune.benchmark.worker import Task
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import DTYPES, Source
@@ -230,9 +230,9 @@ def _ask(process: subprocess.Popen[str], line: str, name: str) -> Any:
     return answer["found"]
 
 
-def _measured(worker: _Worker, laps: Sequence[Lap], peak: int | None) -> Measured:
+def _measured(worker: _Worker, laps: Sequence[Lap], peak: int | None) -> Figures:
     entrant, task = worker.entrant, worker.task
-    return Measured(
+    return Figures(
         name=entrant.source.name,
         role=entrant.role,
         dtype=entrant.dtype,
@@ -251,10 +251,18 @@ def _spreads(kernel: dict[str, Any]) -> dict[str, Any]:
     return kernel | {side: kernel[side] and Spread(**kernel[side]) for side in ("dense", "sparse")}
 
 
-def _setting(task: Task, repeat: int, threads: int) -> dict[str, Any]:
-    """What the figures hang on: workload, machine, versions."""
+def _setting(task: Task, repeat: int, threads: int) -> Setting:
     device = torch.device(task.device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    asked = {key: getattr(task, key) for key in ("prompt_length", "new_tokens", "batch", "device")}
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    return asked | {"repeat": repeat, "threads": threads, "compile": task.compiled, "card": card, "llmprune": llmprune.__version__} | versions
+    return Setting(
+        prompt_length=task.prompt_length,
+        new_tokens=task.new_tokens,
+        batch=task.batch,
+        repeat=repeat,
+        device=task.device,
+        card=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        threads=threads,
+        compile=task.compiled,
+        llmprune=llmprune.__version__,
+        torch=version("torch"),
+        transformers=version("transformers"),
+    )

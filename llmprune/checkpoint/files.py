@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
@@ -22,6 +22,7 @@ from llmprune.errors import RequestError, StoppedError
 
 CHUNK = 16 << 20
 REPORT = "llmprune.json"
+FORMAT = 1  # of llmprune.json, sweep.json, and what bench prints; the next one when an older reader would misread them
 UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or meant to be edited
 
 
@@ -95,6 +96,20 @@ def remove(path: Path) -> None:
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def to_versioned_json(value: dict[str, Any]) -> bytes:
+    """As ``to_json``, but the format stands first, for whoever reads the file with another version."""
+    return b'{\n "format": %d,' % FORMAT + to_json({k: v for k, v in value.items() if k != "format"}).removeprefix(b"{")
+
+
+def check_format(value: Mapping[str, Any], name: str) -> None:
+    """Raises RequestError for a file that a newer version has made. One without a format is older than formats, and may do."""
+    made = value.get("format", FORMAT)
+    if type(made) is not int or made < 1:
+        raise RequestError(f"{name}: format {str(made)[:40]!r} is not a number of a format", "make it again")
+    if made > FORMAT:
+        raise RequestError(f"{name}: made by a newer llmprune (format {made})", "update llmprune")
 
 
 def hash_file(path: Path) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-from llmprune.checkpoint.files import REPORT, UNHASHED, hash_file
+from llmprune.checkpoint.files import REPORT, UNHASHED, check_format, hash_file
 from llmprune.checkpoint.source import Source, open_folder, read_json
 from llmprune.errors import RequestError
 
@@ -78,6 +78,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not (folder / REPORT).is_file():
         raise RequestError(f"{folder.name}: holds no {REPORT}, so it is not a finished output", hint)
     stored = read_json(folder / REPORT)
+    check_format(stored, f"{folder.name}/{REPORT}")
     files, tensors = stored.get("files"), stored.get("tensors", {})
     if not is_hashes(files) or not is_hashes(tensors) or "config.json" not in files:
         raise RequestError(f"{folder.name}/{REPORT}: lists no files, so nothing can be verified", "prune again with this version")
@@ -113,7 +114,9 @@ def compared(listed: dict[str, str], found: dict[str, str]) -> tuple[tuple[str, 
 
 def check_source(source: Source) -> None:
     """Compare a scanned source with its own manifest, or the Hub's hashes. Raises RequestError naming the files that differ."""
-    said = read_json(source.folder / REPORT).get("files") if (source.folder / REPORT).is_file() else None
+    stored = read_json(source.folder / REPORT) if (source.folder / REPORT).is_file() else {}
+    check_format(stored, f"{source.name}/{REPORT}")
+    said = stored.get("files")
     here = {name: source.folder / name for name in names_in(source.folder)}
     if is_hashes(said):
         wrong = [name for name, path in here.items() if name in said and (source.hashes.get(name) or hash_file(path)) != said[name]]

@@ -184,18 +184,18 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Several results side by side, and which of them nothing beats."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from llmprune.checkpoint.files import write_whole
-    from llmprune.report.compare import entries
+    from llmprune.report.compare import results as read_results
     from llmprune.report.page import comparison
     from llmprune.report.tables import print_comparison
 
-    found = entries([Path(result).expanduser() for result in results])
+    found = read_results([Path(result).expanduser() for result in results])
     if html:
         write_whole(Path(html).expanduser(), comparison(found).encode())
     if as_json:
-        print(json.dumps([{k: v for k, v in asdict(entry).items() if k != "report"} for entry in found], indent=1))
+        print(json.dumps([{k: v for k, v in asdict(replace(result, report=None)).items() if k != "report"} for result in found], indent=1))
         return
     print_comparison(found, out)
     if html:

@@ -23,8 +23,6 @@ from llmprune.results import Divergence, Perplexity
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -36,7 +34,9 @@ class Dense:
     head_VD: Tensor | None
 
 
-def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Progress) -> list[Dense]:
+def dense_passes(
+    stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Callable[[int, int], None]
+) -> list[Dense]:
     """The dense model on every evaluation set. Its hidden states are not stored across processes, so a resumed run computes them again."""
     record = journal.read("dense") or {"perplexity": [None] * len(evaluation)}
     known = [value and Perplexity(**value) for value in record["perplexity"]]
@@ -46,7 +46,7 @@ def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: boo
 
 
 @torch.no_grad()
-def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, progress: Progress) -> Dense:
+def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, progress: Callable[[int, int], None]) -> Dense:
     """Before anything is pruned. known: the perplexity, if an earlier process has measured it."""
     flow = after_blocks(stream, windows.ids_NL, progress)
     flow.rest()
@@ -58,7 +58,7 @@ def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perpl
 
 
 @torch.no_grad()
-def pruned_pass(dense: Dense, stream: Stream, progress: Progress = lambda done, total: None) -> tuple[Perplexity, Divergence]:
+def pruned_pass(dense: Dense, stream: Stream, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Perplexity, Divergence]:
     """Of the model as ``stream`` holds it now, on the same windows; whatever is outside the blocks is the dense model's, except in a rotated
     stream.
     """

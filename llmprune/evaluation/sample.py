@@ -16,6 +16,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
 from llmprune.model.skeleton import count_parameters
+from llmprune.results import NoSample, Sample
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -72,6 +73,6 @@ def written(stream: Stream, prompt: Prompt | str) -> str:
     return prompt.tokenizer.decode(ids_1L[0, len(prompt.ids) :].tolist(), skip_special_tokens=True)
 
 
-def to_json(prompt: Prompt | str, dense: str, pruned: str) -> dict[str, Any]:
-    """The sample as a report holds it: both texts, or the reason why there are none."""
-    return {"reason": prompt} if isinstance(prompt, str) else {"prompt": PROMPT, "tokens": TOKENS, "dense": dense, "pruned": pruned}
+def beside(prompt: Prompt | str, dense: str, pruned: str) -> Sample | NoSample:
+    """Both texts, or the reason why there are none."""
+    return NoSample(prompt) if isinstance(prompt, str) else Sample(PROMPT, TOKENS, dense, pruned)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,37 +15,18 @@ from llmprune.evaluation.divergence import after_blocks
 from llmprune.export.config import export, padded
 from llmprune.export.cutter import Cutter, parameters_of, write_smaller
 from llmprune.export.reload import difference, reloaded_logits
-from llmprune.results import BlockReport
+from llmprune.results import BlockReport, Smaller
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.hidden import memory_limit
 from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.slicing import Keeps
 from llmprune.structured.structure import Structure
 
-OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
-
 ALIKE = {torch.float32: 1e-4}  # relative difference of logits; other dtypes round at every step
 
 ROUNDED_ALIKE = 0.1
 
 MOST_TOKENS = 256  # of the window that is compared
-
-
-@dataclass(frozen=True)
-class Smaller:
-    """A smaller checkpoint as it was saved. ``difference``: of its logits from the masked model's, relative; None where it was not loaded."""
-
-    pattern: str
-    patterns: tuple[str, ...]
-    layers: tuple[int, ...]  # numbers in the source of the blocks that stay
-    parameters: int
-    bytes: int
-    difference: float | None
-    remote_code: bool
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def save_smaller(

@@ -2,5 +2,5 @@
 
 Words: row (what happened to one matrix), variant (a matrix at another ratio), reconstruction (training one block against the dense one),
 distillation (training the whole pruned model), rotation (of the residual stream).
-Imports: checkpoint, criteria, evaluation, export, maths, model, model/families, patterns, solvers, statistics, stream, structured.
+Imports: checkpoint, criteria, evaluation, maths, model, model/families, patterns, solvers, statistics, stream, structured.
 """

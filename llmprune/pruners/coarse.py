@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.export.save import OnBlock
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.experts import prune_experts
-from llmprune.pruners.hidden import choose_width, narrow
+from llmprune.pruners.hidden import OnBlock, choose_width, narrow
 from llmprune.pruners.layers import Order, choose_layers, layer_reports, layers_to_drop, repair
 from llmprune.results import BlockReport
 from llmprune.statistics.gradients import LossGradients

@@ -52,7 +52,7 @@ def distill(
         settle()
         after = mean_divergence(stream, windows)
         adam.keep = after < before
-    changed = {i: [*masked[i], *free[i]] for i in masked} if adam.keep else {}
+    changed = tuple(f"{stream.path_of(i)}.{name}" for i in masked for name in (*masked[i], *free[i])) if adam.keep else ()
     return Polished(steps, before, min(before, after), changed)
 
 

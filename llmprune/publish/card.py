@@ -22,8 +22,8 @@ from llmprune.methods import document, names
 from llmprune.recipe.named import COARSE, DEFAULT_QUALITY
 from llmprune.recipe.recipe import NAMED, Recipe
 from llmprune.recipe.values import as_toml
-from llmprune.report.result import Measured, Report
-from llmprune.results import Perplexity
+from llmprune.report.result import Report
+from llmprune.results import Evaluation
 
 CARD = "README.md"
 PLACE = "path/to/this/model"
@@ -73,7 +73,7 @@ def method_of(recipe: Recipe) -> str:
     return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
 
 
-def result_of(pair: Measured) -> EvalResult:
+def result_of(pair: Evaluation) -> EvalResult:
     """A perplexity as the Hub's metadata has it. The Hub distinguishes results by the data set's type, so every file needs a different one."""
     pruned = pair.pruned
     name, _, revision = pruned.dataset.partition("@")
@@ -87,7 +87,7 @@ def result_of(pair: Measured) -> EvalResult:
         dataset_split=pruned.split,
         dataset_revision=revision or None,
         metric_type="perplexity",
-        metric_name=f"perplexity ({definition(pruned)})",
+        metric_name=f"perplexity ({pruned.definition})",
         metric_value=finite(pruned.value),
         metric_args={
             "window": pruned.window,
@@ -103,10 +103,6 @@ def result_of(pair: Measured) -> EvalResult:
 def finite(value: float) -> float | str:
     """YAML has infinity, JSON has not, and the Hub converts the one to the other."""
     return value if math.isfinite(value) else str(value)
-
-
-def definition(value: Perplexity) -> str:
-    return f"{value.windows} windows of {value.window}, stride {value.window}, {value.tokens:,} targets, {value.dtype}"
 
 
 def licence_of(folder: Path, source: Source) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
         base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
     share = f"{report.zeros:,} of the {report.weights:,}"
     if report.smaller:
-        now, units = report.smaller["parameters"], UNITS.get(recipe.pattern, recipe.pattern)
+        now, units = report.smaller.parameters, UNITS.get(recipe.pattern, recipe.pattern)
         what = f"{share} parameters of its {units} were removed ({report.sparsity:.2%}), {now:,} of {report.parameters:,} remain."
     else:
         what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
@@ -177,14 +173,14 @@ def figures(report: Report) -> str:
     rows = ["| perplexity on | dense | pruned | definition |", "|---|---:|---:|---|"]
     for pair in report.perplexity:
         name = f"{pair.pruned.dataset}, {pair.pruned.split}".replace("|", "\\|")
-        rows.append(f"| {name} | {pair.dense.value:.4g} | {pair.pruned.value:.4g} | {definition(pair.pruned)} |")
+        rows.append(f"| {name} | {pair.dense.value:.4g} | {pair.pruned.value:.4g} | {pair.pruned.definition} |")
     said = "Exp of the mean negative log-likelihood over the targets of windows that do not overlap; comparable only if all of this is equal."
     return "## Figures\n\n" + "\n".join(rows) + f"\n\n{said}"
 
 
 def making(report: Report, recipe: Recipe) -> str:
     """What was done, in words and as a recipe that does it again."""
-    resolved, calibration = report.recipe, report.calibration
+    resolved, data = report.recipe, report.calibration
     lines = [f"- pattern {recipe.pattern}, {report.asked:.4g} asked for, allocated by `{resolved['allocation']}`"]
     lines += [f"- criterion {said('criteria', resolved['criterion'])}"] if resolved["criterion"] else []
     if recipe.pattern not in COARSE:
@@ -192,11 +188,9 @@ def making(report: Report, recipe: Recipe) -> str:
     if resolved["solver"] != "mask_only":
         lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'its original outputs'}")
     if report.polish:
-        lines.append(f"- {report.polish['steps']} steps of distillation of the whole pruned model from the dense one")
-    lines.append(
-        f"- calibration: {calibration['windows']} windows of {calibration['window']} tokens of {calibration['dataset']}, {calibration['split']}"
-    )
-    lines += [f"- {note}" for note in (report.smaller["notes"] if report.smaller else ())]
+        lines.append(f"- {report.polish.steps} steps of distillation of the whole pruned model from the dense one")
+    lines.append(f"- calibration: {data.windows} windows of {data.window} tokens of {data.dataset}, {data.split}")
+    lines += [f"- {note}" for note in (report.smaller.notes if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"
     return "## How it was made\n\n" + "\n".join(lines) + f"\n\nEvery matrix has a row in `llmprune.json`.\n\n{fold}"
@@ -212,8 +206,8 @@ def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     """What was asked for, without paths and with the source's revision pinned; read as a recipe, it asks for the same again."""
     chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
     chosen |= {key: report.recipe[key] for key in ("model", "criterion", "calibration", "eval") if key in chosen}  # paths are their last names there
-    if report.source["revision"]:
-        chosen["revision"] = report.source["revision"]
+    if report.source.revision:
+        chosen["revision"] = report.source.revision
     return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from llmprune.maths.linalg import shrink
 from llmprune.methods import build, trait
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.weights import solve_at
+from llmprune.results import Trial
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.statistics.stages import at_head, at_once
@@ -37,7 +38,7 @@ class Ratios:
 
     asked: dict[str, float]
     reasons: dict[str, float]
-    tried: tuple[dict[str, Any], ...] = ()
+    tried: tuple[Trial, ...] = ()
 
 
 def is_tried(allocation: Allocation | TriedAllocation) -> TypeGuard[TriedAllocation]:

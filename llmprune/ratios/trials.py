@@ -20,6 +20,7 @@ from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.weights import Variants
 from llmprune.ratios.measured import Measured, Progress, Ratios, is_tried, measure, share
+from llmprune.results import Step, Trial
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import place_hidden
@@ -86,15 +87,15 @@ def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, pro
         found.append((trials.divergence(dense, ratios.asked), name, ratios))
         progress(done + 1, len(names) + 1)
     least, best, ratios = min(found, key=lambda entry: entry[0])
-    tried = [{"allocation": name, "divergence": value} for value, name, _ in found]
+    tried = {name: value for value, name, _ in found}
     better = improved(trials, allocation, ratios.asked) if allocation.evolves else None
     if better is not None:
-        value = trials.divergence(dense, better)
-        tried.append({"allocation": f"from {best}", "divergence": value})
-        if value < least:
-            ratios, best = replace(ratios, asked=better), f"from {best}"
+        name = f"from {best}"
+        tried[name] = trials.divergence(dense, better)
+        if tried[name] < least:
+            ratios, best = replace(ratios, asked=better), name
     progress(len(names) + 1, len(names) + 1)
-    return replace(ratios, tried=tuple({**entry, "kept": entry["allocation"] == best} for entry in tried))
+    return replace(ratios, tried=tuple(Trial(name, value, name == best) for name, value in tried.items()))
 
 
 def improved(trials: Trials, allocation: TriedAllocation, asked: dict[str, float]) -> dict[str, float] | None:
@@ -136,15 +137,6 @@ def assembled(trials: Trials, variants: Variants, dense: Flow, candidates: list[
                     m.view(block).copy_(variants.found[name, candidate.get(name, 0)])
                 flow.through(index, block)
     return divergences(dense, flows)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One point of the frontier that a budget's search walked: the perplexity on held-back windows, and its increase over the dense model's."""
-
-    sparsity: float
-    perplexity: float
-    increase: float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from llmprune.results import Divergence, Perplexity
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows of cells under their heads. ``note`` says what the numbers are."""
 
     heads: tuple[str, ...]
@@ -60,7 +61,7 @@ def ratio(value: float) -> Cell:
     return Cell(f"{value:.3g} ×", value)
 
 
-def definition(value: dict[str, Any]) -> str:
-    """What a perplexity or divergence of llmprune.json was measured on."""
-    windows = f"{value['windows']} windows of {value['window']}, stride {value['window']}"
-    return f"{value['dataset']} ({value['split']}), {windows}, {value['tokens']:,} predictions, {value['dtype']}"
+def definition(value: Perplexity | Divergence) -> str:
+    """What it was measured on."""
+    windows = f"{value.windows} windows of {value.window}, stride {value.window}"
+    return f"{value.dataset} ({value.split}), {windows}, {value.tokens:,} predictions, {value.dtype}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from llmprune.results import Divergence, Perplexity
+from llmprune.checkpoint.files import FORMAT
+from llmprune.report.fields import Fields
+from llmprune.report.result import environment_of
+from llmprune.results import Calibration, Divergence, Environment, Origin, Perplexity
+
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -29,63 +35,76 @@ class SweepReport:
 
     dense: tuple[Perplexity, ...]
     rows: tuple[SweepRow, ...]
-    calibration: dict[str, Any]
-    source: dict[str, Any]
-    environment: dict[str, Any]
-    output: Path
+    calibration: Calibration
+    source: Origin
+    environment: Environment
+    output: Path = field(compare=False)
     quick: bool = False  # by the dense model's statistics
 
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "output"}
+        """The content of sweep.json."""
+        plain = asdict(self)
+        del plain["output"]
+        return {"format": FORMAT} | plain | {name: getattr(self, name).to_json() for name in ("source", "calibration", "environment")}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], name: str, output: Path) -> SweepReport:
+        """What ``to_json`` has made. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
+        fields = Fields(content, name, "a sweep's sweep.json")
+        get = fields.get
+        return cls(
+            dense=get("dense", tuple[Perplexity, ...]),
+            rows=get("rows", tuple[SweepRow, ...]),
+            calibration=get("calibration", Calibration),
+            source=get("source", Origin),
+            environment=environment_of(fields),
+            output=output,
+            quick=get("quick", bool, False),
+        )
 
 
 QUICK = "quick: by the dense model's statistics; a run of its own goes by those of the pruned model and comes out better"
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: SweepReport) -> str:
     """One line a row, each number under its definition."""
-    lines = [f"# {report['source']['name']}: perplexity against sparsity", ""]
-    for dense in report["dense"]:
-        lines.append(f"- dense {dense['value']:.4g} on {_definition(dense)}")
-    if report["quick"]:
+    lines = [f"# {report.source.name}: perplexity against sparsity", ""]
+    for dense in report.dense:
+        lines.append(f"- dense {dense.value:.4g} on {dense.dataset} ({dense.split}, {dense.definition})")
+    if report.quick:
         lines.append(f"- {QUICK}")
-    lines += ["", "| method | pattern | sparsity | " + " | ".join(f"perplexity, {d['dataset']}" for d in report["dense"]) + " | seconds |"]
-    lines += ["|---" * (4 + len(report["dense"])) + "|"]
-    for row in report["rows"]:
-        values = " | ".join(f"{p['value']:.4g}" for p in row["perplexity"])
-        lines.append(f"| {row['method']} | {row['pattern']} | {row['sparsity']:.4f} | {values} | {row['seconds']:.1f} |")
+    lines += ["", "| method | pattern | sparsity | " + " | ".join(f"perplexity, {d.dataset}" for d in report.dense) + " | seconds |"]
+    lines += ["|---" * (4 + len(report.dense)) + "|"]
+    for row in report.rows:
+        values = " | ".join(f"{p.value:.4g}" for p in row.perplexity)
+        lines.append(f"| {row.method} | {row.pattern} | {row.sparsity:.4f} | {values} | {row.seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(report: dict[str, Any]) -> bytes:
+def draw(report: SweepReport) -> bytes:
     """An SVG: one curve a method and pattern, a picture an evaluation set, the dense model as a line."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "llmprune", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.4 * max(1, len(report["dense"])), 4.4), layout="constrained")
-        axes = figure.subplots(1, max(1, len(report["dense"])), squeeze=False)[0]
-        for number, (axis, dense) in enumerate(zip(axes, report["dense"], strict=False)):
+        figure = Figure(figsize=(6.4 * max(1, len(report.dense)), 4.4), layout="constrained")
+        axes = figure.subplots(1, max(1, len(report.dense)), squeeze=False)[0]
+        for number, (axis, dense) in enumerate(zip(axes, report.dense, strict=False)):
             for (method, pattern), rows in _curves(report).items():
-                points = sorted((row["sparsity"], row["perplexity"][number]["value"]) for row in rows)
+                points = sorted((row.sparsity, row.perplexity[number].value) for row in rows)
                 label = method if pattern == "unstructured" else f"{method} {pattern}"
                 axis.plot(*zip(*points, strict=True), marker="o" if pattern == "unstructured" else "s", label=label)
-            axis.axhline(dense["value"], color="grey", linewidth=0.8, label="dense")
-            axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title=dense["dataset"])
+            axis.axhline(dense.value, color="grey", linewidth=0.8, label="dense")
+            axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title=dense.dataset)
             axis.legend()
         out = BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def _curves(report: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in report["rows"]:
-        curves.setdefault((row["method"], row["pattern"]), []).append(row)
+def _curves(report: SweepReport) -> dict[tuple[str, str], list[SweepRow]]:
+    curves: dict[tuple[str, str], list[SweepRow]] = {}
+    for row in report.rows:
+        curves.setdefault((row.method, row.pattern), []).append(row)
     return curves
-
-
-def _definition(value: dict[str, Any]) -> str:
-    windows = f"{value['windows']} windows of {value['window']}, stride {value['window']}"
-    return f"{value['dataset']} ({value['split']}, {windows}, {value['tokens']:,} targets, {value['dtype']})"

@@ -3,7 +3,7 @@ benchmark) alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,29 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import llmprune
+from llmprune.benchmark.result import Bench
 from llmprune.report import compare
-from llmprune.report.compare import Entry
+from llmprune.report.compare import Result
+from llmprune.report.result import Report
 from llmprune.report.sections import sections, tiles
 
 
-def page(report: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> str:
+def page(report: Report, bench: Bench | None = None) -> str:
     """The whole page. Equal runs give equal bytes but for the section ``timings``, as llmprune.json does but for the field of that name."""
-    content, measured = dict(report), dict(bench) if bench else None
-    recipe = content["recipe"]
-    how = " · ".join(str(v) for v in (recipe["pattern"], recipe["method"] or recipe["quality"], f"{content['sparsity']['asked']:.4g} sparsity") if v)
+    recipe = report.recipe
+    how = " · ".join(str(v) for v in (recipe["pattern"], recipe["method"] or recipe["quality"], f"{report.asked:.4g} sparsity") if v)
     return render(
-        title=f"{content['source']['name']}, pruned",
+        title=f"{report.source.name}, pruned",
         subtitle=how,
-        tiles=list(tiles(content)),
-        sections=list(sections(content, measured)),
-        version=content["environment"].get("llmprune", ""),
+        tiles=list(tiles(report)),
+        sections=list(sections(report, bench)),
+        version=report.environment.versions.get("llmprune", ""),
     )
 
 
-def comparison(found: Sequence[Entry]) -> str:
+def comparison(found: Sequence[Result]) -> str:
     """The page of ``llmprune compare --html``."""
-    title = "Comparison: " + ", ".join(dict.fromkeys(entry.source[0] for entry in found))
+    title = "Comparison: " + ", ".join(dict.fromkeys(result.source[0] for result in found))
     return render(title=title, subtitle=f"{len(found)} results", tiles=[], sections=list(compare.sections(found)), version=llmprune.__version__)
 
 

@@ -1,55 +1,71 @@
-"""What a run found: the Report, and how it is written to llmprune.json."""
+"""What a run found: the Report, and how it is written to llmprune.json and read again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveInt
+
 import llmprune
+from llmprune.checkpoint.files import FORMAT, REPORT
 from llmprune.report import summary
-from llmprune.results import BlockReport, Divergence, Perplexity, Pushed, Row
+from llmprune.report.fields import Fields
+from llmprune.results import (
+    BlockReport,
+    Calibration,
+    Environment,
+    Evaluation,
+    NoSample,
+    Origin,
+    Polished,
+    Pushed,
+    Row,
+    Sample,
+    Smaller,
+    Step,
+    TaskResult,
+    Timings,
+    Trial,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A perplexity before and after, by the same definition, and how far the predictions behind it have moved."""
-
-    dense: Perplexity
-    pruned: Perplexity
-    divergence: Divergence
+MACHINE = {"device": (str, ""), "dtype": (str, ""), "threads": (int, 0), "block_by_block": (bool, True)}  # by type and default
+SAID = ("pattern", "method", "quality", "criterion", "solver", "allocation")  # of a recipe: what a report names
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a run. A notebook shows it as a small table, and so does rich; ``to_json`` has everything.
 
-    ``parameters`` counts the whole model. ``output`` is None for a live model.
+    ``parameters`` counts the whole model. ``output`` is None for a live model. Equal are two reports of the same result, wherever it lies and
+    however long it took.
     """
 
     recipe: dict[str, Any]
-    source: dict[str, Any]
-    calibration: dict[str, Any]
+    source: Origin
+    calibration: Calibration
     blocks: tuple[BlockReport, ...]
-    perplexity: tuple[Measured, ...]
+    perplexity: tuple[Evaluation, ...]
     parameters: int
     asked: float  # share of the weights of the pruned matrices
-    environment: dict[str, Any]
-    output: Path | None = None
-    polish: dict[str, Any] | None = None  # what distillation has done
+    environment: Environment
+    output: Path | None = field(default=None, compare=False)
+    polish: Polished | None = None
     reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
-    tried: tuple[dict[str, Any], ...] = ()  # allocations that were tried out, with their divergence from the dense model
-    frontier: tuple[dict[str, Any], ...] = ()  # sparsities that were tried out for a budget, with their perplexity
+    tried: tuple[Trial, ...] = ()
+    frontier: tuple[Step, ...] = ()
     files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
     tensors: dict[str, str] = field(default_factory=dict)  # sha256 of each tensor's bytes
-    sample: dict[str, Any] | None = None  # what the dense and the pruned model go on to write, or why there is none
-    smaller: dict[str, Any] | None = None  # of a structured pattern: what was saved, and how it was loaded again
+    sample: Sample | NoSample | None = None
+    smaller: Smaller | None = None  # of a structured pattern: what was saved, and how it was loaded again
+    tasks: tuple[TaskResult, ...] = ()  # what ``llmprune eval`` has added
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
-    timings: dict[str, Any] = field(default_factory=dict, compare=False)
+    timings: Timings = field(default=Timings(), compare=False)
 
     def __repr__(self) -> str:
         return summary.line(self)
@@ -66,7 +82,7 @@ class Report:
 
     @property
     def zeros(self) -> int:
-        """Weights that have gone: exact zeros, or what a structured pattern has cut out."""
+        """Weights that were dropped: exact zeros, or what a structured pattern has cut out."""
         return sum(row.gone for row in self.rows)
 
     @property
@@ -76,13 +92,18 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Share of them that has gone."""
+        """Share of them that was dropped."""
         return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def left(self) -> int:
+        """Parameters of the whole model that are neither zero nor cut out."""
+        return self.smaller.parameters if self.smaller else self.parameters - self.zeros
 
     @property
     def notes(self) -> list[str]:
         said = [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
-        return [*(self.smaller["notes"] if self.smaller else ()), *said]
+        return [*(self.smaller.notes if self.smaller else ()), *said]
 
     def push(self, repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:
         """``llmprune.push`` of this report."""
@@ -90,46 +111,57 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
-        return {
-            "recipe": self.recipe,
-            "source": self.source,
-            "calibration": self.calibration,
-            "sparsity": {
-                "asked": self.asked,
-                "pruned_matrices": self.sparsity,
-                "zeros": self.zeros,
-                "weights": self.weights,
-                "parameters": self.parameters,
-            },
-            "perplexity": [asdict(m) for m in self.perplexity],
-            "blocks": [block_to_json(b) for b in self.blocks],
-            "smaller": self.smaller,
-            "polish": self.polish,
-            "reasons": self.reasons,
-            "tried": self.tried,
-            "frontier": self.frontier,
-            "files": self.files,
-            "tensors": self.tensors,
-            "sample": self.sample,
-            "notes": self.notes,
-            "environment": self.environment,
-            "timings": self.timings | {"blocks": [b.seconds for b in self.blocks]},
-        }
+        plain = asdict(replace(self, output=None, model=None))
+        for block in plain["blocks"]:
+            del block["seconds"]  # they stand with the other timings
+        for name in ("output", "model", *(() if self.tasks else ("tasks",))):
+            del plain[name]
+        counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
+        counted |= {"pruned_matrices": self.sparsity, "zeros": self.zeros, "weights": self.weights}
+        parts = {name: getattr(self, name).to_json() for name in ("source", "calibration", "environment")}
+        derived = {"sparsity": counted, "notes": self.notes}
+        return {"format": FORMAT} | plain | parts | derived | {"timings": plain["timings"] | {"blocks": [block.seconds for block in self.blocks]}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], name: str = REPORT, output: Path | None = None) -> Report:
+        """What ``to_json`` has made. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
+        fields = Fields(content, name, "a run's llmprune.json")
+        get = fields.get
+        for word in SAID:
+            get(f"recipe.{word}", str | None)
+        return cls(
+            recipe=get("recipe", dict[str, Any]),
+            source=get("source", Origin),
+            calibration=get("calibration", Calibration),
+            blocks=blocks_of(fields),
+            perplexity=get("perplexity", tuple[Evaluation, ...]),
+            parameters=get("sparsity.parameters", PositiveInt),
+            asked=get("sparsity.asked", float),
+            environment=environment_of(fields),
+            output=output,
+            polish=get("polish", Polished | None, None),
+            reasons=get("reasons", dict[str, float], {}),
+            tried=get("tried", tuple[Trial, ...], ()),
+            frontier=get("frontier", tuple[Step, ...], ()),
+            files=get("files", dict[str, str], {}),
+            tensors=get("tensors", dict[str, str], {}),
+            sample=get("sample", Sample | NoSample | None),
+            smaller=get("smaller", Smaller | None),
+            tasks=get("tasks", tuple[TaskResult, ...], ()),
+            timings=get("timings", Timings),
+        )
 
 
-def block_to_json(block: BlockReport) -> dict[str, Any]:
-    value = asdict(block)
-    del value["seconds"]
-    return value
+def blocks_of(fields: Fields) -> tuple[BlockReport, ...]:
+    """With the seconds that each of them took."""
+    blocks, spent = fields.get("blocks", tuple[BlockReport, ...]), fields.get("timings.blocks", tuple[dict[str, float], ...])
+    if len(blocks) != len(spent):
+        raise fields.refusal(f"timings of {len(spent)} blocks, and there are {len(blocks)}")
+    return tuple(replace(block, seconds=seconds) for block, seconds in zip(blocks, spent, strict=True))
 
 
-def block_from_json(value: dict[str, Any], seconds: dict[str, float]) -> BlockReport:
-    rows = tuple(
-        Row(**{**row, "notes": tuple(row["notes"]), "saliency": row["saliency"] and tuple(row["saliency"]), "kept": _tuple(row["kept"])})
-        for row in value["rows"]
-    )
-    return BlockReport(value["block"], value["output_error"], rows, tuple(value["changed"]), seconds)
-
-
-def _tuple(value: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
+def environment_of(fields: Fields) -> Environment:
+    """In one level there: the versions beside the rest."""
+    machine = {key: fields.get(f"environment.{key}", kind, default) for key, (kind, default) in MACHINE.items()}
+    versions = fields.get("environment", dict[str, str | int | bool])
+    return Environment({key: str(value) for key, value in versions.items() if key not in MACHINE}, **machine)

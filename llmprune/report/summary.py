@@ -26,20 +26,19 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "sparsity", f"{percent(report.sparsity, 4).text} of the pruned matrices, asked {percent(report.asked, 4).text}"
     for pair in report.perplexity:
         yield f"perplexity, {pair.pruned.dataset}", f"{number(pair.dense.value).text} dense, {number(pair.pruned.value).text} pruned"
-    left = smaller["parameters"] if smaller else report.parameters - report.zeros
     what = "parameters" if smaller or report.model is not None else "non-zero parameters"
-    yield what, f"{count(left).text} of {count(report.parameters).text}"
-    if "bytes" in report.source:
-        dense = report.source["bytes"]
-        yield "size", f"{size(smaller['bytes'] if smaller else dense).text} of {size(dense).text}"
-    if "seconds" in report.timings:
-        yield "time", seconds(report.timings["seconds"]).text
+    yield what, f"{count(report.left).text} of {count(report.parameters).text}"
+    if report.source.bytes is not None:
+        dense = report.source.bytes
+        yield "size", f"{size(smaller.bytes if smaller else dense).text} of {size(dense).text}"
+    if report.timings.seconds is not None:
+        yield "time", seconds(report.timings.seconds).text
     if report.output is not None:
         yield "output", report.output.name
 
 
 def line(report: Report) -> str:
-    return f"<Report of {report.source['name']}: {'; '.join(f'{label} {text}' for label, text in facts(report))}>"
+    return f"<Report of {report.source.name}: {'; '.join(f'{label} {text}' for label, text in facts(report))}>"
 
 
 def table(report: Report) -> Table:
@@ -47,7 +46,7 @@ def table(report: Report) -> Table:
     from rich.markup import escape as plain
     from rich.table import Table
 
-    made = Table("", plain(report.source["name"]), title="pruned")
+    made = Table("", plain(report.source.name), title="pruned")
     for label, text in facts(report):
         made.add_row(plain(label), plain(text))
     return made
@@ -56,4 +55,4 @@ def table(report: Report) -> Table:
 def html(report: Report) -> str:
     """For a notebook: a table, and nothing in it that is not text."""
     rows = "".join(f"<tr><th style='text-align:left'>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in facts(report))
-    return f"<table><caption>{escape(report.source['name'])}, pruned</caption>{rows}</table>"
+    return f"<table><caption>{escape(report.source.name)}, pruned</caption>{rows}</table>"

@@ -13,11 +13,11 @@ from llmprune.benchmark.kernels import Kernel
 from llmprune.benchmark.laps import Spread
 from llmprune.benchmark.result import Bench
 from llmprune.errors import at_home
-from llmprune.report.compare import Entry, compared, remarks
+from llmprune.report.compare import Result, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
-from llmprune.results import BlockReport
+from llmprune.results import BlockReport, Smaller
 
 MOST_NOTES = 10
 
@@ -26,7 +26,7 @@ def print_report(report: Report, console: Console) -> None:
     """The closing table: per block sparsity, relative output error, seconds; then the perplexities, notes and where the result is."""
     smaller = any(row.kept is not None for row in report.rows)
     what = "units kept" if smaller else "matrices"
-    table = Table("block", what, "ratios", "sparsity", "output error", "seconds", title=f"pruned {report.source['name']}")
+    table = Table("block", what, "ratios", "sparsity", "output error", "seconds", title=f"pruned {report.source.name}")
     for column in table.columns[1:]:
         column.justify = "right"
     for block in report.blocks:
@@ -41,17 +41,15 @@ def print_report(report: Report, console: Console) -> None:
     whose = f"parameters of {report.recipe['pattern']}" if smaller else "weights in pruned matrices"
     console.print(f"{gone} {whose} ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model", soft_wrap=True)
     if report.smaller:
-        print_smaller(report, console)
-    for entry in report.tried:
-        kept = ", kept" if entry["kept"] else ""
-        console.print(f"allocation {entry['allocation']}: mean KL from the dense model on held-back windows {entry['divergence']:.4g}{kept}")
+        print_smaller(report, report.smaller, console)
+    for trial in report.tried:
+        kept = ", kept" if trial.kept else ""
+        console.print(f"allocation {trial.allocation}: mean KL from the dense model on held-back windows {trial.divergence:.4g}{kept}")
     for step in report.frontier:
-        console.print(
-            f"frontier: sparsity {step['sparsity']:.4f}, perplexity on held-back windows {step['perplexity']:.4g} ({step['increase']:+.2%})"
-        )
+        console.print(f"frontier: sparsity {step.sparsity:.4f}, perplexity on held-back windows {step.perplexity:.4g} ({step.increase:+.2%})")
     if report.polish:
-        was, now = report.polish["divergence_before"], report.polish["divergence_after"]
-        console.print(f"polish: {report.polish['steps']} steps, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
+        was, now = report.polish.divergence_before, report.polish.divergence_after
+        console.print(f"polish: {report.polish.steps} steps, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
     for pair in report.perplexity:
         console.print(f"perplexity, dense:  {pair.dense}", soft_wrap=True)
         console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)
@@ -64,13 +62,12 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"saved: {at_home(report.output)}", soft_wrap=True)
 
 
-def print_smaller(report: Report, console: Console) -> None:
+def print_smaller(report: Report, found: Smaller, console: Console) -> None:
     """What was saved, and what loading it again has shown."""
-    found = report.smaller or {}
-    layers = f", {len(found['layers'])} of {len(report.blocks)} layers" if found["pattern"] == "layers" else ""
-    console.print(f"smaller model: {found['parameters']:,} of {report.parameters:,} parameters{layers}, {found['bytes']:,} bytes of weights")
-    if found["difference"] is not None:
-        console.print(f"loaded again by transformers: logits within {found['difference']:.2g} of the pruned model's", soft_wrap=True)
+    layers = f", {len(found.layers)} of {len(report.blocks)} layers" if found.pattern == "layers" else ""
+    console.print(f"smaller model: {found.parameters:,} of {report.parameters:,} parameters{layers}, {found.bytes:,} bytes of weights")
+    if found.difference is not None:
+        console.print(f"loaded again by transformers: logits within {found.difference:.2g} of the pruned model's", soft_wrap=True)
 
 
 def units_of(block: BlockReport) -> str:
@@ -88,7 +85,7 @@ def units_of(block: BlockReport) -> str:
 def print_sweep(report: SweepReport, console: Console) -> None:
     """The frontier: one line a pruning."""
     names = [f"{kind}, {dense.dataset}" for dense in report.dense for kind in ("perplexity", "mean KL")]
-    table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source['name']}")
+    table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source.name}")
     table.add_row("dense", "", "0", *(cell for dense in report.dense for cell in (f"{dense.value:.4g}", "")), "")
     for row in report.rows:
         found = zip(row.perplexity, row.divergence, strict=True)
@@ -102,7 +99,7 @@ def print_sweep(report: SweepReport, console: Console) -> None:
     console.print(f"saved: {at_home(report.output)} (sweep.json, sweep.md, sweep.svg)", soft_wrap=True)
 
 
-def print_comparison(found: list[Entry], console: Console) -> None:
+def print_comparison(found: list[Result], console: Console) -> None:
     """One line a result; then what the numbers are."""
     value = compared(found)
     table = Table(title="comparison", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -135,11 +132,9 @@ def print_inspection(found: list[Inspected], console: Console) -> None:
 def print_bench(found: Bench, console: Console) -> None:
     """Figures side by side with their ratios to the first model's; then the 2:4 kernels and the notes."""
     said, reference = found.setting, found.models[0]
-    how = f"{said['repeat']} rounds by turns; {said['device']} ({said['card']}), {said['threads']} threads" + (
-        ", compiled" if said["compile"] else ""
-    )
-    work = f"prompt {said['prompt_length']}, {said['new_tokens']} new tokens, batch {said['batch']}, greedy, key-value cache"
-    console.print(f"{work}; {how}, torch {said['torch']}, transformers {said['transformers']}", soft_wrap=True, markup=False)
+    how = f"{said.repeat} rounds by turns; {said.device} ({said.card}), {said.threads} threads" + (", compiled" if said.compile else "")
+    work = f"prompt {said.prompt_length}, {said.new_tokens} new tokens, batch {said.batch}, greedy, key-value cache"
+    console.print(f"{work}; {how}, torch {said.torch}, transformers {said.transformers}", soft_wrap=True, markup=False)
     table = Table("median (lowest..highest)")
     for model in found.models:
         table.add_column(f"{model.role}\n{model.name}\n{model.dtype}", justify="right")

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from llmprune.benchmark.memory import peak_resident
-from llmprune.checkpoint.files import make_folder, remove, to_json, write_whole
+from llmprune.checkpoint.files import REPORT, make_folder, remove, to_versioned_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.manifest import file_hashes, manifest_of
 from llmprune.checkpoint.sink import Sink
@@ -21,7 +20,7 @@ from llmprune.engine import prune
 from llmprune.errors import RequestError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
-from llmprune.export.save import Smaller, save_smaller
+from llmprune.export.save import save_smaller
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.coarse import coarse_blocks
@@ -30,15 +29,16 @@ from llmprune.pruners.units import graded
 from llmprune.publish.card import write_card
 from llmprune.ratios import measured as shares
 from llmprune.ratios.measured import Ratios, dense_gradients, needs_of
-from llmprune.ratios.trials import Decision, Step, choose, decide
+from llmprune.ratios.trials import Decision, choose, decide
 from llmprune.recipe.named import COARSE
+from llmprune.report.fields import typed
 from llmprune.report.page import page
-from llmprune.report.result import Measured, Report, block_to_json
-from llmprune.results import BlockReport, Polished
+from llmprune.report.result import Report
+from llmprune.results import BlockReport, Evaluation, Polished, Smaller, Step, Timings
 from llmprune.run.planning import planned, with_budget, with_latency
 from llmprune.run.preflight import check_output
-from llmprune.run.prepare import Job, asked_windows, describe, described, environment
-from llmprune.run.resume import finished_parts, polish_to_json
+from llmprune.run.prepare import Job, asked_windows, describe, described
+from llmprune.run.resume import finished_parts
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.reshaped import Reshaped
@@ -69,7 +69,7 @@ def run(job: Job, progress: Progress = quiet) -> Report:
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
         done = prune_job(turned, journal, sink, progress)
-        found = tuple(Measured(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
+        found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, partial(progress, "perplexity, pruned"))) for d in dense)
         pruned_text = sample.written(done.now, prompt)
         folder, smaller = saved(turned, journal, sink, done)
         manifest = manifest_of(folder)
@@ -80,28 +80,23 @@ def run(job: Job, progress: Progress = quiet) -> Report:
             blocks=done.blocks,
             perplexity=found,
             parameters=count_parameters(job.stream.skeleton),
-            environment=environment(job.stream),
+            environment=job.environment,
             output=job.output,
             polish=done.polish,
             asked=done.decision.sparsity,
             reasons=done.decision.ratios.reasons,
             tried=done.decision.ratios.tried,
-            frontier=tuple(asdict(step) for step in done.decision.frontier),
-            smaller=smaller.to_json() if smaller else None,
+            frontier=done.decision.frontier,
+            smaller=smaller,
             files=manifest.files,
             tensors=manifest.tensors,
-            sample=sample.to_json(prompt, dense_text, pruned_text),
-            timings={
-                "seconds": perf_counter() - began,
-                "resumed_blocks": done.resumed,
-                "peak_memory": peak_resident(),
-                "planned_memory": job.footprint.peak.total,
-            },
+            sample=sample.beside(prompt, dense_text, pruned_text),
+            timings=Timings(perf_counter() - began, done.resumed, peak_resident(), job.footprint.peak.total),
         )
         write_card(folder, report, job.recipe, job.source)
-        written = to_json(report.to_json())
-        write_whole(folder / "llmprune.json", written)
-        write_whole(folder / "report.html", page(json.loads(written)).encode())
+        written = to_versioned_json(report.to_json())
+        write_whole(folder / REPORT, written)
+        write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())  # as llmprune report makes it again
         journal.publish(folder)
         return report
     finally:
@@ -141,7 +136,7 @@ class Done:
     """A pruned model on its way to the disk. now: the stream as it shows the model; structure: what was cut, if a structured pattern did it."""
 
     blocks: tuple[BlockReport, ...]
-    polish: dict[str, Any] | None
+    polish: Polished | None
     decision: Decision
     now: Stream
     structure: Structure | None
@@ -165,15 +160,15 @@ def prune_job(job: Job, journal: Journal, sink: Sink, progress: Progress) -> Don
     def on_block(index: int, report: BlockReport, hashes: dict[str, str]) -> None:
         if not job.stream.resumable:
             return progress("prune", index + 1, len(job.matrices))
-        record = {"report": block_to_json(report), "seconds": report.seconds, "hashes": hashes}
+        record = {"report": asdict(report), "hashes": hashes}
         journal.write(f"block-{index:05d}", record)
         progress("prune", index + 1, len(job.matrices))
 
     def on_polish(done: Polished, hashes: dict[str, str]) -> None:
         nonlocal polish
-        polish = polish_to_json(done, job.stream)
+        polish = done
         if job.stream.resumable:
-            journal.write("polished", {"report": polish, "hashes": hashes})
+            journal.write("polished", {"report": asdict(done), "hashes": hashes})
 
     blocks = list(finished.values())
     structure = plan.pattern if isinstance(plan.pattern, Structure) else None
@@ -210,14 +205,13 @@ def decided(job: Job, journal: Journal, gradients: LossGradients | None, progres
             known["steps"].append(asdict(step))
             journal.write("frontier", known)
 
-        steps = tuple(Step(**step) for step in known["steps"])
+        steps = typed(tuple[Step, ...], known["steps"])
         data, increase = job.data, job.recipe.max_ppl_increase
         plan = with_latency(job.recipe, job.plan, job.stream, data.calibration.ids_NL, partial(progress, "latency"))
         found = decide(job.stream, data.calibration, data.held, plan, job.matrices, gradients, increase, steps, on_step, progress)
         record = asdict(found)
         journal.write("ratios", record)
-    ratios = Ratios(**{**record["ratios"], "tried": tuple(record["ratios"]["tried"])})
-    return Decision(record["sparsity"], ratios, tuple(Step(**step) for step in record["frontier"]))
+    return typed(Decision, record)
 
 
 def ratios_of(job: Job, plan: Plan, measured: shares.Measured, gradients: LossGradients | None) -> Ratios:

@@ -24,6 +24,7 @@ from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.recipe.recipe import Recipe
+from llmprune.results import Calibration, Environment, Origin
 from llmprune.run.memory import Footprint, footprint
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
@@ -65,7 +66,13 @@ class Job:
             "calibration": self.data.calibration.sha256,
             "evaluation": [w.sha256 for w in self.data.evaluation],
             "held": self.data.held.sha256 if self.data.held else None,
-        } | environment(self.stream)
+        } | self.environment.to_json()
+
+    @property
+    def environment(self) -> Environment:
+        decoder, stream = self.source.decoder, self.stream
+        reads = ("compressed-tensors",) if decoder and decoder.method == "compressed-tensors" else ()
+        return environment(stream.device, stream.dtype, stream.resumable, *reads)
 
     def __str__(self) -> str:
         """What the run is about to do, in four lines."""
@@ -101,18 +108,11 @@ class Job:
         return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){drawn}{held}"
 
 
-def environment(stream: CheckpointStream | WholeStream) -> dict[str, Any]:
-    decoder = stream.source.decoder
-    reads = ("compressed-tensors",) if decoder and decoder.method == "compressed-tensors" else ()
+def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, *reads: str) -> Environment:
+    """reads: further libraries that have read the source."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", *reads)}
-    return libraries | {
-        "llmprune": llmprune.__version__,
-        "python": platform.python_version(),
-        "device": str(stream.device),
-        "dtype": str(stream.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "block_by_block": stream.resumable,
-    }
+    versions = libraries | {"llmprune": llmprune.__version__, "python": platform.python_version()}
+    return Environment(versions, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), block_by_block)
 
 
 def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
@@ -161,15 +161,12 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
         return WholeStream(source, dtype, device)
 
 
-def described(source: Source) -> dict[str, Any]:
-    """What a report says of the source. bytes: of its plain weights; left_behind: files that are not copied since they are too large."""
-    value = {"name": source.name, "revision": source.revision, "files": source.hashes, "bytes": source.bytes}
-    value |= {"quantised": source.decoder.method} if source.decoder else {}
-    left = too_large(source.folder)
-    return value | ({"left_behind": left} if left else {})
+def described(source: Source) -> Origin:
+    """What a report says of the source."""
+    quantised = source.decoder.method if source.decoder else None
+    return Origin(source.name, source.revision, source.hashes, source.bytes, quantised, tuple(too_large(source.folder)))
 
 
-def describe(windows: Windows) -> dict[str, Any]:
+def describe(windows: Windows) -> Calibration:
     count, length = windows.ids_NL.shape
-    name = {"dataset": windows.dataset, "split": windows.split} | ({"drawn_from": windows.drawn_from} if windows.drawn_from else {})
-    return name | {"windows": count, "window": length, "tokens": count * length, "sha256": windows.sha256}
+    return Calibration(windows.dataset, windows.split, count, length, count * length, windows.sha256, windows.drawn_from)

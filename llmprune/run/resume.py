@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.sink import Sink
-from llmprune.report.result import block_from_json
+from llmprune.report.fields import typed
 from llmprune.results import BlockReport, Polished
-from llmprune.stream.stream import Stream
 
 
-def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str, ...]) -> tuple[dict[int, BlockReport], dict[str, Any] | None]:
+def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str, ...]) -> tuple[dict[int, BlockReport], Polished | None]:
     """(the leading blocks that an earlier process finished and whose tensors still have their hashes, what its distillation did if it came
     that far). needed: records that all blocks rest on.
     """
@@ -30,11 +26,5 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str,
                 sink.forget()
                 return {}, None
             break
-        finished[index] = block_from_json(record["report"], record["seconds"])
-    return finished, polished["report"] if polished else None
-
-
-def polish_to_json(polished: Polished, stream: Stream) -> dict[str, Any]:
-    value = asdict(polished)
-    value["changed"] = [f"{stream.path_of(index)}.{name}" for index, names in polished.changed.items() for name in names]
-    return value
+        finished[index] = typed(BlockReport, record["report"])
+    return finished, typed(Polished, polished["report"]) if polished else None

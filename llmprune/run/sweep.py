@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.files import make_folder, to_json, write_whole
+from llmprune.checkpoint.files import make_folder, to_versioned_json, write_whole
 from llmprune.checkpoint.journal import Journal
 from llmprune.engine import prune
 from llmprune.errors import RequestError
@@ -28,11 +28,12 @@ from llmprune.maths.linalg import few_tokens, shrink
 from llmprune.pruners.weights import prune_matrix
 from llmprune.ratios.measured import Measured, dense_gradients, is_tried, measure, needs_of, survey
 from llmprune.recipe.recipe import Recipe
-from llmprune.report.frontier import SweepReport, SweepRow, draw, markdown
-from llmprune.results import Divergence, Perplexity, Row
+from llmprune.report.fields import typed
+from llmprune.report.frontier import SWEEP, SweepReport, SweepRow, draw, markdown
+from llmprune.results import Origin, Row
 from llmprune.run.job import Progress, quiet, ratios_of
 from llmprune.run.preflight import check_matrices, check_plan
-from llmprune.run.prepare import Job, describe, environment, prepare
+from llmprune.run.prepare import Job, describe, prepare
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
@@ -58,7 +59,7 @@ def prepare_sweep(
     smaller = [recipe.pattern for recipe in asked if recipe.structured]
     if smaller:
         raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
-    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result="sweep.json")
+    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result=SWEEP)
     rows = []
     for recipe in asked:
         plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
@@ -99,10 +100,10 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
         for number, row in zip(missing, made, strict=True):
             journal.write(f"row-{number:05d}", asdict(row))
             progress("sweep", number + 1, len(sweep.rows))
-        rows = [row_from(journal.read(f"row-{number:05d}") or {}) for number in range(len(sweep.rows))]
-        source = {"name": job.source.name, "revision": job.source.revision, "files": job.source.hashes}
+        rows = [typed(SweepRow, journal.read(f"row-{number:05d}")) for number in range(len(sweep.rows))]
+        source = Origin(job.source.name, job.source.revision, job.source.hashes)
         values = tuple(one.perplexity for one in dense)
-        report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, environment(job.stream), job.output, sweep.quick)
+        report = SweepReport(values, tuple(rows), describe(job.data.calibration), source, job.environment, job.output, sweep.quick)
         make_folder(journal.weights)
         for name, data in files_of(report):
             write_whole(journal.weights / name, data)
@@ -113,9 +114,9 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
 
 
 def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
-    yield "sweep.json", to_json(report.to_json())
-    yield "sweep.md", markdown(report.to_json()).encode()
-    yield "sweep.svg", draw(report.to_json())
+    yield SWEEP, to_versioned_json(report.to_json())
+    yield "sweep.md", markdown(report).encode()
+    yield "sweep.svg", draw(report)
 
 
 class Shared:
@@ -141,11 +142,6 @@ class Shared:
             step = partial(self._progress, "allocation")
             self._measured[key] = measure(job.stream, job.data.calibration.ids_NL, plan, job.matrices, self.gradients(), step)
         return self._measured[key]
-
-
-def row_from(record: dict[str, Any]) -> SweepRow:
-    perplexity, divergence = (tuple(kind(**v) for v in record[name]) for name, kind in (("perplexity", Perplexity), ("divergence", Divergence)))
-    return SweepRow(**record | {"perplexity": perplexity, "divergence": divergence})
 
 
 def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:

@@ -50,7 +50,7 @@ def test_a_report_shows_what_counts(asked: dict[str, Any]) -> None:
     content = json.loads((Path(asked["output"]) / "llmprune.json").read_text())
     numbers = [f"{pair.dense.value:.4g} dense, {pair.pruned.value:.4g} pruned", "50.0000% of the pruned matrices, asked 50.0000%", "2:4, by wanda"]
     numbers += [f"{content['sparsity']['parameters'] - content['sparsity']['zeros']:,} of {content['sparsity']['parameters']:,}"]
-    numbers += [f"{report.source['bytes'] / 1e6:.2f} MB"]
+    numbers += [f"{report.source.bytes / 1e6:.2f} MB"]
     page = read_page("<!doctype html>" + report._repr_html_())
     cells = [text for tag, text in page.texts if tag in ("th", "td", "caption")]
     assert {"llama, pruned", "time"} <= set(cells)
@@ -64,7 +64,7 @@ def test_a_report_shows_what_counts(asked: dict[str, Any]) -> None:
 
 def test_names_are_texts_whatever_they_hold(asked: dict[str, Any]) -> None:
     report = llmprune.prune("llama", 0.5, method="magnitude", **asked)
-    report = replace(report, source=report.source | {"name": HOSTILE})
+    report = replace(report, source=replace(report.source, name=HOSTILE))
     page = read_page("<!doctype html>" + report._repr_html_())
     assert "script" not in page.tags
     assert any(HOSTILE in text for _, text in page.texts)

@@ -12,6 +12,7 @@ from cli.runner import Cli
 from pages import read_page, rounds_to
 
 from llmprune.report.page import page
+from llmprune.report.result import Report
 
 BALANCED = ("--model", "llama", "--sparsity", 0.5)
 HOSTILE = "</title><script>alert(1)</script>\" onload='x' & $\\frac{1}{0}$"
@@ -90,15 +91,15 @@ def test_it_is_made_again_from_llmprune_json_alone(cli: Cli, ran: dict[str, Any]
 def test_names_are_texts_whatever_they_hold(ran: dict[str, Any]) -> None:
     """A model, a data set, a block, a note, a sample: nothing of them becomes markup, a script or mathematics."""
     ran["source"]["name"] = ran["calibration"]["dataset"] = HOSTILE
-    ran["notes"] = [HOSTILE]
     ran["sample"] = {"prompt": HOSTILE, "tokens": 1, "dense": HOSTILE, "pruned": HOSTILE}
     for pair in ran["perplexity"]:
         pair["dense"]["dataset"] = pair["pruned"]["dataset"] = HOSTILE
     for number, block in enumerate(ran["blocks"]):
         block["block"] = f"{HOSTILE}.{number}"
         for row in block["rows"]:
+            row["notes"] = [HOSTILE]
             row["matrix"] = f"{HOSTILE}.{number}.{row['matrix'].split('.')[-2]}<b>.weight"
-    text = page(ran)
+    text = page(Report.from_json(ran))
     found = read_page(text)
     assert found.tags & {"script", "b"} == set()
     assert any(HOSTILE in said for tag, said in found.texts if tag == "h1")
@@ -124,7 +125,7 @@ def test_measured_speeds_go_in_when_they_are_given(cli: Cli, ran: dict[str, Any]
     [
         (("report", "nowhere"), "no such file"),
         (("report", "torn.json"), "cannot be read"),
-        (("report", "other.json"), "has no 'blocks'"),
+        (("report", "other.json"), "has no 'recipe.pattern'"),
         (("compare", "."), "holds neither llmprune.json nor sweep.json"),
     ],
 )

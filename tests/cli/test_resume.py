@@ -73,7 +73,7 @@ def test_resumed_equals_uninterrupted(here, named):
     for step, block in stops:
         run_until(step, block, **named)
     report = llmprune.prune(**{**ASK, **named})
-    assert report.timings["resumed_blocks"] == 8
+    assert report.timings.resumed_blocks == 8
     assert contents(Path("out")) == contents(Path("whole"))
     assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt", "whole"]
 
@@ -91,7 +91,7 @@ def test_damaged_state_falls_back(here):
         file.seek(start + 100)
         file.write(b"\x55\xaa")
     report = llmprune.prune(**ASK)
-    assert report.timings["resumed_blocks"] == 2
+    assert report.timings.resumed_blocks == 2
     assert contents(Path("out")) == contents(Path("whole"))
 
 
@@ -102,7 +102,7 @@ def test_another_request_is_refused_and_restart_discards(here):
     assert refused.value.exit_code == 2
     assert "--restart" in refused.value.hint
     report = llmprune.prune(**{**ASK, "sparsity": 0.6}, restart=True)
-    assert report.timings["resumed_blocks"] == 0
+    assert report.timings.resumed_blocks == 0
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)
 
 
@@ -172,7 +172,7 @@ def test_a_crash_between_the_two_renames_of_an_overwrite(here, monkeypatch):
     os.chdir(here)
     assert not Path("out").exists()
     report = llmprune.prune(**ASK, overwrite=True)
-    assert report.timings["resumed_blocks"] == 8
+    assert report.timings.resumed_blocks == 8
     assert contents(Path("out")) != before
     assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt"]
 
@@ -193,6 +193,6 @@ def test_real_signals(here, number, code):
     assert "the same command goes on" in printed or number == signal.SIGKILL
     assert not Path("out").exists()
     report = llmprune.prune(**{**ASK, "samples": 32})
-    assert report.timings["resumed_blocks"] >= 2
+    assert report.timings.resumed_blocks >= 2
     llmprune.prune(**{**ASK, "samples": 32, "output": "whole"})
     assert contents(Path("out")) == contents(Path("whole"))

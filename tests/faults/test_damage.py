@@ -124,7 +124,7 @@ def test_a_record_of_another_run_is_not_believed(monkeypatch, unstructured):
     monkeypatch.chdir(unstructured[0])
     (begun_again() / "identity.json").unlink()
     report = llmprune.prune(**UNSTRUCTURED | {"sparsity": 0.25})
-    assert report.timings["resumed_blocks"] == 0
+    assert report.timings.resumed_blocks == 0
     assert report.sparsity == pytest.approx(0.25, abs=1e-3)
 
 
@@ -132,7 +132,7 @@ def test_only_what_rests_on_the_damage_is_repeated(monkeypatch, unstructured):
     monkeypatch.chdir(unstructured[0])
     for file, kept in (("block-00004.json", 4), ("identity.json", 6), ("windows.safetensors", 6)):
         DAMAGES["flipped at 0.5"](begun_again() / file)
-        assert llmprune.prune(**UNSTRUCTURED).timings["resumed_blocks"] == kept, file
+        assert llmprune.prune(**UNSTRUCTURED).timings.resumed_blocks == kept, file
 
 
 def test_given_token_ids_are_those_that_are_used(tmp_path, monkeypatch):

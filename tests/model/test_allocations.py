@@ -114,13 +114,13 @@ def test_trials_leave_no_trace_and_keep_the_best(family: str, tmp_path: Path) ->
     ids_NL = torch.cat([IDS_NL] * 2)
     ask = {"sparsity": 0.6, "method": "sparsegpt", "calibration": ids_NL}
     report = llmprune.prune(tmp_path / "model", allocation="auto", output=str(tmp_path / "auto"), **ask)
-    assert [entry["allocation"] for entry in report.tried] == ["uniform", "fisher", "owl"]
-    (kept,) = [entry for entry in report.tried if entry["kept"]]
-    assert kept["divergence"] == min(entry["divergence"] for entry in report.tried)
+    assert [trial.allocation for trial in report.tried] == ["uniform", "fisher", "owl"]
+    (kept,) = [trial for trial in report.tried if trial.kept]
+    assert kept.divergence == min(trial.divergence for trial in report.tried)
     live = llmprune.prune(tiny_model(family), allocation="auto", **ask)
-    assert [e["divergence"] for e in live.tried] == pytest.approx([e["divergence"] for e in report.tried], rel=1e-4)
+    assert [trial.divergence for trial in live.tried] == pytest.approx([trial.divergence for trial in report.tried], rel=1e-4)
     held = max(1, len(ids_NL) // 8)
-    alone = llmprune.prune(tmp_path / "model", allocation=kept["allocation"], output=str(tmp_path / "alone"), **ask | {"calibration": ids_NL[:-held]})
+    alone = llmprune.prune(tmp_path / "model", allocation=kept.allocation, output=str(tmp_path / "alone"), **ask | {"calibration": ids_NL[:-held]})
     assert alone.rows == report.rows
     for file in (tmp_path / "alone").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "auto" / file.name).read_bytes()
@@ -129,11 +129,11 @@ def test_trials_leave_no_trace_and_keep_the_best(family: str, tmp_path: Path) ->
 def test_divergence_of_a_trial_is_that_of_the_pruned_model(tmp_path: Path) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     report = llmprune.prune(model, 0.6, method="wanda", calibration=IDS_NL, allocation="auto")
-    (kept,) = [entry for entry in report.tried if entry["kept"]]
+    (kept,) = [trial for trial in report.tried if trial.kept]
     held_NL = IDS_NL[-max(1, len(IDS_NL) // 8) :]
     with torch.no_grad():
         theirs, ours = (m(held_NL).logits.log_softmax(-1) for m in (dense, model))
-    assert kept["divergence"] == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
+    assert kept.divergence == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -142,8 +142,8 @@ def test_a_search_meets_the_budget_and_is_no_worse_than_its_start(family: str, m
     report = llmprune.prune(tiny_model(family), 0.6, method="sparsegpt", calibration=torch.cat([IDS_NL] * 2), allocation="search")
     sizes = {row.matrix: row.rows * row.columns for row in report.rows}
     assert abs(sum(row.asked * sizes[row.matrix] for row in report.rows) - 0.6 * sum(sizes.values())) < 1
-    (kept,) = [entry for entry in report.tried if entry["kept"]]
-    assert kept["divergence"] == min(entry["divergence"] for entry in report.tried)
+    (kept,) = [trial for trial in report.tried if trial.kept]
+    assert kept.divergence == min(trial.divergence for trial in report.tried)
     assert len(report.tried) == 4
 
 
@@ -177,13 +177,13 @@ def test_a_budget_of_perplexity_ends_near_its_limit(tmp_path: Path) -> None:
     """On text that the model knows: what the report says of the held-back windows is what the saved model does on them."""
     ask: dict[str, Any] = {"method": "wanda", "samples": 24, "sequence_length": 64, "max_ppl_increase": "20%"}
     report = llmprune.prune("llama", output=str(tmp_path / "out"), **ask)
-    chosen = next(step for step in report.frontier if step["sparsity"] == report.asked)
-    assert 0.17 <= chosen["increase"] <= 0.2
-    assert all(step["increase"] > 0.2 for step in report.frontier if step["sparsity"] > report.asked)
+    chosen = next(step for step in report.frontier if step.sparsity == report.asked)
+    assert 0.17 <= chosen.increase <= 0.2
+    assert all(step.increase > 0.2 for step in report.frontier if step.sparsity > report.asked)
     assert report.sparsity == pytest.approx(report.asked, abs=1e-3)
     windows = read_windows("bundled-calibration", "calibration", llmprune.load(tmp_path / "out")[1], 64, None)
     held_NL = windows.held_back(32)[1].ids_NL
     model = llmprune.load(tmp_path / "out", dtype=torch.float32)[0]
     with torch.no_grad():
         losses = [model(ids[None], labels=ids[None]).loss for ids in held_NL]
-    assert float(torch.stack(losses).mean().exp()) == pytest.approx(chosen["perplexity"], rel=1e-3)
+    assert float(torch.stack(losses).mean().exp()) == pytest.approx(chosen.perplexity, rel=1e-3)

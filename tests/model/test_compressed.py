@@ -111,8 +111,8 @@ def test_pruned_into_a_plain_checkpoint(tmp_path: Path, family: str) -> None:
     folder = quantised(tmp_path / "m", {"Linear": "int4"}, family)
     source = open_source(str(folder))
     report = llmprune.prune(folder, 0.5, method="wanda", calibration=tiny_windows(), output=str(tmp_path / "out"))
-    assert report.source["quantised"] == "compressed-tensors"
-    assert report.environment["compressed-tensors"] == version("compressed-tensors")
+    assert report.source.quantised == "compressed-tensors"
+    assert report.environment.versions["compressed-tensors"] == version("compressed-tensors")
     saved = load_file(tmp_path / "out/model.safetensors")
     for name, value in source.read_many(list(source.tensors)).items():
         kept = saved[name] != 0

@@ -106,7 +106,7 @@ def test_pruned_into_a_plain_checkpoint(tmp_path: Path, which: str, sparsity: fl
     source = open_source(str(folder))
     report = llmprune.prune(folder, sparsity, method="wanda", calibration=tiny_windows(), output=str(tmp_path / "out"), dtype="float32")
     assert report.sparsity >= sparsity  # the format has zeros of its own
-    assert report.source["quantised"] == which
+    assert report.source.quantised == which
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     saved = load_file(tmp_path / "out/model.safetensors")
     pruned = {row.matrix for row in report.rows}
@@ -174,7 +174,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, which: str) -> None:
 
     with pytest.raises(Stop):
         llmprune.prune(**ask, calibration=tiny_windows(), on_progress=progress)
-    assert llmprune.prune(**ask, calibration=tiny_windows()).timings["resumed_blocks"] == 1
+    assert llmprune.prune(**ask, calibration=tiny_windows()).timings.resumed_blocks == 1
     assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(tmp_path / "whole/model.safetensors").keys()
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

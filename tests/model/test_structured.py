@@ -74,7 +74,7 @@ def keeps_of(model: Any, report: Report) -> list[dict[str, Tensor]]:
     keeps: list[dict[str, Tensor]] = []
     for index, block in enumerate(model.get_submodule(path_of(report))):
         path, found = report.blocks[index].block, {}
-        for pattern in report.smaller["patterns"]:
+        for pattern in report.smaller.patterns:
             for space in spaces_of(model.config, 0, block, pattern):
                 row = rows[f"{path}.{space.readers[0].matrix if space.readers else space.name}"]
                 found[space.name] = torch.tensor(row.kept)
@@ -104,7 +104,7 @@ def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
         assert report.sparsity == pytest.approx(HALF)
     smaller = reloaded(tmp_path / "out")
     assert parameters(smaller) == parameters(dense) - report.zeros
-    assert report.smaller["difference"] < 1e-4
+    assert report.smaller.difference < 1e-4
     generates_alike(smaller)
     wanted = logits_without(dense, pattern, report)
     assert float((logits(smaller) - wanted).abs().max()) < ROUNDING
@@ -113,7 +113,7 @@ def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
 def logits_without(dense: Any, pattern: str, report: Report) -> Tensor:
     """Magnitude changes no weight that stays, so the uncut model tells everything."""
     if pattern == "layers":
-        with passed_by(dense, list(report.smaller["layers"])):
+        with passed_by(dense, list(report.smaller.layers)):
             return logits(dense)
     keeps = keeps_of(dense, report)
     if pattern == "experts":
@@ -145,7 +145,7 @@ def test_every_quality_loads_as_it_was_measured(named, tmp_path):
     """The run itself compares logits; here the live model is compared with the folder too."""
     model = stored("qwen3", tmp_path / "model")
     report = cut(tmp_path / "model", "structured", 0.4, uniform=True, **named)
-    assert report.smaller["difference"] < 1e-4
+    assert report.smaller.difference < 1e-4
     live = llmprune.prune(model, 0.4, "structured", calibration=IDS, uniform=True, round_to=1, accept_damage=True, **named)
     assert parameters(live.model) == parameters(reloaded(tmp_path / "out"))
     assert float((logits(live.model) - logits(reloaded(tmp_path / "out"))).abs().max()) < 1e-4
@@ -169,7 +169,7 @@ def test_layers_of_different_sizes(pad, tmp_path):
     report = cut(tmp_path / "model", "structured", 0.3, pad=pad)
     assert abs(report.sparsity - 0.3) * report.weights <= min(row.parameters // row.units for row in report.rows)
     assert len({len(row.kept) for row in report.rows}) > 2
-    assert report.smaller["remote_code"] == (not pad)
+    assert report.smaller.remote_code == (not pad)
     smaller = reloaded(tmp_path / "out", trust_remote_code=not pad)
     generates_alike(smaller)
     stream = open_stream(open_folder(tmp_path / "out", "out"), torch.float32, torch.device("cpu"))  # eval and inspect run none of its code
@@ -186,11 +186,11 @@ def test_budgets_of_parameters_and_bytes(tmp_path):
     total = parameters(dense)
     unit = 2 * 3 * 32  # one channel in each of the two layers
     report = cut(tmp_path / "model", "channels", None, target_params=total - 3000)
-    assert abs(report.smaller["parameters"] - (total - 3000)) <= unit / 2
+    assert abs(report.smaller.parameters - (total - 3000)) <= unit / 2
     size = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
     report = cut(tmp_path / "model", "channels", None, target_size=size - 12_000, overwrite=True)
-    assert abs(report.smaller["bytes"] - (size - 12_000)) <= 4 * unit
-    assert report.smaller["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+    assert abs(report.smaller.bytes - (size - 12_000)) <= 4 * unit
+    assert report.smaller.bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
 
 
 def test_nothing_asked_nothing_changed(tmp_path):
@@ -361,4 +361,4 @@ def test_layers_that_stay_make_up_for_those_that_go(tmp_path, monkeypatch):
         with torch.no_grad():
             apart.append(float((reloaded(tmp_path / "out")(IDS).logits - model(IDS).logits).square().mean()))
     assert apart[1] < apart[0]
-    assert report.smaller["layers"] == (1, 2, 3)
+    assert report.smaller.layers == (1, 2, 3)

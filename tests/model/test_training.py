@@ -115,15 +115,15 @@ def test_distillation_comes_nearer_to_the_dense_model(family: str, method: str |
     report = llmprune.prune(tmp_path / "model", output=str(tmp_path / "out"), polish="kd", polish_steps=12, **ask)
     dense, base, model = (AutoModelForCausalLM.from_pretrained(tmp_path / f, experts_implementation="eager") for f in ("model", "plain", "out"))
     assert report.polish is not None
-    assert report.polish["divergence_before"] == pytest.approx(divergence(dense, base), rel=1e-3, abs=1e-6)
-    assert report.polish["divergence_after"] == pytest.approx(divergence(dense, model), rel=1e-3, abs=1e-6)
-    assert report.polish["divergence_after"] <= report.polish["divergence_before"]
+    assert report.polish.divergence_before == pytest.approx(divergence(dense, base), rel=1e-3, abs=1e-6)
+    assert report.polish.divergence_after == pytest.approx(divergence(dense, model), rel=1e-3, abs=1e-6)
+    assert report.polish.divergence_after <= report.polish.divergence_before
     if method:  # else some of these random models are so near already that so few steps gain nothing
-        assert report.polish["divergence_after"] < 0.9 * report.polish["divergence_before"]
+        assert report.polish.divergence_after < 0.9 * report.polish.divergence_before
     assert [row.zeros for row in report.rows] == [row.zeros for row in plain.rows]
     pruned = {row.matrix.partition("[")[0] for row in report.rows}
     for (name, was), before, now in zip(dense.named_parameters(), base.parameters(), model.parameters(), strict=True):
-        assert torch.equal(was, now) or name in pruned.union(report.polish["changed"]), name
+        assert torch.equal(was, now) or name in pruned.union(report.polish.changed), name
         if name in pruned:
             assert torch.equal(now == 0, before == 0), name
 

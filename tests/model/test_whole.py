@@ -17,8 +17,8 @@ def test_fallback_equals_block_by_block(tmp_path, monkeypatch, family):
     usual = llmprune.prune(tmp_path / "model", output=str(tmp_path / "usual"), **ask)
     monkeypatch.setattr("llmprune.checkpoint.names.MOVED", "tried out")
     whole = llmprune.prune(tmp_path / "model", output=str(tmp_path / "whole"), **ask)
-    assert usual.environment["block_by_block"]
-    assert not whole.environment["block_by_block"]
+    assert usual.environment.block_by_block
+    assert not whole.environment.block_by_block
     assert whole.rows == usual.rows
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "usual" / "model.safetensors").read_bytes()
 
@@ -28,5 +28,5 @@ def test_a_conversion_that_does_not_lead_back_falls_back(tmp_path, monkeypatch):
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("llmprune.checkpoint.loader.revert", lambda skeleton, parameters: {"elsewhere": torch.zeros(1)})
     report = llmprune.prune(tmp_path / "model", 0.5, calibration=ids, method="wanda", output=str(tmp_path / "out"))
-    assert not report.environment["block_by_block"]
+    assert not report.environment.block_by_block
     assert report.sparsity == 0.5

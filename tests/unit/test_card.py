@@ -19,8 +19,8 @@ from llmprune.checkpoint.source import Source
 from llmprune.publish.card import CARD, card
 from llmprune.recipe.reading import read_recipe
 from llmprune.recipe.recipe import Recipe
-from llmprune.report.result import Measured, Report
-from llmprune.results import Perplexity
+from llmprune.report.result import Report
+from llmprune.results import Calibration, Environment, Evaluation, Origin, Perplexity
 
 ON_HUB = {"name": "org/base", "revision": "a" * 40}
 
@@ -35,13 +35,13 @@ def folder(path: Path, **files: str) -> Path:
 def report_of(recipe: Recipe, source: Source, *values: Perplexity) -> Report:
     return Report(
         recipe=recipe.resolved(),
-        source={"name": source.name, "revision": source.revision, "files": {}},
-        calibration={"dataset": "c4", "split": "train", "windows": 128, "window": 2048},
+        source=Origin(source.name, source.revision, {}),
+        calibration=Calibration("c4", "train", 128, 2048, 128 * 2048, ""),
         blocks=(),
-        perplexity=tuple(Measured(v, v, None) for v in values),
+        perplexity=tuple(Evaluation(v, v, None) for v in values),
         parameters=1000,
         asked=0.5,
-        environment={},
+        environment=Environment({}, "cpu", "float32", 1, True),
     )
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from llmprune.benchmark.kernels import Kernel, convert, keeps_2of4, two_of_four, why_not
 from llmprune.benchmark.laps import Lap, Runner, Spread, Workload, cache_bytes, in_turns
 from llmprune.benchmark.memory import forget_peak, peak_resident, resident
-from llmprune.benchmark.result import Bench, Measured, compared
+from llmprune.benchmark.result import Bench, Figures, Setting, compared
 from llmprune.report.tables import print_bench
 
 CACHED = sorted(FAMILIES.keys() - {"openai_gpt"})
@@ -133,8 +133,8 @@ def test_ratios_are_taken_round_by_round(shorter):
     dense = [Lap(1.0, 1.1, 4.0, 100), Lap(3.0, 3.3, 8.0, 100)]  # the load trebled in the second round
     pruned = [Lap(lap.prefill / shorter, lap.first_token / shorter, lap.decode / shorter, 50) for lap in dense]
     flat = Spread.of([1.0])
-    a = Measured("a", "dense", "float32", flat, flat, flat, 200, 100, 10, 40)
-    b = Measured("b", "pruned", "float32", flat, flat, flat, None, 50, 5, 10)
+    a = Figures("a", "dense", "float32", flat, flat, flat, 200, 100, 10, 40)
+    b = Figures("b", "pruned", "float32", flat, flat, flat, None, 50, 5, 10)
     found = compared(b, pruned, a, dense)
     assert found.prefill == found.decode == Spread(shorter, shorter, shorter)
     assert found.first_token.median == pytest.approx(1 / shorter)
@@ -148,9 +148,9 @@ def test_kernels_are_told_faster_slower_and_refused(capsys):
         Kernel(64, 32, 3, 1, Spread.of([1e-6]), flat),
         Kernel(6, 8, 1, 1, flat, None, "shape [6, 8] is not supported"),
     )
-    setting = {"prompt_length": 512, "new_tokens": 4, "batch": 1, "repeat": 2, "device": "cuda", "card": "a card", "threads": 1, "compile": False}
-    model = Measured("m", "model", "bfloat16", flat, flat, flat, None, 1, 1, 1)
-    found = Bench(setting | {"torch": "2", "transformers": "5"}, (model,), (), kernels, ())
+    setting = Setting(512, 4, 1, 2, "cuda", "a card", 1, torch="2", transformers="5")
+    model = Figures("m", "model", "bfloat16", flat, flat, flat, None, 1, 1, 1)
+    found = Bench(setting, (model,), (), kernels, ())
     print_bench(found, Console(width=200))
     table = capsys.readouterr().out
     for words in ("1.50 x, faster", "0.50 x, slower", "stays dense: shape [6, 8] is not supported", "64 x 32", "not measured"):

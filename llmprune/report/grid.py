@@ -1,19 +1,18 @@
-"""A report's matrices by layer and kind: what the heat map and the ratios are drawn from. Made from the content of llmprune.json alone."""
+"""A report's matrices by layer and kind: what the heat map and the ratios are drawn from."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from llmprune.report.result import block_from_json
-from llmprune.results import Row
+from llmprune.results import BlockReport, Row
 
 NUMBER = re.compile(r"(?<![^.\[])\d+(?![^.\]])")  # a path component, or an expert's index in brackets
 
 
 @dataclass(frozen=True)
-class Group:
+class MatrixGroup:
     """The matrices of one kind in one block: one, or its experts."""
 
     block: str
@@ -31,11 +30,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Grid:
-    """All groups. ``blocks`` and ``kinds`` are in the order of the model."""
+    """All of them. ``blocks`` and ``kinds`` are in the order of the model."""
 
     blocks: tuple[str, ...]
     kinds: tuple[str, ...]
-    groups: dict[tuple[str, str], Group]
+    groups: dict[tuple[str, str], MatrixGroup]
 
     def __bool__(self) -> bool:
         return bool(self.groups)
@@ -47,9 +46,9 @@ class Grid:
         return bool(ends) and max(ends) - min(ends) > 1e-3
 
 
-def grid_of(report: dict[str, Any]) -> Grid:
+def grid_of(blocks: Sequence[BlockReport]) -> Grid:
     rows: dict[tuple[str, str], list[Row]] = {}
-    for block in (block_from_json(value, {}) for value in report["blocks"]):
+    for block in blocks:
         for row in block.rows:
             rows.setdefault((block.block, kind_of(block.block, row.matrix)), []).append(row)
     groups = {key: _group(*key, found) for key, found in rows.items()}
@@ -80,8 +79,8 @@ def short_blocks(names: tuple[str, ...]) -> list[str]:
     return [name.rsplit(".", 1)[-1] for name in names]
 
 
-def _group(block: str, kind: str, rows: list[Row]) -> Group:
+def _group(block: str, kind: str, rows: list[Row]) -> MatrixGroup:
     asked = [row.asked for row in rows]
     lost = [row.lost for row in rows if row.lost is not None]
     weights, zeros = sum(row.size for row in rows), sum(row.gone for row in rows)
-    return Group(block, kind, len(rows), weights, zeros, (min(asked), max(asked)), sum(lost) if lost else None)
+    return MatrixGroup(block, kind, len(rows), weights, zeros, (min(asked), max(asked)), sum(lost) if lost else None)
