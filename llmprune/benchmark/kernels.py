@@ -1,5 +1,5 @@
-"""2:4 kernels of torch on CUDA, against dense products of the same matrices. This measures and promises nothing: what a kernel gains or
-loses depends on the card, the shape, the dtype and the number of tokens.
+"""2:4 kernels of torch on CUDA, against dense products of the same matrices. It measures, and promises nothing: the gain of a kernel
+depends on the card, the shape, the dtype and the number of tokens.
 
 R = output rows, C = input columns, T = tokens.
 """
@@ -52,7 +52,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def compressed(weight_RC: Tensor) -> Tensor:
-    """The matrix as torch's kernels want it: by cuSPARSELt where torch is built with it, else by CUTLASS.
+    """The matrix in the format of torch's kernels: by cuSPARSELt where torch is built with it, else by CUTLASS.
 
     Raises RuntimeError for a shape, dtype or device without a kernel.
     """
@@ -62,7 +62,7 @@ def compressed(weight_RC: Tensor) -> Tensor:
 
 
 def keeps_2of4(weight_RC: Tensor) -> bool:
-    """No four neighbours along the input have more than two non-zeros."""
+    """Whether no group of four along the input has more than two non-zeros."""
     return weight_RC.shape[1] % 4 == 0 and int((weight_RC != 0).unflatten(1, (-1, 4)).sum(-1).max()) <= 2
 
 
@@ -104,7 +104,7 @@ def _tried(dense: list[Tensor], inputs: list[Tensor], compress: Compress) -> tup
 
 
 def _products(input_TC: Tensor, weights: list[Tensor]) -> Callable[[], float]:
-    """Seconds of one product: all matrices of the shape after each other, as a model meets them, so that none waits in a cache."""
+    """Seconds of one product: all matrices of the shape one after another, as in a model, so that none stays in a cache."""
 
     def run() -> float:
         wait(input_TC.device)

@@ -1,6 +1,6 @@
 """Speed of one live model, measured the way a user waits for it. Nothing is printed here.
 
-A lap: a prompt of random token ids enters with an empty cache (logits of its last position alone, where the forward can leave out the others);
+A lap: a prompt of random token ids enters with an empty cache (logits of its last position only, where the forward can omit the others);
 the likeliest token is the first one; ``new_tokens`` more are decoded greedily, one forward each, with the cache.
 
 N = batch, L = tokens of the prompt.
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from llmprune.errors import RequestError
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, the newest first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # transformers' names for it, the newest first
 HOLDERS = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Runner:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given; a CPU has none outstanding."""
+    """Wait until the device has finished its work; a CPU has none outstanding."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -120,7 +120,7 @@ def wait(device: torch.device) -> None:
 def cache_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache object holds: keys, values, and the states of linear attention and state-space layers.
 
-    Counters (tensors without a dimension) are left out.
+    Counters (tensors without a dimension) are not counted.
     """
     return sum(t.nbytes for t in {id(t): t for t in _tensors(cache)}.values() if t.dim())
 
@@ -140,9 +140,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def in_turns(
     runners: Sequence[Callable[[], T]], repeat: int, warm_up: int = 1, done: Callable[[int, int], None] = lambda n, of: None
 ) -> list[list[T]]:
-    """Run every runner once a round, A B A B ..., so that a drift of the machine's load meets all of them alike.
+    """Run every runner once per round, A B A B ..., so that a drift of the machine's load affects all of them alike.
 
-    Returns one list of ``repeat`` results a runner; the results of the first ``warm_up`` rounds are dropped.
+    Returns one list of ``repeat`` results per runner; the results of the first ``warm_up`` rounds are dropped.
     """
     kept: list[list[T]] = [[] for _ in runners]
     for turn in range(warm_up + repeat):

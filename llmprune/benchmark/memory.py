@@ -1,4 +1,4 @@
-"""Memory of this process: what is resident now, and the most that was since the mark was last taken back."""
+"""Memory of this process: what is resident now, and the peak since the mark was last reset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def resident() -> int:
 
 
 def forget_peak() -> bool:
-    """Take the high-water mark back to what is resident now; False where the system does not let a process do so."""
+    """Reset the high-water mark to what is resident now; False where the system does not allow it."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -26,7 +26,7 @@ def forget_peak() -> bool:
 
 
 def peak_resident() -> int | None:
-    """Bytes of the high-water mark; None where the system keeps none that is ours alone."""
+    """Bytes of the high-water mark; None where the system keeps none per process."""
     if sys.platform == "linux":
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

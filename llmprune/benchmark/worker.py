@@ -1,8 +1,8 @@
-"""One model in a process of its own, so that its peak memory is its own. It obeys one word a line and answers one line of JSON.
+"""One model in a separate process, so that its peak memory can be measured. It obeys one word per line and answers one line of JSON.
 
     python -m llmprune.benchmark.worker        first line: a Task; then any of lap, peak
 
-Answers are {"found": ...}, or {"error": ..., "hint": ..., "code": ...} for what can be expected. The process ends with its input.
+Answers are {"found": ...}, or {"error": ..., "hint": ..., "code": ...} for expected errors. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmprune.model.skeleton import UNBUILDABLE
 
 @dataclass(frozen=True)
 class Task:
-    """A checkpoint and how it is run. ``kernel_repeat`` above 0: its 2:4 matrices are measured so often and then run compressed."""
+    """A checkpoint and how it is run. ``kernel_repeat`` above 0: its 2:4 matrices are measured that many times and then run compressed."""
 
     folder: str
     dtype: str
@@ -70,7 +70,7 @@ class Contender:
         return asdict(self._runner.lap())
 
     def peak(self) -> dict[str, Any]:
-        """Most bytes in use while laps ran, weights included, libraries not; and whether loading is left out of it."""
+        """Peak bytes in use while laps ran, weights included, libraries not; and whether loading is excluded."""
         if self._device.type == "cuda":
             most: int | None = torch.cuda.max_memory_allocated(self._device)
         elif self._device.type == "cpu":
@@ -89,7 +89,7 @@ class Contender:
 
 
 def _import_model(task: Task) -> None:
-    """Import the model's code, so that it does not count as the model's memory. What fails here fails again, and is told, in ``load``."""
+    """Import the model's code, so that it does not count as the model's memory. What fails here fails again in ``load``, which reports it."""
     try:
         config = AutoConfig.from_pretrained(task.folder, trust_remote_code=task.trust_remote_code)
         with torch.device("meta"):
@@ -121,7 +121,7 @@ def load(task: Task) -> Any:
 
 
 def answered(action: Callable[[], Any]) -> dict[str, Any]:
-    """What an action found, or what can be expected to go wrong; a fault of ours keeps its traceback."""
+    """The result of an action, or an expected error; a bug keeps its traceback."""
     try:
         return {"found": action()}
     except LlmpruneError as error:
@@ -151,9 +151,9 @@ def serve(lines: TextIO, answers: TextIO) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks is interrupted, and closes the input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and closes the input
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a model's own code prints is no answer
+    os.dup2(2, 1)  # whatever a model's own code prints must not mix with the answers
     serve(sys.stdin, answers)
 
 

@@ -1,5 +1,5 @@
-"""The config that a smaller model is saved with: its own kind where that can say the sizes, the nearest kind that can, or a config of each
-layer with a few lines of model code.
+"""The config that a smaller model is saved with: its own kind if that can express the sizes, else the nearest kind that can, else a config of
+each layer with a few lines of model code.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llmprune.model.skeleton import MODULE, READABLE
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space, required
 
-# transformers renames the tensors of some models by the name of their class, which is another here
+# transformers renames the tensors of some models by the name of their class, which differs here
 RENAMING = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 register_checkpoint_conversion_mapping("Pruned{model}", get_checkpoint_conversion_mapping("{model}"), overwrite=True)
 """
-NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or said in newer words
+NOT_SHARED = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_theta", "rope_scaling")  # of Llama's config, or under a newer name
 CODE = '''"""{layer} in {sizes} sizes: what config.json says under per_layer_config. Written by llmprune."""
 
 from {module} import {layer}, {model}
@@ -65,10 +65,10 @@ def export(
     keeps: Sequence[Keeps],
     kept: Sequence[int] | None = None,
 ) -> Export:
-    """What to save for a model whose blocks lose units, or go.
+    """What to save for a model with fewer units, or fewer blocks.
 
     source: the config as stored. model: the uncut one, on any device; ``path`` its list of blocks. spaces: all of each block. kept: numbers of
-    the blocks that stay. Raises RequestError for sizes or layers that no config can say.
+    the kept blocks. Raises RequestError for sizes or layers that no config can express.
     """
     config = model.config
     if kept is not None and len(kept) < len(spaces):
@@ -90,7 +90,7 @@ def export(
 
 
 def put(saved: dict[str, Any], config: PreTrainedConfig, name: str, value: Any) -> None:
-    """Set a field under every name that a stored config has for it."""
+    """Set a field under every name by which a stored config has it."""
     names = [n for n in _names(config, name) if n in saved] or [_canonical(config, name)]
     saved.update(dict.fromkeys(names, value))
 
@@ -125,8 +125,8 @@ def _fields(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> tuple[
 
 
 def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied: bool) -> int:
-    """What the config of the whole model says: the one size, else the widest. Where layers have configs of their own (``varied``) a head count
-    stays the source's: configs check it.
+    """The sizes in the config of the whole model: the one size, else the widest. Where layers have separate configs (``varied``) a head count
+    stays the source's, because configs check it.
     """
     found = {sizes[name] for sizes in layers if name in sizes}
     if (varied and name in (HEADS, KV_HEADS)) or not found:
@@ -147,14 +147,14 @@ def _uniform(saved: dict[str, Any], config: PreTrainedConfig) -> Export:
     heads, width = (saved.get(name, getattr(config, name)) for name in (HEADS, "hidden_size"))
     if width % heads == 0:
         return Export(saved)
-    why = f"{heads} heads do not divide a hidden size of {width}, which a {config.model_type} config insists on"
+    why = f"{heads} heads do not divide a hidden size of {width}, which a {config.model_type} config requires"
     if family.substitute is None:
         raise RequestError(f"{config.model_type}: {why}", "keep another number")
     return _substituted(saved, config, family.substitute, why)
 
 
 def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why: str) -> Export:
-    """The other kind has defaults of its own, so every field is written out."""
+    """The other kind has different defaults, so every field is written out."""
     full = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     named = {name: value for name, value in (full | saved).items() if name not in NOT_SHARED}
     named |= {

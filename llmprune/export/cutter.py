@@ -27,7 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Cutter:
-    """Cuts the blocks of a checkpoint and names what is left of them. keeps: of each block; kept: the blocks that stay; outer: the space of the
+    """Cuts the blocks of a checkpoint and names the resulting tensors. keeps: of each block; kept: the blocks that are kept; outer: the space of the
     residual channels outside the blocks, where those are cut.
     """
 
@@ -48,7 +48,7 @@ class Cutter:
         self.outer = outer
 
     def shapes(self) -> dict[str, Shape]:
-        """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes all the same."""
+        """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes too."""
         found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside().items()}
         for new, old in enumerate(self.kept):
             block = self.loader.skeleton.get_submodule(f"{self.path}.{old}")
@@ -64,14 +64,14 @@ class Cutter:
                 shards.put({key: tensor.cpu() for key, tensor in self.tensors(new, block).items()})
 
     def tensors(self, new: int, block: nn.Module) -> dict[str, Tensor]:
-        """What is left of the block that becomes number ``new``, as checkpoint tensors in their stored dtype."""
+        """The cut block that becomes number ``new``, as checkpoint tensors in their stored dtype."""
         old = self.kept[new]
         plain: dict[str, Tensor] = {}
         merged: dict[str, Tensor] = {}
         for name, tensor in slice_parameters(block, self.spaces[old], self.keeps[old]).items():
             parameter = f"{self.path}.{old}.{name}"
             keys = self.loader.keys_of.get(parameter, [])
-            if not keys:  # made by the model itself
+            if not keys:  # computed by the model itself
                 continue
             dtype = self.loader.stored_dtype(parameter)
             if self.loader.converted.isdisjoint(keys):
@@ -81,7 +81,7 @@ class Cutter:
         return plain | (self._reverted(merged) if merged else {})
 
     def outside(self) -> dict[str, Tensor]:
-        """What is left outside the blocks, as checkpoint tensors in their stored dtype."""
+        """The tensors outside the blocks, cut, as checkpoint tensors in their stored dtype."""
         space, model, found = self.outer, self.loader.skeleton, {}
         cut: dict[str, Tensor] = {}
         if space is not None:
@@ -116,5 +116,5 @@ def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: Bloc
 
 
 def parameters_of(cutter: Cutter) -> int:
-    """Numbers that the smaller checkpoint holds."""
+    """Parameters of the smaller checkpoint."""
     return sum(torch.Size(shape.shape).numel() for shape in cutter.shapes().values())

@@ -12,9 +12,9 @@ from llmprune.structured.layers import EACH, FIRST, SOME, attends
 
 
 def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a stored config that change when only the layers ``kept`` stay, in their order.
+    """The fields of a stored config that change when only the layers ``kept`` are kept, in their order.
 
-    What a config leaves to a rule (every fourth layer) is written out, as the rule would count the layers anew.
+    What a config leaves to a rule (every fourth layer) is written out, because the rule would count the remaining layers.
     Raises RequestError for numbers that are not sorted, unique and in range.
     """
     total = config.num_hidden_layers
@@ -28,13 +28,13 @@ def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequenc
     changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
     changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
     changed |= {name: sum(i < full[name] for i in kept) for name in FIRST if full.get(name) is not None}
-    if full.get("decoder_sparse_step", 1) != 1:  # a mixture in every so-many-th layer
+    if full.get("decoder_sparse_step", 1) != 1:  # a mixture in every n-th layer
         dense = [i for i in range(total) if (i + 1) % full["decoder_sparse_step"] or i in full["mlp_only_layers"]]
         changed |= {"decoder_sparse_step": 1, "mlp_only_layers": _renumbered(dense, kept)}
     count = {name for name, true in type(config).attribute_map.items() if "num_hidden_layers" in (name, true)}
     count = {type(config).attribute_map.get(name, name) for name in count} | count
     changed |= dict.fromkeys([name for name in count if name in source] or ["num_hidden_layers"], len(kept))
-    # predictors of further tokens are layers after the last one: their number would be another's
+    # predictors of further tokens are layers after the last one: their numbers would be taken by others
     return changed | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if source.get(name)}
 
 

@@ -1,4 +1,4 @@
-"""A live model made smaller: a new model of the sizes that are left, with the old one's tensors."""
+"""A live model made smaller: a new model of the remaining sizes, with the old one's tensors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llmprune.structured.spaces import Space, all_spaces, outer_space
 
 
 def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
-    """A working model without the dropped units and layers; ``model`` stays as it is.
+    """A working model without the dropped units and layers; ``model`` is unchanged.
 
-    keeps: for each block, space name -> sorted numbers of the units that stay. Tensors outside the blocks are shared with ``model``.
+    keeps: for each block, space name -> sorted numbers of the kept units. Tensors outside the blocks are shared with ``model``.
     With one size for all layers it saves and loads like any model; with several, use ``save_sliced``.
     Raises RequestError for sizes that cannot be saved, and for an architecture without a table.
     """
@@ -31,7 +31,7 @@ def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Seq
 
 
 def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> Export:
-    """Save a smaller model with everything needed to load it; what stands in its config."""
+    """Save a smaller model with everything needed to load it; returns the content of its config."""
     smaller, exported = sliced_with_export(model, keeps, kept_layers)
     smaller.save_pretrained(folder)
     for name, text in exported.files.items():
@@ -42,7 +42,7 @@ def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], ke
 
 
 def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, Export]:
-    """``slice_model``, and what its config and the files beside it would say."""
+    """``slice_model``, and what its config and the files beside it would contain."""
     path = find_blocks(model)
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
@@ -83,7 +83,7 @@ def empty_model(
 
 
 def _as_exported(file: Path, exported: Export) -> None:
-    """A live model's config has another class, and lets the one size of the whole model be read."""
+    """A live model's config has another class, which allows reading the one size of the whole model."""
     stored = {name: value for name, value in json.loads(file.read_text(encoding="utf-8")).items() if name != READABLE}
     stored |= {name: exported.config[name] for name in ("architectures", READABLE) if name in exported.config}
     file.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def _outside(model: PreTrainedModel, path: str, keeps: Sequence[Keeps]) -> dict[
 
 
 def _compute_alike(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Kernels and generation settings of the old model. Layers of their own sizes hold configs of their own."""
+    """Kernels and generation settings of the old model. Layers of different sizes have separate configs."""
     smaller.generation_config = copy.deepcopy(model.generation_config)
     smaller.set_attn_implementation(model.config._attn_implementation)
     smaller.set_experts_implementation(model.config._experts_implementation)
@@ -130,7 +130,7 @@ def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept
 
 
 def _old_name(name: str, path: str, kept: Sequence[int]) -> str:
-    """What a parameter or module of the smaller model is called in the whole one."""
+    """The name of the smaller model's parameter or module in the whole model."""
     if not name.startswith(f"{path}."):
         return name
     number, dot, rest = name.removeprefix(f"{path}.").partition(".")

@@ -1,7 +1,7 @@
-"""A finished checkpoint loaded by plain transformers in a process of its own: what it predicts is compared with what the pruning left.
+"""A finished checkpoint loaded by plain transformers in a separate process: its predictions are compared with those of the pruned model.
 
 Run as ``python -m llmprune.export.reload FOLDER DTYPE``; token ids come in and logits go out as safetensors through its pipes, so that it ends
-with the process that asked, and leaves no file behind.
+with the process that started it, and leaves no file behind.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def main(folder: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     with os.fdopen(os.dup(1), "wb") as answer:
-        os.dup2(2, 1)  # what libraries print is no logits
+        os.dup2(2, 1)  # what libraries print must not mix with the logits
         code = (Path(folder) / "modeling_pruned.py").exists()
-        open_model: Any = AutoModelForCausalLM.from_pretrained  # which hands back a pair here
+        open_model: Any = AutoModelForCausalLM.from_pretrained  # which returns a pair here
         model, info = open_model(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
         wrong = {name: found for name, found in info.items() if found}
         if wrong:

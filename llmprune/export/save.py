@@ -1,4 +1,4 @@
-"""The end of a structured run: the masked checkpoint without what was masked, loaded again by plain transformers before it is published."""
+"""The end of a structured run: the masked checkpoint without the masked units, loaded again by plain transformers before it is published."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def save_smaller(
     folder: Path,
     scratch: Path,
 ) -> Smaller:
-    """Write the smaller checkpoint into ``folder`` and load it again. shown: the stream as the model is now.
+    """Write the smaller checkpoint into ``folder`` and load it again. shown: the stream of the model as pruned.
 
-    Raises PromiseError when it does not load, or predicts otherwise.
+    Raises PromiseError when it does not load, or predicts differently.
     """
     written, kept = cuts(structure, blocks, pad), kept_layers(shown)
     exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
@@ -57,7 +57,7 @@ def save_smaller(
 
 
 def rescaled(structure: Structure, keeps: Sequence[Keeps]) -> bool:
-    """Whether a norm runs over units that go, so that what stays is saved on another scale."""
+    """Whether a norm runs over dropped units, so that the kept ones are saved on another scale."""
     return any(structure.rescales(index, cut) for index, cut in enumerate(keeps))
 
 
@@ -81,12 +81,12 @@ def cuts(structure: Structure, blocks: Sequence[BlockReport], pad: bool) -> Sequ
 def compare(
     stream: CheckpointStream, shown: Reshaped, ids_NL: Tensor, parameters: int, folder: Path, scratch: Path, rounded_to: torch.dtype
 ) -> tuple[float | None, Sequence[str]]:
-    """(relative difference of the logits on one calibration window, what has to be said). rounded_to: the coarsest dtype that tensors are computed
+    """(relative difference of the logits on one calibration window, notes). rounded_to: the coarsest dtype that tensors are computed
     in or, if they are rescaled, stored in.
     """
     need = 2 * parameters * stream.dtype.itemsize
     if need > memory_limit():
-        return None, (f"not loaded again: that takes some {need:,} bytes, {memory_limit():,} are free",)
+        return None, (f"not loaded again: that takes about {need:,} bytes, and {memory_limit():,} are free",)
     ids_1L = ids_NL[:1, :MOST_TOKENS]
     ((_, wanted_1LV),) = after_blocks(shown, ids_1L).logits()
     apart = difference(wanted_1LV, reloaded_logits(folder, scratch, ids_1L, stream.dtype))

@@ -5,8 +5,8 @@ E = sum (p - p') x'^T over calibration tokens, the least-squares correction of W
 
     W' = W + share * [W (K - H) + E] (H + d I)^-1
 
-where the partner p of W is what W x is added to (the residual stream, for matrices that write into it; else E = 0). W' is pruned in the
-place of W, under H. Own derivation; DuoGPT (https://arxiv.org/abs/2506.20194) describes a dense-output correction of this kind.
+where the partner p of W is what W x is added to (the residual stream, for matrices that write into it; else E = 0). W' is pruned
+instead of W, under H. Own derivation; DuoGPT (https://arxiv.org/abs/2506.20194) describes a dense-output correction of this kind.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from llmprune.maths.linalg import factor_of
 from llmprune.types import Stats
 
-SHARE = 0.75  # how far to go towards the dense outputs; 0.5 to 1 is nearly flat
+SHARE = 0.75  # how far to move towards the dense outputs; 0.5 to 1 is nearly flat
 DAMPING = 0.01
 
 
 def asymmetric_target(weight_RC: Tensor, stats: Stats, share: float = SHARE) -> Tensor:
-    """The corrected weights; W itself where no dense statistics could be had (experts, whose tokens differ between the streams)."""
+    """The corrected weights; W itself where there are no dense statistics (experts, whose tokens differ between the streams)."""
     if stats.cross_CC is None or stats.gram_CC is None:
         return weight_RC
     wanted_RC = weight_RC @ (stats.cross_CC - stats.gram_CC)

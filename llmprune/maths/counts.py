@@ -1,4 +1,4 @@
-"""How many units every space keeps under one budget of parameters, and which layers go.
+"""How many units every space keeps under one budget of parameters, and which layers are dropped.
 
 Shapes: U = units.
 """
@@ -16,11 +16,11 @@ from llmprune.maths.scores import standardised
 
 
 def under_one_threshold(scores: Mapping[str, Tensor], sizes: Mapping[str, int], least: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Units that each space keeps, when all units of the model whose standardised score lies under one threshold go.
+    """Units that each space keeps, when all units of the model whose standardised score is below one threshold are dropped.
 
-    scores: [U] of every space (channels of a layer, heads of a layer). sizes: parameters that one unit takes with it. least: units that a space keeps
-    in any case. budget: parameters that have to go in all; what goes differs from it by less than one unit.
-    The allocation of An et al., FLAP, https://arxiv.org/abs/2312.11983. Raises RequestError where the least counts leave too little.
+    scores: [U] of every space (channels of a layer, heads of a layer). sizes: parameters removed with one unit. least: units that a space keeps
+    in any case. budget: parameters to drop in all; the result differs from it by less than one unit.
+    The allocation of An et al., FLAP, https://arxiv.org/abs/2312.11983. Raises RequestError where the least counts leave too little to drop.
     """
     names = list(scores)
     pool = torch.cat([_with_least(standardised(scores[name]).cpu(), least.get(name, 0)) for name in names])
@@ -30,15 +30,17 @@ def under_one_threshold(scores: Mapping[str, Tensor], sizes: Mapping[str, int], 
 
 
 def _cheapest(pool: Tensor, size: Tensor, budget: int) -> Tensor:
-    """Keep-mask over all units: the smallest go until the budget is spent, those at infinity never."""
+    """Keep-mask over all units: the smallest are dropped until the budget is spent, those at infinity never."""
     free = pool.isfinite()
     if int(size[free].sum()) < budget:
-        raise RequestError(f"{budget:,} parameters were to go, but the units that may go hold {int(size[free].sum()):,}", "ask for less sparsity")
+        raise RequestError(
+            f"{budget:,} parameters were to be dropped, but the units that may be dropped hold {int(size[free].sum()):,}", "ask for less sparsity"
+        )
     return drop_smallest(pool, _nearest(pool, size, int(free.sum()), budget))
 
 
 def _with_least(score_U: Tensor, least: int) -> Tensor:
-    """The ``least`` largest get infinity: they stay."""
+    """The ``least`` largest get infinity: they are kept."""
     return score_U.masked_fill(drop_smallest(score_U, max(0, len(score_U) - least)), torch.inf)
 
 
@@ -56,11 +58,11 @@ def _nearest(pool: Tensor, size: Tensor, most: int, budget: int) -> int:
 
 
 def least_needed(cost: Mapping[int, float], remove: int, fixed: Iterable[int] = ()) -> list[int]:
-    """The ``remove`` layers of least cost, in the model's order; layers that are ``fixed`` stay. cost: block influence, or the measured rise of the
-    loss, of every layer. Ties by position.
+    """The ``remove`` layers of least cost, in the model's order; ``fixed`` ones are kept. cost: block influence, or the measured rise of
+    the loss, of every layer. Ties by position.
     """
     layers = sorted(set(cost) - set(fixed))
     if remove > len(layers):
-        raise RequestError(f"{remove} layers were to go of {len(layers)} that may", "ask for less sparsity")
+        raise RequestError(f"{remove} layers were to be dropped of {len(layers)} that may be", "ask for less sparsity")
     keep = drop_smallest(torch.tensor([cost[layer] for layer in layers], dtype=torch.float64), remove)
     return [layer for layer, stays in zip(layers, keep.tolist(), strict=True) if not stays]

@@ -1,19 +1,20 @@
-"""Greedy choice of the input units that a matrix can best do without, when the least-squares refit of all others makes up for them.
+"""Greedy choice of the input units whose removal costs a matrix least, when the least-squares refit of all others compensates for them.
 
-With A = (H + d I)^-1 and W the refit so far, taking unit g (columns of one head, one channel) out as well costs, summed over rows and tokens,
+With A = (H + d I)^-1 and W the refit so far, also dropping unit g (columns of one head, one channel) costs, summed over rows and tokens,
 
     sum_r lam_r w_r,g (A_gg)^-1 w_r,g^T = tr (A_gg)^-1 S_gg,    S = W^T diag(lam) W,
 
-and leaves W - W_g (A_gg)^-1 A_g: and A - A_:g (A_gg)^-1 A_g:, the inverse on what is left. The cheapest goes, and all others are priced anew.
+and leaves W - W_g (A_gg)^-1 A_g: and A - A_:g (A_gg)^-1 A_g:, the inverse on the remaining columns. The cheapest unit is dropped, and all
+others are priced again.
 Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
 https://papers.nips.cc/paper/647-second-order-derivatives-for-network-pruning-optimal-brain-surgeon; in blocks as in Kurtic et al., ZipLM,
 https://arxiv.org/abs/2302.04089.
 
 Only A and S are carried, never W: lam and any other weighing of the rows go into S once, and the changes of
-both have low rank, so they are summed up over a slab of steps and brought in by one matrix product, as a blocked Cholesky factorisation does.
+both have low rank, so they are collected over a slab of steps and applied by one matrix product, as a blocked Cholesky factorisation does.
 Nothing is approximated by this.
 
-Shapes: R = output rows, C = input columns, U = units, K = columns of a unit, N = columns that units hold, P = columns taken out in a slab.
+Shapes: R = output rows, C = input columns, U = units, K = columns of a unit, N = columns that units hold, P = columns dropped in a slab.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from torch import Tensor
 
 from llmprune.maths.linalg import definite, drop_smallest
 
-SLAB = 96  # columns that go between two products with the whole of A and S
+SLAB = 96  # columns dropped between two products with the whole of A and S
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which units stay; and what went before, unit by unit, which is also the choice for any smaller number."""
+    """Which units are kept; and the dropped ones in order, which is also the choice for any smaller number."""
 
     keep_U: Tensor  # bool
-    gone: tuple[int, ...]  # units in the order in which they went
+    gone: tuple[int, ...]  # units in the order in which they were dropped
     prices: tuple[float, ...]  # what each has added to ``lost``
     notes: tuple[str, ...] = ()
 
@@ -53,16 +54,16 @@ def greedy_obs(
     damping: float = 0.01,
     slab: int = SLAB,
 ) -> Chosen:
-    """Let ``remove`` units go one by one, ``remove / groups`` from each of ``groups`` equal runs of units. Ties by position.
+    """Drop ``remove`` units one by one, ``remove / groups`` from each of ``groups`` equal runs of units. Ties by position.
 
     weight_RC: the reader (or its asymmetric target). gram_CC: of its inputs, undamped. columns_UK: what each unit holds; columns that no unit holds
-    stay, and take part in the refit. row_weight_R: sqrt(lam), as in types.Stats; only how rows compare matters. Works in float64, on about 5 C^2
-    numbers at a time, with some 4 C^2 operations for every column that goes.
+    are kept, and take part in the refit. row_weight_R: sqrt(lam), as in types.Stats; only ratios between rows matter. Works in float64, on about 5
+    C^2 numbers at a time, with some 4 C^2 operations for every dropped column.
     Raises StoppedError as linalg.definite does.
     """
     units, width = columns_UK.shape
     assert remove <= units
-    assert remove % groups == 0, "equal numbers go from every run of units"
+    assert remove % groups == 0, "equal numbers are dropped from every run of units"
     assert units % groups == 0, "runs of units are equal"
     rows_RC = weight_RC.double()
     if row_weight_R is not None:
@@ -88,7 +89,7 @@ class _Left:
 
 
 def _start(rows_RC: Tensor, gram_CC: Tensor, columns_UK: Tensor, damping: float) -> tuple[_Left, tuple[str, ...]]:
-    """A and S before anything has gone. Columns that no unit holds need not be carried: taking others out never asks for them."""
+    """A and S before anything is dropped. Columns that no unit holds need not be carried: dropping others never reads them."""
     found = definite(gram_CC, damping)
     held_N = columns_UK.reshape(-1)
     inverse_NN = torch.cholesky_inverse(found.lower_CC).flip((0, 1))[held_N][:, held_N]
@@ -97,7 +98,7 @@ def _start(rows_RC: Tensor, gram_CC: Tensor, columns_UK: Tensor, damping: float)
 
 
 def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Left, list[tuple[int, float]]]:
-    """Take ``steps`` units out, marking them in ``keep_U`` and ``quota_G``; (what is left, (unit, price) of what has gone)."""
+    """Drop ``steps`` units, marking them in ``keep_U`` and ``quota_G``; (the remaining problem, (unit, price) of the dropped ones)."""
     width, units = left.width, len(left.units_U)
     changes = _Changes(left, steps * width)
     group_U = left.units_U // (len(keep_U) // len(quota_G))
@@ -116,7 +117,7 @@ def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Le
 
 
 class _Changes:
-    """A - F F^T and S - Y F^T - F Y^T, with F and Y growing by K columns a unit taken out; their diagonal blocks are kept up to date."""
+    """A - F F^T and S - Y F^T - F Y^T, with F and Y growing by K columns per dropped unit; their diagonal blocks are kept up to date."""
 
     def __init__(self, left: _Left, columns: int) -> None:
         self._left = left
@@ -128,7 +129,7 @@ class _Changes:
         self._outer_UKK = _diagonal_blocks(left.outer_NN, left.width)
 
     def prices(self) -> Tensor:
-        """[U]: tr (A_gg)^-1 S_gg; of units that have gone, anything. Rounding may leave a hair below zero."""
+        """[U]: tr (A_gg)^-1 S_gg; of dropped units, anything. Rounding may leave values slightly below zero."""
         if self._left.width == 1:
             return (self._outer_UKK / self._inverse_UKK.clamp_min(torch.finfo(torch.float64).tiny)).view(-1).nan_to_num(0.0)
         lower_UKK, _ = torch.linalg.cholesky_ex(self._inverse_UKK)
@@ -139,7 +140,7 @@ class _Changes:
         width, end = self._left.width, self._done + self._left.width
         own = slice(unit * width, (unit + 1) * width)
         f_NP, y_NP = self._f_NP[:, : self._done], self._y_NP[:, : self._done]
-        # both are symmetric, and their rows lie together
+        # both are symmetric, and their rows are contiguous
         inverse_NK = self._left.inverse_NN[own].T - f_NP @ f_NP[own].T
         outer_NK = self._left.outer_NN[own].T - y_NP @ f_NP[own].T - f_NP @ y_NP[own].T
         lower_KK = torch.linalg.cholesky(inverse_NK[own])
@@ -151,10 +152,10 @@ class _Changes:
         cross_UKK = y_UKK @ f_UKK.mT
         self._inverse_UKK -= f_UKK @ f_UKK.mT
         self._outer_UKK -= cross_UKK + cross_UKK.mT
-        self._inverse_UKK[unit] = torch.eye(width, dtype=torch.float64, device=f_NK.device)  # what has gone must not trouble the prices
+        self._inverse_UKK[unit] = torch.eye(width, dtype=torch.float64, device=f_NK.device)  # dropped columns must not affect the prices
 
     def settle(self, here_U: Tensor) -> _Left:
-        """The rest, with the changes brought in."""
+        """The remaining problem, with the changes applied."""
         width = self._left.width
         here_N = here_U.repeat_interleave(width)
         f_NP, y_NP = self._f_NP[here_N], self._y_NP[here_N]

@@ -1,4 +1,4 @@
-"""Adam on the weights that survive: what is zero in a masked parameter stays zero.
+"""Adam on the kept weights: zeros of a masked parameter stay zero.
 
 Kingma and Ba, Adam: A Method for Stochastic Optimization, https://arxiv.org/abs/1412.6980
 """
@@ -15,7 +15,7 @@ WARM_UP = 0.2  # of the steps; then the rate falls to zero by a cosine
 
 
 class SurvivorAdam:
-    """Steps on float32 copies of parameters of any dtype; each parameter's rate is relative to the root mean square of what it holds.
+    """Steps on float32 copies of parameters of any dtype; each parameter's rate is relative to the root mean square of its values.
 
     masked: parameters whose zeros stay. free: vectors (norm scales, biases) that may take any value.
     """
@@ -34,7 +34,7 @@ class SurvivorAdam:
             p.requires_grad_(True)
 
     def add(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to what the next step goes down."""
+        """Add the gradient of ``loss`` to the next step's."""
         gradients = torch.autograd.grad(loss, [p for p, _ in self._parameters], allow_unused=True)
         for copy, gradient in zip(self._copies, gradients, strict=True):
             if gradient is not None:
@@ -58,7 +58,7 @@ class SurvivorAdam:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """The values from before come back, unless ``keep`` was set."""
+        """Restores the previous values at the end, unless ``keep`` was set."""
         for before, trained, (p, _) in zip(self._before, self._trained, self._parameters, strict=True):
             p.requires_grad_(trained)
             if not self.keep:

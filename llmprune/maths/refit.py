@@ -1,4 +1,4 @@
-"""Least-squares values of the matrix that reads removed units, and the bias that makes up for their means.
+"""Least-squares values of the matrix that reads removed units, and the bias that compensates for their means.
 
     argmin over V that is zero outside the kept columns k of tr (V - W') H (V - W')^T  =  (W' H)_:k (H_kk)^-1
 
@@ -21,7 +21,7 @@ from llmprune.types import Stats
 
 @dataclass(frozen=True)
 class Refitted:
-    """``weight_RC`` is +0.0 in columns that have gone."""
+    """``weight_RC`` is +0.0 in dropped columns."""
 
     weight_RC: Tensor
     lost: float  # squared error against ``W' x``, damped, summed over rows and calibration tokens

@@ -1,6 +1,8 @@
-"""What it costs to take a unit away: channels and heads by their weights, inputs or gradients, blocks by what they change, experts by what they add.
+"""The cost of dropping a unit: channels and heads by their weights, inputs or gradients, blocks by what they change, experts by what they add.
 
-The smallest scores go. Shapes: U = units, K = rows or columns of a unit in one matrix, R = output rows, C = input columns, T = tokens, D = width.
+The smallest scores are dropped.
+
+Shapes: U = units, K = rows or columns of a unit in one matrix, R = output rows, C = input columns, T = tokens, D = width.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ def variance(stats: Stats) -> Tensor:
 
 
 def flap(weight_RC: Tensor, stats: Stats, columns_UK: Tensor) -> Tensor:
-    """[U] = sum over the reader's columns c of a unit of ||W_:c||^2 var(x_c): what stays wrong when a bias makes up for the means.
+    """[U] = sum over the reader's columns c of a unit of ||W_:c||^2 var(x_c): the error that remains when a bias compensates for the means.
 
-    An et al., Fluctuation-based Adaptive Structured Pruning (WIFV), https://arxiv.org/abs/2312.11983; of heads it takes the mean over columns,
-    which ranks alike.
+    An et al., Fluctuation-based Adaptive Structured Pruning (WIFV), https://arxiv.org/abs/2312.11983; for heads it takes the mean over columns,
+    which gives the same order.
     """
     return (weight_RC.double().square().sum(0) * variance(stats))[columns_UK].sum(1)
 

@@ -1,4 +1,4 @@
-"""Whole units as a pattern: the input columns of the matrix that reads them go, and then everything that writes them.
+"""Whole units as a pattern: the input columns of the matrix that reads them are dropped, and then everything that writes them.
 
 Shapes: R, C = rows and columns of a reader, U = its units, K = columns of a unit.
 """
@@ -16,11 +16,11 @@ from llmprune.types import Mask
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Units of one matrix's input go as a whole, those whose scores have the smallest sums, equally many of each run of ``groups``."""
+    """Units of one matrix's input are dropped as a whole, those whose scores have the smallest sums, equally many of each run of ``groups``."""
 
     columns_UK: Tensor
     groups: int = 1
-    least: int = 1  # units that stay in any case
+    least: int = 1  # units that are kept in any case
     unit: int = 1
     tall: int = 1
     local: bool = False
@@ -35,7 +35,7 @@ class Units:
         return rows * width * count
 
     def count(self, rows: int, drop: int) -> int:
-        """Units that ``drop`` weights are."""
+        """The number of units that ``drop`` weights make."""
         return drop // (rows * self.columns_UK.shape[1])
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
@@ -50,5 +50,5 @@ class Units:
         return keep_C.expand(like_RC.shape).clone()
 
     def kept(self, keep_RC: Mask) -> tuple[int, ...]:
-        """Numbers of the units that stay."""
+        """Numbers of the kept units."""
         return tuple(keep_RC[0, self.columns_UK[:, 0]].nonzero().flatten().tolist())

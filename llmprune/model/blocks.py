@@ -1,6 +1,6 @@
 """The decoder blocks of any causal LM, and what its own forward passes to each of them.
 
-A model is run once with a recorder in the place of every block: each recorder keeps the arguments meant for its block and passes the
+A model is run once with a recorder in place of every block: each recorder keeps the arguments meant for its block and passes the
 hidden states through. Blocks can then be run one at a time with exactly what the model would have given them; the real blocks may be
 on the meta device meanwhile.
 
@@ -88,7 +88,7 @@ def _replaced(blocks: nn.ModuleList, receive: Callable[[int, Tensor, Call], Any]
 class Walk:
     """Runs a model around its blocks.
 
-    ``tuples`` is True for architectures whose blocks return a tuple; it is found out on the first recording, with one block on its first run.
+    ``tuples`` is True for architectures whose blocks return a tuple; it is determined by the first recording, with the first run of a block.
 
     Raises RequestError when the blocks cannot be found or share weights.
     """
@@ -103,7 +103,7 @@ class Walk:
 
     @property
     def head_free(self) -> bool:
-        """The head is a Linear whose weight nothing else uses."""
+        """The head is a Linear whose weight is not tied."""
         tied = {name for pair in self.model.all_tied_weights_keys.items() for name in pair}
         embeddings = self.model.get_submodule(self.embeddings_path).weight
         return isinstance(self.head, nn.Linear) and f"{self.head_path}.weight" not in tied and self.head.weight is not embeddings
@@ -129,7 +129,7 @@ class Walk:
 
     def _record(self, ids_NL: Tensor, tuples: bool) -> tuple[Tensor, list[Call]] | None:
         """None when a block's recorder did not get exactly what the one before it passed on."""
-        first: list[Tensor] = []  # as it was passed on, and a copy: a change in place shows too
+        first: list[Tensor] = []  # as it was passed on, and a copy, so that a change in place is noticed too
         calls: list[Call] = []
         straight = True
 
@@ -148,7 +148,7 @@ class Walk:
                 self.model(input_ids=ids_NL, use_cache=False)
         except _AllRecorded:
             pass
-        except (ValueError, TypeError, IndexError, AttributeError):  # the model takes more from a block than hidden states
+        except (ValueError, TypeError, IndexError, AttributeError):  # the model uses more of a block's output than hidden states
             if not calls:
                 raise
             return None
@@ -156,7 +156,7 @@ class Walk:
         return (first[1], calls) if whole else None
 
     def _refuse_loops(self, ids_NL: Tensor) -> None:
-        """Recording ends at the last block: see once that the model goes on to its head from there."""
+        """Recording ends at the last block: check once that the model then continues to its head."""
         visits: list[int] = []
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
@@ -197,7 +197,7 @@ def _outside(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _unchanged(hidden: Any, passed: Tensor, copy: Tensor) -> bool:
-    """The very tensor that was passed on, or a view of all of it (some models slice "from 0 on"), with the same values."""
+    """The same tensor that was passed on, or a view of all of it (some models slice from 0 on), with the same values."""
     if not isinstance(hidden, Tensor) or hidden.data_ptr() != passed.data_ptr():
         return False
     return hidden.shape == passed.shape and hidden.stride() == passed.stride() and torch.equal(hidden, copy)
@@ -206,7 +206,7 @@ def _unchanged(hidden: Any, passed: Tensor, copy: Tensor) -> bool:
 def _refuse_shared(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> None:
     """A weight that several blocks use would be pruned once for each of them, on different inputs."""
     hint = "models whose blocks share weights cannot be pruned block by block"
-    for target, source in model.all_tied_weights_keys.items():  # on the meta device a tie is only a promise
+    for target, source in model.all_tied_weights_keys.items():  # on the meta device tied weights are only declared
         if target.startswith(f"{path}.") or source.startswith(f"{path}."):
             raise RequestError(f"{target}: shared with {source}", hint)
     users: dict[int, int] = {}
@@ -232,7 +232,7 @@ class Interned:
             return self._tensor(value)
         if type(value) is tuple:
             return tuple(self._value(v) for v in value)
-        return value  # lists and dicts stay themselves: some models let their blocks fill them
+        return value  # lists and dicts are not copied: some models let their blocks fill them
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._same:
@@ -241,5 +241,5 @@ class Interned:
             if twin is None:
                 twin = tensor
                 twins.append(tensor)
-            self._same[id(tensor)] = (tensor, twin)  # the tensor is held, so its id stays its own
+            self._same[id(tensor)] = (tensor, twin)  # the tensor is kept alive, so its id is unique
         return self._same[id(tensor)][1]

@@ -1,11 +1,11 @@
 """Exact reorderings of a block's inner channels, folded into the weights: columns of the matrix that reads them, rows of those that write them.
 
 Nothing is assumed about an architecture. What may write a matrix's input is read off one marked forward; a layout (the FFN's channels, plain or
-fused; the value channels inside a head) counts only if the block, with its channels shuffled, still gives the same output.
+fused; the value channels inside a head) is accepted only if the block, with its channels shuffled, still gives the same output.
 
 Pool and Yu, Channel Permutations for N:M Sparsity, https://papers.nips.cc/paper/2021/hash/6e8404c3b93a9527c8db241a1846599a-Abstract.html
 
-Shapes: S = spans (inside one, channels may trade places), K = copies that move alike, W = channels of a span, R, C = rows and columns of a matrix.
+Shapes: S = spans (inside one, channels may trade places), K = copies that move together, W = channels of a span, R, C = rows and columns of a matrix.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llmprune.model.matrices import Matrix
 
 EXACT = 1e-5  # largest difference that rounding in another order may leave, relative to the largest output
 
-APART = 100  # so many times more must the output change when only one side is shuffled
+APART = 100  # the output must change so many times more when only one side is shuffled
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Input channels of one matrix that can be reordered, and everything that has to move with them."""
+    """Input channels of one matrix that can be reordered, and everything that has to be reordered with them."""
 
     reader: Matrix
     columns_SKW: Tensor
-    writers: tuple[tuple[Matrix, Tensor], ...]  # (matrix, rows [S, K, W] that make the channels)
+    writers: tuple[tuple[Matrix, Tensor], ...]  # (matrix, rows [S, K, W] that produce the channels)
 
     def apply(self, block: nn.Module, order_SW: Tensor) -> list[str]:
         """Put channel ``order_SW[s, w]`` of every span in place w, in reader, writers and their biases; names of all but the reader's parameter."""
@@ -70,9 +70,9 @@ def biases(block: nn.Module, matrix: Matrix) -> Iterator[tuple[str, Tensor]]:
 def find_channels(
     block: nn.Module, readers: list[Matrix], writers: dict[str, list[Matrix]], heads: tuple[int, int], run: Callable[[], Tensor]
 ) -> dict[str, Channels]:
-    """The reorderable input channels among those of ``readers``, by reader; the experts of a stack stand or fall together.
+    """The reorderable input channels among those of ``readers``, by reader; the experts of a stack are accepted or rejected together.
 
-    writers: what each reader's input is made of. heads: (query, key-value). run: the block's output for some input.
+    writers: the matrices that produce each reader's input. heads: (query, key-value). run: the block's output for some input.
     """
     stacks: dict[str, list[list[Channels]]] = {}
     for reader in readers:
@@ -108,7 +108,7 @@ def layouts(reader: Matrix, writers: list[Matrix], heads: tuple[int, int]) -> It
 
 
 def value_rows(rows: int, shared: int, group: int, size: int) -> Iterator[Tensor]:
-    """Where the values of every key-value head may lie: alone or last in the matrix; last in their head's part of it."""
+    """Where the values of every key-value head may be: alone or last in the matrix; last in their head's part of it."""
     each = shared * size
     if rows >= each:
         yield torch.arange(rows - each, rows).view(shared, 1, size)
@@ -117,7 +117,7 @@ def value_rows(rows: int, shared: int, group: int, size: int) -> Iterator[Tensor
 
 
 def is_exact(block: nn.Module, alike: tuple[Channels, ...], whole: Tensor, run: Callable[[], Tensor]) -> bool:
-    """Whether shuffled channels give the same output; and whether shuffling the readers alone does not, or the input would say nothing."""
+    """Whether shuffled channels give the same output, while shuffling the readers alone does not (else the input proves nothing)."""
     spans, _, width = alike[0].columns_SKW.shape
     generator = torch.Generator().manual_seed(0)
     order_SW = torch.stack([torch.randperm(width, generator=generator) for _ in range(spans)])

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Left alone unless --only names them: routers (the name is a whole path component), Mamba's x_proj and dt_proj.
-# Norms, embeddings and short convolutions are no matrices here.
+# Not pruned unless --only names them: routers (the name is a whole path component), Mamba's x_proj and dt_proj.
+# Norms, embeddings and short convolutions do not count as matrices.
 LEFT_ALONE = re.compile(r"(^|\.)(gate|router|shared_expert_gate|x_proj|dt_proj)(\.|$)")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a block: where it lies and how it is stored."""
+    """One matrix of a block: where it is and how it is stored."""
 
     name: str  # path inside the block; one expert has its index in brackets
     parameter: str
@@ -45,7 +45,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which matrices are pruned: all but the default exceptions and ``skip``, or just those that ``only`` names.
+    """Which matrices are pruned: all but the default exceptions and ``skip``, or only those that ``only`` names.
 
     Both are regular expressions searched in the full name, such as ``model.layers.3.mlp.down_proj.weight``.
     """
@@ -59,7 +59,7 @@ class Selection:
         return bool(re.search(self.only, name)) if self.only else not LEFT_ALONE.search(name)
 
     def names(self, name: str) -> bool:
-        """Whether ``only`` asks for it expressly."""
+        """Whether ``only`` names it explicitly."""
         return bool(self.only) and self.takes(name)
 
 
@@ -83,8 +83,8 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
 
 
 def _stacks_transposed(module: nn.Module) -> bool:
-    """Whether a module's stacks of experts are stored [E, C, R]. transformers' experts interface says so; models that do not use it give
-    themselves away by gate and up in one stack [E, D, 2F] before the way down [E, F, D]. ``watch`` checks it when they are used.
+    """Whether a module's stacks of experts are stored [E, C, R]. transformers' experts interface says so; models that do not use it are
+    recognised by gate and up in one stack [E, D, 2F] before the down projection [E, F, D]. ``watch`` checks it when they are used.
     """
     stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     fused = len(stacks) == 2 and stacks[0].shape[1:] == (stacks[1].shape[2], 2 * stacks[1].shape[1])

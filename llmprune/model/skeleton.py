@@ -19,11 +19,11 @@ NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "expe
 # How layers of different sizes are stored (export/config.py); the sizes are followed, the code beside them is not.
 MODULE = "modeling_pruned"
 OWN_SIZES = "per_layer_config"
-# Without it plain loading stops at the first reading of a size that differs. But configs check their head count against the hidden size
-# when they are read, whoever reads them; heads of another number stop plain loading by their shapes.
+# Without it plain loading stops at the first size that differs. But configs always check their head count against the hidden size when they
+# are read; another number of heads stops plain loading by the tensors' shapes.
 READABLE = "allow_global_per_layer_attribute_access"
 MAX_LAYERS = 2_000
-# What transformers raises when a config makes no model.
+# What transformers raises when no model can be built from a config.
 UNBUILDABLE = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError)
 
 
@@ -38,14 +38,14 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)
     check_layers(config.get("num_hidden_layers", config.get("n_layer", 1)), stored)
     try:
-        # other models store sizes by layer too, and read them by themselves
+        # other models have sizes per layer too, and read them themselves
         pruned = str((config.get("auto_map") or {}).get("AutoModelForCausalLM")).startswith(f"{MODULE}.")
         own = {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
         left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if pruned else ()))
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
-        check_layers(parsed.get_text_config(decoder=True).num_hidden_layers, stored)  # whatever this kind of config calls it
+        check_layers(parsed.get_text_config(decoder=True).num_hidden_layers, stored)  # under whatever name this kind of config has it
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
-            raise RequestError(f"config.json: model_type {kind!r} is no causal language model", "give a causal LM")
+            raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
         model = _empty_model(parsed, dtype, own)
     except UNBUILDABLE as error:
@@ -54,30 +54,30 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", hint) from None
     for name, buffer in model.named_buffers():
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
-    model.set_experts_implementation("eager")  # one product an expert, so that each can be watched
+    model.set_experts_implementation("eager")  # one product per expert, so that each can be watched
     return model.eval().requires_grad_(False)
 
 
 def check_layers(layers: Any, stored: int) -> None:
-    """A number of blocks that is sane, and that the weights can have; RequestError otherwise."""
+    """A plausible number of blocks that the weights can have; RequestError otherwise."""
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are sane")
+        raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are supported")
     if layers > stored:
         raise RequestError(
             f"config.json: num_hidden_layers is {layers}, the weights hold {stored} blocks: all tensors missing from block {stored} on",
-            "the checkpoint is incomplete, or its config another one's; fetch it again",
+            "the checkpoint is incomplete, or its config belongs to another; fetch it again",
         )
 
 
 def _floats(value: Any) -> Any:
-    """config.json spells what JSON has no number for as {"__float__": "Infinity"}."""
+    """config.json writes numbers that JSON lacks as {"__float__": "Infinity"}."""
     if isinstance(value, dict):
         return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _floats(v) for k, v in value.items()}
     return [_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype, own: dict[int, dict[str, Any]]) -> PreTrainedModel:
-    """own: config fields of the layers that have some of their own."""
+    """own: config fields of the layers whose values differ from the model's."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
         blocks: Any = model.get_submodule(find_blocks(model)) if own else []
@@ -90,6 +90,6 @@ def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype, own: dict[int, di
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Numbers that a model holds; a weight that is tied to another one is the same, which a model without weights does not show."""
+    """The number of parameters; a tied weight counts once, although a model without weights does not show the tie."""
     tied = model.all_tied_weights_keys
     return sum(p.numel() for name, p in model.named_parameters() if name not in tied)

@@ -3,7 +3,7 @@
 Every tensor gets a depth and its origins: 0 and none for what enters the block, one more than its input's and the matrix itself for the
 output of each watched matrix; any other operation passes on the greatest depth and all origins of its operands. Matrices whose inputs have
 equal depth do not feed each other: they form a stage (q, k, v | o | gate, up | down). A sum W x + p, where p does not come from W x, has p as
-the partner of W: for the matrices that write into the residual stream that is the residual.
+the partner of W: for the matrices that write into the residual stream, p is the residual.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# The marks are attributes of the tensors themselves, so they go when the tensors go.
+# The marks are attributes of the tensors themselves, so they are freed with the tensors.
 DEPTH = "_llmprune_depth"
 ORIGINS = "_llmprune_origins"  # frozenset of the matrices that a tensor comes from
 PLACE = "_llmprune_place"
-DIRECT = "_llmprune_direct"  # frozenset of the last matrices on the ways to a tensor: it is made of their products
+DIRECT = "_llmprune_direct"  # frozenset of the last matrices on the paths to a tensor: it is made of their products
 SUMS = "_llmprune_sums"  # frozenset of the matrices W of which a tensor is W x + partners
 NONE: frozenset[str] = frozenset()
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__"}
@@ -27,7 +27,7 @@ ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__
 
 
 class Follow:
-    """Marks tensors while a block runs. What it holds is of the forward since ``start``."""
+    """Marks tensors while a block runs. Its state covers the forward since ``start``."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []  # (matrix, depth of its input), in the order of use
@@ -46,8 +46,8 @@ class Follow:
         self._deepest = 0
 
     def product(self, matrices: list[str], value: Any, out: Tensor, single: bool) -> None:
-        """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts (or a matrix on the left) with what
-        is among ``value``.
+        """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts (or a matrix on the left) with
+        some of ``value``.
         """
         self.products += [(matrix, self.operations) for matrix in matrices]
         entering = list(tensors(value))
@@ -72,7 +72,7 @@ class Follow:
         self._mark(value, 0, NONE, NONE, NONE)
 
     def _depth(self, tensor: Tensor) -> int:
-        """A tensor of unknown origin may come from anything so far; parameters come from nothing."""
+        """A tensor of unknown origin may come from anything so far; parameters have no origin."""
         return tensor.__dict__.get(DEPTH, 0 if isinstance(tensor, torch.nn.Parameter) else self._deepest)
 
     def _mark(self, value: Any, depth: int, origins: frozenset[str], direct: frozenset[str], sums: frozenset[str]) -> None:
@@ -82,7 +82,7 @@ class Follow:
         self.operations += 1
 
     def _add(self, operands: list[Tensor]) -> frozenset[str]:
-        """The sums that go on in a + b; each operand is a partner of what the other carries, unless it comes from there."""
+        """The sums that continue in a + b; each operand is a partner of the matrices in the other, unless it comes from them."""
         if len(operands) != 2 or operands[0].shape != operands[1].shape:
             return NONE
         sums = NONE
@@ -110,13 +110,13 @@ def _direct(tensor: Tensor) -> frozenset[str]:
 
 
 def _in_place(func: Any) -> bool:
-    """By torch's naming: add_, __iadd__, __setitem__."""
+    """Whether torch's naming marks it as in place: add_, __iadd__, __setitem__."""
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
 
 
 def changed(func: Any, args: Any, out: Any) -> Any:
-    """What an operation makes or changes."""
+    """The tensors that an operation makes or changes."""
     return [out, args[0]] if _in_place(func) and args else [out]
 
 
@@ -134,7 +134,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def stages(calls: list[tuple[str, int]], matrices: list[Any]) -> tuple[list[list[Any]], bool]:
     """(the matrices grouped by depth, in order; whether the forward uses them in that order too).
 
-    Experts of one stack share a stage, also those that no token reached; a matrix that was never used goes to the last stage.
+    Experts of one stack share a stage, including those that no token reached; a matrix that was never used is put in the last stage.
     """
     depth: dict[str, int] = {}
     for name, at in calls:

@@ -1,6 +1,6 @@
 """Gradients of a block's matrices, accumulated in a backward pass through the block: y = W x gives dL/dW = sum over tokens of g x^T, g = dL/dy.
 
-Weights need no ``requires_grad``: the input of every product is held, and a hook on its output waits for g. So only what was asked for is made.
+Weights need no ``requires_grad``: the input of every product is held, and a hook on its output receives g. So only what was asked for is computed.
 
 T = tokens, C = input columns, R = output rows.
 """
@@ -24,7 +24,7 @@ PER_WEIGHT = frozenset(stat for stat in statistics_of("loss", "window losses") i
 
 
 class Taps(TorchFunctionMode):
-    """Active while the block runs forward; what it accumulates arrives in the backward pass. ``next_batch`` comes after each of those.
+    """Active while the block runs forward; it accumulates in the backward pass. Call ``next_batch`` after each of those.
 
     ``sums`` maps (statistic, matrix) to a float32 sum; a matrix that no gradient reached has none.
     """
@@ -36,7 +36,7 @@ class Taps(TorchFunctionMode):
         self._needs = needs
         self._per_weight = bool(needs & PER_WEIGHT)
         self._products = Products(block, matrices)
-        self._awaited: Counter[str] = Counter()  # products of this micro-batch whose gradient has not come yet
+        self._awaited: Counter[str] = Counter()  # products of this micro-batch whose gradient has not arrived yet
         self._present: dict[str, Tensor] = {}  # gradient [R, C] of this micro-batch alone
         self._first = True
 
@@ -46,7 +46,7 @@ class Taps(TorchFunctionMode):
         out = func(*args, **kwargs)
         for use in uses:
             self._awaited[use.matrix.name] += 1
-            # a product that hangs on nothing that enters the block has a gradient too
+            # a product that does not depend on the block's input has a gradient too
             (out if out.requires_grad else out.requires_grad_()).register_hook(partial(self._arrived, use, use.value._version))
         return out
 
@@ -83,7 +83,7 @@ class Taps(TorchFunctionMode):
             accumulate(self.sums, ("grad", name), gradient_RC)
 
     def next_batch(self) -> None:
-        for name in list(self._present):  # one of its products had no part in the loss
+        for name in list(self._present):  # one of its products did not contribute to the loss
             self._fold(name)
         self._awaited.clear()
         self._first = False

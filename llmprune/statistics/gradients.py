@@ -1,7 +1,7 @@
 """True gradients of the whole model's loss with one block in memory at a time.
 
-Forward once, keeping what enters each block; then backward from the loss: each block is loaded again, run again on what entered it, and hands the
-gradient of its input to the block before. L = sum over the targets of all windows of the next-token negative log-likelihood; L_n is window n's.
+Forward once, keeping the input of each block; then backward from the loss: each block is loaded again, run again on its input, and passes the
+gradient of that input to the block before. L = sum over the targets of all windows of the next-token negative log-likelihood; L_n is window n's.
 
 Shapes: N = windows, L = tokens of a window, D = hidden width, R = output rows, C = input columns.
 """
@@ -29,7 +29,7 @@ GRADIENTS = statistics_of("loss", "window losses")
 
 
 class LossGradients:
-    """Gradient sums of the matrices of all blocks: vectors in memory, what has the size of the weights in a nameless file."""
+    """Gradient sums of the matrices of all blocks: vectors in memory, sums as large as the weights in an unnamed file."""
 
     def __init__(self, stream: Stream, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], windows: int) -> None:
         self.needs = needs
@@ -48,7 +48,7 @@ class LossGradients:
         self._tokens |= {(index, name): tokens for name, tokens in taps.tokens.items()}
 
     def fields(self, index: int, name: str) -> dict[str, Any]:
-        """What Stats says of one matrix's gradients; sums of zeros where no token reached it, and then grad_tokens is 0."""
+        """The fields of Stats for one matrix's gradients; zeros where no token reached it, and then grad_tokens is 0."""
         sums = {STATISTICS[stat].name: self._sum(index, stat, name).to(self._devices[index]) for stat in sorted(self.needs)}
         return sums | {"grad_tokens": self._tokens.get((index, name), 0), "grad_windows": self.windows}
 
@@ -64,8 +64,8 @@ class LossGradients:
     def add_to(self, index: int, statistics: dict[str, Stats]) -> None:
         """Give the statistics of a block's matrices, or of some of them, their gradients.
 
-        Matrices that share an input share one Stats, but no gradient: each gets a Stats of its own, whose other fields, ``factors`` too, are
-        still the shared ones. To be called when the watching is over.
+        Matrices that share an input share one Stats, but no gradient: each gets a separate Stats, whose other fields, including ``factors``,
+        are still the shared ones. Call it when the watching is over.
         """
         for name, stats in statistics.items():
             statistics[name] = replace(stats, **self.fields(index, name))
@@ -82,9 +82,9 @@ def loss_gradients(
     """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
     been pruned yet (a stream that has a sink reads finished blocks from there).
 
-    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats says what each is. ``progress`` is told (blocks done, of twice the
-    blocks). Peak memory: a block, its activations for one micro-batch, the asked sums of its matrices, and what enters the blocks unless that
-    goes to a file.
+    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats defines each. ``progress`` is called with (blocks done, twice the
+    number of blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and the inputs of the blocks
+    unless they are kept in a file.
     Raises StoppedError when a gradient is not finite.
     """
     needs &= GRADIENTS
@@ -109,9 +109,9 @@ def loss_gradients(
 
 
 def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> MemoryHidden | FileHidden:
-    """What enters each block, by (block, micro-batch). What leaves the last one waits in ``flow.hidden``."""
+    """The input of each block, by (block, micro-batch). The output of the last one is left in ``flow.hidden``."""
     blocks = len(flow.stream.names)
-    # all of it may take half of the memory: place_hidden thinks of two generations
+    # it may take half of the memory: place_hidden reckons with two generations
     entered = place_hidden(blocks * flow.size // 2, flow.stream.device_of(0), flow.stream.scratch)
     for index in range(blocks):
         with flow.stream.block(index) as block:
@@ -125,7 +125,7 @@ def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> Memo
 
 
 def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat]) -> Taps:
-    """``flow.outputs`` becomes dL / d(what left the last block), one window at a time: logits are large. Sums of the head, if it is asked for."""
+    """``flow.outputs`` becomes dL / d(output of the last block), one window at a time, because logits are large. Sums of the head, if asked for."""
     with flow.stream.block(len(flow.stream.names)) as head:
         taps = Taps(head, matrices, needs)
         gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps) for ids_1L, hidden_1LD in flow.windows())
@@ -147,12 +147,12 @@ def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps)
 
 
 def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: Shared) -> Tensor:
-    """Run the block again on one micro-batch and take the gradient that waits in ``flow.outputs`` back through it: dL / d(what entered it)."""
+    """Run the block again on one micro-batch and propagate the gradient in ``flow.outputs`` back through it: dL / d(its input)."""
     device = flow.stream.device_of(index)
     leaf_NLD = entered_NLD.to(device, copy=True).requires_grad_()
     with torch.enable_grad(), shared.lent(index, flow.calls[batch][index]) as handed:
         with taps:
-            left_NLD = flow.run(index, block, batch, leaf_NLD.clone())  # a block may change its input in place, but no leaf
+            left_NLD = flow.run(index, block, batch, leaf_NLD.clone())  # a block may change its input in place, but not a leaf
         pairs = [(left_NLD, flow.outputs[batch].to(device)), *handed()]
         torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
     assert leaf_NLD.grad is not None
@@ -161,7 +161,7 @@ def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: 
 
 @contextmanager
 def frozen(block: nn.Module) -> Iterator[None]:
-    """No gradients are kept at the parameters of a live model."""
+    """Context in which the parameters of a live model collect no gradients."""
     wanted = [p for p in block.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -173,17 +173,17 @@ def frozen(block: nn.Module) -> Iterator[None]:
 
 
 class Shared:
-    """What blocks leave in a mapping of their calls for the blocks behind them, as layers do that share keys and values: gradients come back
-    through it too. Calls of one micro-batch hold the same mapping, so its id and the key tell what it is.
+    """Tensors that blocks put into a mapping of their calls for later blocks, as layers do that share keys and values: gradients flow back
+    through it too. Calls of one micro-batch hold the same mapping, so its id and the key identify an entry.
     """
 
     def __init__(self) -> None:
         self._writer: dict[tuple[int, Hashable], int] = {}
-        self._owed: dict[tuple[int, Hashable], list[Tensor | None]] = {}  # gradient of each tensor, from the blocks behind
+        self._owed: dict[tuple[int, Hashable], list[Tensor | None]] = {}  # gradient of each tensor, from later blocks
 
     @contextmanager
     def written(self, index: int, call: Call) -> Iterator[None]:
-        """Around a block's first run: the new entries are its own."""
+        """Around a block's first run: the new entries are made by it."""
         before = {place for place, _, _ in _entries(call)}
         yield
         self._writer |= {place: index for place, _, _ in _entries(call) if place not in before}
@@ -192,7 +192,7 @@ class Shared:
     def lent(self, index: int, call: Call) -> Iterator[Callable[[], list[tuple[Tensor, Tensor]]]]:
         """Around a block's second run and its backward pass: earlier blocks' entries are leaves, whose gradients are kept for their writers.
 
-        Gives a function that names, after the run, (tensor, gradient) of the block's own entries.
+        Yields a function that returns, after the run, (tensor, gradient) of the block's own entries.
         """
         leaves: dict[tuple[int, Hashable], list[Tensor]] = {}
         for place, mapping, tensors in _entries(call):
@@ -218,7 +218,7 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 
 def _entries(call: Call) -> list[tuple[tuple[int, Hashable], MutableMapping[Any, Any], list[Tensor]]]:
-    """((id of the mapping, key), mapping, tensors) of all that the mappings of a call hold; the tensors of an entry stand alone or in a tuple."""
+    """((id of the mapping, key), mapping, tensors) of all that the mappings of a call hold; an entry is one tensor or a tuple of them."""
     mappings = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, MutableMapping)]
     listed = [((id(m), key), m, list(value) if isinstance(value, tuple) else [value]) for m in mappings for key, value in m.items()]
     return [entry for entry in listed if all(isinstance(t, Tensor) for t in entry[2])]

@@ -16,7 +16,7 @@ from llmprune.model.matrices import Matrix
 from llmprune.statistics.dataflow import tensors
 from llmprune.statistics.products import Products
 
-NORM = "_llmprune_norm"  # on a tensor: the norm that it is the output of
+NORM = "_llmprune_norm"  # on a tensor: the norm whose output it is
 SAME_CHANNELS = {"__getitem__", "view", "reshape", "flatten", "squeeze", "unsqueeze", "expand", "to", "contiguous", "index_select", "clone", "float"}
 
 
@@ -60,15 +60,15 @@ def _is_vector_module(module: nn.Module) -> bool:
 
 
 def _mark(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-    """A norm of one tensor; with a gate beside, its output is no longer of its scale."""
+    """A norm of one tensor; with a gate, the output no longer has the norm's scale."""
     if isinstance(out, Tensor) and len(list(tensors((args, kwargs)))) == 1:
         out.__dict__[NORM] = module
 
 
 def effective_scale(norm: nn.Module) -> Tensor:
-    """[C]: what the norm multiplies each channel by, from its outputs for +x and -x of zero mean, so that a bias falls out."""
+    """[C]: the norm's factor of each channel, from its outputs for +x and -x of zero mean, so that a bias cancels."""
     weight = norm.get_parameter("weight")
-    x_C = torch.linspace(0.5, 1.5, weight.numel(), device=weight.device)  # no channel is near zero; the signs are mixed, the mean is taken off
+    x_C = torch.linspace(0.5, 1.5, weight.numel(), device=weight.device)  # no channel is near zero; the signs are mixed, the mean is subtracted
     x_C[1::2] *= -1
     x_C -= x_C.mean()
     unit_C = (x_C / x_C.square().mean().sqrt()).to(weight.dtype)

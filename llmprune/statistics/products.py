@@ -1,4 +1,4 @@
-"""Products with a block's matrices, seen as torch computes them: they follow parameters, not modules, so it does not matter who multiplies.
+"""Products with a block's matrices, seen as torch computes them: they follow parameters, not modules, so it does not matter which module multiplies.
 
 T = tokens, C = input columns, R = output rows.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmprune.errors import StoppedError
 from llmprune.model.matrices import Matrix
 
-# product -> positions of (input, weight) among its arguments; keyword names as torch spells them
+# product -> positions of (input, weight) among its arguments, with torch's keyword names
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     F.linear: (0, 1),
     torch.matmul: (0, 1),
@@ -42,7 +42,7 @@ class Use:
     matrix: Matrix
     value: Tensor  # [..., C]: what enters it
     place: int | None
-    turned: bool = False  # W @ x^T instead of x @ W^T: tokens are the last axis of what is multiplied, and of the product
+    turned: bool = False  # W @ x^T instead of x @ W^T: tokens are the last axis of the input, and of the product
 
     def of(self, out: Tensor) -> Tensor:
         """[..., R]: this matrix's part of the product, or of its gradient."""
@@ -58,7 +58,7 @@ class Products:
         self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in matrices if m.expert is not None}
 
     def uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Use]:
-        """Raises StoppedError when a matrix is used in another orientation than it was taken for."""
+        """Raises StoppedError when a matrix is used in another orientation than expected."""
         places = _PRODUCTS.get(func)
         weight = _argument(args, kwargs, places[1], _WEIGHT_KEYWORDS) if places else None
         if places is None or not isinstance(weight, Tensor) or weight.dim() < 2:
@@ -80,11 +80,11 @@ class Products:
 
 
 def _check_use(matrix: Matrix, view_RC: Tensor, used_RC: Tensor) -> None:
-    """What is multiplied is the whole matrix, its columns facing the inputs. Square matrices would hide a transposed one."""
+    """The operand is the whole matrix, its columns facing the inputs. For a square matrix the shape alone would not show a transposed one."""
     if view_RC.shape != used_RC.shape or view_RC.stride() != used_RC.stride():
         raise StoppedError(
             f"{matrix.name}: used as {list(used_RC.shape)} with strides {used_RC.stride()}, taken for {list(view_RC.shape)} with {view_RC.stride()}",
-            "leave it out with --skip, and report this architecture",
+            "exclude it with --skip, and report this architecture",
         )
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches on their way through a straight block (statistics/straight.py), with a halt at each of its stages.
+"""Forwards of micro-batches through a straight block (statistics/straight.py), with a halt at each of its stages.
 
 Shapes: C = input columns of a matrix.
 """
@@ -30,25 +30,25 @@ def traced(flow: Flow, index: int, block: nn.Module, batch: int, program: Progra
 
 
 class Passage(Protocol):
-    """One micro-batch's way through a straight block."""
+    """One micro-batch's forward through a straight block."""
 
     def to(self, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Come to a stage, the one after the last: its input, and the partners of its matrices."""
+        """Advance to the next stage: its input, and the partners of its matrices."""
         ...
 
     def reorder(self, order_C: Tensor) -> None:
-        """Put the channels of the present stage's input into another order, as what writes them would by now."""
+        """Reorder the channels of the present stage's input, as their writers would by now."""
         ...
 
     def out(self) -> Tensor:
-        """What leaves the block."""
+        """The block's output."""
         ...
 
     def end(self) -> None: ...
 
 
 class Waiting:
-    """A forward that waits at every stage. All micro-batches of a block wait side by side, with what they hold at that point."""
+    """A forward that pauses at every stage. All micro-batches of a block are paused side by side, with the tensors they hold."""
 
     def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
         self._arrived: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -86,7 +86,7 @@ class Waiting:
 
 
 class Repeated:
-    """A forward that starts anew for every stage: for blocks whose micro-batches cannot all wait in memory."""
+    """A forward that is restarted for every stage: for blocks whose micro-batches do not all fit in memory."""
 
     def __init__(self, flow: Flow, index: int, block: nn.Module, batch: int, program: Program, products: Products) -> None:
         self._run = partial(traced, flow, index, block, batch, program, products)

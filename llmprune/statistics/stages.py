@@ -34,8 +34,8 @@ GRAM_SHARE = 4  # Gram matrices that are held together take at most one part in 
 def part_by_part(
     flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
-    """(matrices, their statistics) of the unpruned block: of all, or of as many at a time as Gram matrices fit. The last go first, so that pruning
-    them leaves the inputs of the others as they are. What left the unpruned block waits in ``flow.outputs``.
+    """(matrices, their statistics) of the unpruned block: of all, or of as many at a time as Gram matrices fit. The last come first, so that pruning
+    them does not change the inputs of the others. The outputs of the unpruned block are left in ``flow.outputs``.
     """
     for number, part in enumerate(reversed(fitting(matrices, needs, flow.stream.device_of(index)))):
         yield part, at_once(flow, index, block, part, needs, clock, keep=number == 0)
@@ -61,7 +61,7 @@ def fitting(matrices: list[Matrix], needs: frozenset[Stat], device: torch.device
 def at_once(
     flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock, keep: bool = True
 ) -> dict[str, Stats]:
-    """Run the unpruned block on the pruned path's inputs. keep: what leaves it waits in ``flow.outputs``."""
+    """Run the unpruned block on the pruned path's inputs. keep: leave its outputs in ``flow.outputs``."""
     watching = Watch(block, matrices, needs)
     for batch in range(len(flow)):
         with watching:
@@ -102,11 +102,11 @@ def stage_by_stage(
     clock: Clock,
     reordered: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
-    """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next, and tells in ``reordered`` in which
-    order it has put the input channels of a matrix.
+    """(matrices, their statistics) of every stage; the caller prunes a stage before it asks for the next, and records in ``reordered`` the
+    new order of a matrix's input channels.
 
     The dense path runs through the block first; then the pruned path runs up to each stage in turn, so that a stage's inputs come from the pruned
-    stages before it. At the end, what left the block waits in ``dense.outputs`` and ``flow.outputs``.
+    stages before it. At the end, the block's outputs are in ``dense.outputs`` and ``flow.outputs``.
     """
     straight = record_straight(dense, index, block, matrices)
     if straight:
@@ -140,7 +140,7 @@ class Kept:
         return self._store[key] if self._store is not None and key in self._held else None
 
     def drop(self, names: set[Any]) -> None:
-        """Forget what stages or matrices were given; they have been pruned."""
+        """Forget the inputs of stages or matrices that have been pruned."""
         for key in [k for k in self._held if k[1] in names]:
             assert self._store is not None
             del self._store[key]
@@ -151,7 +151,7 @@ class Kept:
 
 
 def record_straight(dense: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> tuple[Program, Kept] | None:
-    """Run the block on the dense path; its program, and what its stages were given. None if it has none, or a micro-batch takes another way."""
+    """Run the block on the dense path; its program, and the inputs of its stages. None if it has no program, or a micro-batch deviates from it."""
     follow = Follow()
     watching = Watch(block, matrices, frozenset(), follow)
     dense.outputs[0] = followed(dense, index, block, 0, watching, follow)
@@ -205,11 +205,11 @@ def straight_stages(
                 for passage in passages:
                     passage.reorder(reordered[name])
         for batch, passage in enumerate(passages):
-            # sums over channels in another order round otherwise, and a resumed run has only the new order
+            # sums over channels in another order round differently, and a resumed run has only the new order
             flow.outputs[batch] = flow.run(index, block, batch) if reordered else passage.out()
         clock.lap("forward")
     except Irregular:
-        raise StoppedError(f"{flow.stream.names[index]}: runs otherwise once it is pruned", "take --target symmetric, and report this") from None
+        raise StoppedError(f"{flow.stream.names[index]}: takes another path once it is pruned", "use --target symmetric, and report this") from None
     finally:
         for passage in passages:
             passage.end()
@@ -218,7 +218,7 @@ def straight_stages(
 def all_can_wait(flow: Flow, index: int, kept: Kept) -> bool:
     """Whether a block's micro-batches fit into memory side by side, and their threads (OpenMP makes a team for each) into the machine.
 
-    Eager attention holds a few times heads x L^2 weights a window while it waits, which the sizes of inputs do not show.
+    A paused eager attention holds a few times heads x L^2 weights per window, which the sizes of inputs do not show.
     """
     config = flow.stream.walk.model.config
     windows, length = sum(len(ids_NL) for ids_NL in flow.ids), flow.ids[0].shape[1]
@@ -249,7 +249,7 @@ def marked_stages(
 
 
 def record_marked(dense: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> tuple[Kept, list[tuple[str, int]]]:
-    """Run the block on the dense path; (what its matrices were given there, the calls of all micro-batches with their depths)."""
+    """Run the block on the dense path; (the inputs of its matrices there, the calls of all micro-batches with their depths)."""
     kept = Kept(dense)
     follow = Follow()
     watching = Watch(block, matrices, frozenset(), follow)
@@ -275,7 +275,7 @@ def followed(flow: Flow, index: int, block: nn.Module, batch: int, watching: Wat
 def watch_stage(
     flow: Flow, index: int, block: nn.Module, stage: list[Matrix], behind: list[Matrix], plan: Plan, kept: Kept, clock: Clock
 ) -> dict[str, Stats]:
-    """Run the pruned path up to the matrices ``behind`` the stage; the stage's sums, those with the dense path among them."""
+    """Run the pruned path up to the matrices ``behind`` the stage; the stage's sums, including those with the dense path."""
     follow = Follow()
     watching = Watch(block, stage, plan.needs, follow, until=behind)
     partners: dict[str, Tensor] = {}
@@ -302,7 +302,7 @@ def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matr
     follow = Follow()
     try:
         followed(flow, index, block, 0, Watch(block, everything, frozenset(), follow), follow)
-    except StoppedError:  # a matrix that is left out is used in a way that is not understood
+    except StoppedError:  # a matrix that is excluded is used in an unknown way
         return {}
     writers = {m.name: [w for w in everything if w.name in follow.made_of.get(m.name, ())] for m in matrices}
     config = flow.stream.walk.model.config.get_text_config(decoder=True)
@@ -310,7 +310,7 @@ def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matr
     heads: tuple[int, int] = query, getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or query
     call = flow.calls[0][index]
     if any(isinstance(value, MutableMapping) for value in (*call.args, *call.kwargs.values())):
-        heads = 0, 0  # blocks behind this one may read its values
+        heads = 0, 0  # later blocks may read its values
     return find_channels(block, [m for m in matrices if writers[m.name]], writers, heads, lambda: flow.run(index, block, 0))
 
 

@@ -1,5 +1,5 @@
 """A straight block: every matrix is used exactly once in a forward, always at the same operation. One marked forward shows which; from then on
-it is enough to count operations, and a forward can wait before a matrix until that has been pruned.
+it is enough to count operations, and a forward can pause before a matrix until that has been pruned.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llmprune.statistics.sums import Watch
 
 
 class Irregular(Exception):
-    """A forward took other operations than the first one."""
+    """A forward performed other operations than the first one."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a straight block does, by the number of the operation."""
+    """The operations of a straight block, by number."""
 
-    stages: list[list[Matrix]]  # matrices that have their input in common, in the order of use
+    stages: list[list[Matrix]]  # matrices that share an input, in the order of use
     opens: dict[int, int]  # operation that first uses the input of a stage -> stage
-    partners: dict[str, list[Place]]  # what the product of a matrix is added to, of all that exists when its stage opens
+    partners: dict[str, list[Place]]  # what the product of a matrix is added to, as far as it exists when its stage opens
     length: int
 
     @property
@@ -103,9 +103,9 @@ def total(parts: list[Tensor]) -> Tensor:
 
 
 class Paused:
-    """Work in a thread of its own, which stops wherever it calls ``pause`` until it is told to go on: only one side runs at a time.
+    """Work in a separate thread, which stops wherever it calls ``pause`` until it is resumed: only one side runs at a time.
 
-    A forward cannot be left and taken up again otherwise: the calls it stands in are transformers'.
+    There is no other way to suspend a forward: the calls on its stack are transformers'.
     """
 
     def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
@@ -123,20 +123,20 @@ class Paused:
             raise self._error
 
     def end(self) -> None:
-        """Break the work off where it stands, unless it is done."""
+        """Abort the work where it is, unless it is done."""
         self._ending = True
         self._turn.release()
         self._thread.join()
 
     def _run(self, work: Callable[[Callable[[], None]], None], threads: int) -> None:
-        torch.set_num_threads(threads)  # OpenMP's setting is a thread's own
+        torch.set_num_threads(threads)  # OpenMP's setting is per thread
         try:
             self._wait()
-            with torch.no_grad():  # so is this
+            with torch.no_grad():  # this is per thread too
                 work(self._pause)
         except _Ended:
             pass
-        except BaseException as error:  # of whatever kind: it is raised in the thread that waits, where a call of the work would have raised it
+        except BaseException as error:  # of any kind: it is raised again in the waiting thread, as a direct call would have raised it
             self._error = error
         finally:
             self._back.release()
@@ -152,4 +152,4 @@ class Paused:
 
 
 class _Ended(BaseException):
-    """Nobody waits for the work any more."""
+    """No one waits for the work any more."""

@@ -1,4 +1,4 @@
-"""Statistics that follow parameters, not modules: every product with a watched weight is seen, whoever computes it.
+"""Statistics that follow parameters, not modules: every product with a watched weight is seen, whichever module computes it.
 
 C = input columns of a matrix, T = tokens.
 """
@@ -22,7 +22,7 @@ PANEL = 192  # columns of the Gram matrix summed by one product; only panels up 
 
 
 class Reached(Exception):
-    """The forward has come to a matrix behind the ones that are watched."""
+    """The forward has reached a matrix after the ones that are watched."""
 
 
 class Watch(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Whole blocks that go: what a config says layer by layer, for the layers that stay."""
+"""Whole dropped blocks: the per-layer config fields of the layers that are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedConfig
 
-EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry a layer
+EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry per layer
 
 SOME = ("mlp_only_layers", "full_attn_idxs")  # numbers of layers
 

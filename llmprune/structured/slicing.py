@@ -1,6 +1,6 @@
-"""Zeros in the place of units (masking) and smaller tensors without them (slicing): both give the same outputs.
+"""Zeros instead of units (masking) and smaller tensors without them (slicing): both give the same outputs.
 
-``keeps``: space name -> sorted numbers of the units that stay; a space that it does not name stays whole. U = units, K = places of a unit.
+``keeps``: space name -> sorted numbers of the kept units; a space that it does not name is kept whole. U = units, K = places of a unit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Sizes = dict[str, int]
 def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
     """Zero in place everything that belongs to the dropped units.
 
-    Raises RequestError for experts: a router never passes an expert by because of zeros.
+    Raises RequestError for experts: a router still chooses an expert whose weights are zero.
     """
     tensors, matrices = tensors_of(block), _matrices(block)
     for space in _cut(spaces, keeps):
         if space.pattern == "experts":
-            raise RequestError(f"{space.name}: zeros do not take experts away from a router", "cut them out, or keep them")
+            raise RequestError(f"{space.name}: zeros do not keep a router from choosing experts", "cut them out, or keep them")
         dropped_N = _dropped(space, keeps[space.name])
         for axis in _axes(space, matrices):
             tensor = tensors[axis.parameter].data
@@ -43,7 +43,7 @@ def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
 def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps, only: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of the block, without the dropped units: contiguous clones by name; ``only``: just these.
 
-    Where an RMS norm runs over all units, it and its input are rescaled so that the kept units come out as they do beside zeros.
+    Where an RMS norm runs over all units, it and its input are rescaled so that the outputs of the kept units are the same as beside zeros.
     """
     kept = _Kept.of(block, spaces, keeps)
     wanted = None if only is None else set(only)
@@ -58,7 +58,7 @@ def slice_parameters(block: nn.Module, spaces: Sequence[Space], keeps: Keeps, on
 
 
 def parameters_per_unit(block: nn.Module, space: Space) -> int:
-    """How many numbers one unit takes away."""
+    """How many parameters are removed with one unit."""
     tensors, total = tensors_of(block), 0
     for axis in _axes(space, _matrices(block)):
         shape = tensors[axis.parameter].shape[axis.expert is not None :]
@@ -89,7 +89,7 @@ def sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
 
 
 def all_sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
-    """``sizes``, and the fields of what stays whole."""
+    """``sizes``, and the fields of spaces that are kept whole."""
     whole = {field: space.units * per_unit for space in spaces for field, per_unit in space.config}
     return whole | sizes(spaces, keeps)
 
@@ -122,7 +122,7 @@ def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> Pr
 
 
 def widened(space: Space, keep_K: Tensor, count: int) -> Tensor:
-    """``count`` units to write out: those that stay, and the first of the dropped ones to fill up with zeros; as many in each group."""
+    """``count`` units to write out: the kept ones, filled up with the first of the dropped ones as zeros; equally many in each group."""
     kept = torch.zeros(space.units, dtype=torch.bool)
     kept[keep_K.cpu()] = True
     each = count // space.groups
@@ -171,7 +171,7 @@ def _gone_experts(spaces: Sequence[Space], keeps: Keeps) -> set[int]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Which places stay along every dimension that is cut: (parameter, expert, dimension) -> mask."""
+    """Which places are kept along every dimension that is cut: (parameter, expert, dimension) -> mask."""
 
     places: dict[tuple[str, int | None, int], Tensor]
 
@@ -191,7 +191,7 @@ class _Kept:
         return _Kept(masks)
 
     def select(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of one tensor, in memory of its own."""
+        """The kept part of one tensor, in separate memory."""
         if any(parameter == name and expert is not None for parameter, expert, _ in self.places):
             stay = self.places.get((name, None, 0), torch.ones(len(tensor), dtype=torch.bool)).nonzero().flatten().tolist()
             return self._along(name, None, torch.stack([self._along(name, e, tensor[e]) for e in stay]), first=1).contiguous()

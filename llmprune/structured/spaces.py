@@ -1,4 +1,4 @@
-"""Spaces: units of one block that can go, and everything that goes with each. Made from a family's table and the block's own shapes.
+"""Spaces: units of one block that can be removed, and everything removed with each. Made from a family's table and the block's own shapes.
 
 Shapes: U = units, K = places of one unit, R, C = rows and columns of a matrix, E = experts.
 """
@@ -22,7 +22,7 @@ from llmprune.model.matrices import Matrix, block_matrices
 PATTERNS = ("channels", "heads", "kv-groups", "experts", "kernel", "layers", "hidden")
 ROUNDED = ("channels", "kernel", "hidden")
 WITHOUT = {
-    "channels": "it has no FFN channels that its config can count",
+    "channels": "its config cannot express a number of FFN channels",
     "heads": "it has no attention heads",
     "kv-groups": "it has no KV groups",
     "experts": "it has no experts",
@@ -50,25 +50,25 @@ class Reader:
 
 @dataclass(frozen=True)
 class Space:
-    """Units of one block that can go, and everything that goes with each. ``axes`` and ``readers`` do not overlap."""
+    """Units of one block that can be removed, and everything removed with each. ``axes`` and ``readers`` do not overlap."""
 
     pattern: str
     name: str  # unique inside the block, over all patterns
     units: int
     axes: tuple[Axis, ...]
     readers: tuple[Reader, ...]  # empty for experts
-    groups: int = 1  # the units lie in this many equal consecutive runs, and equally many must stay in each
+    groups: int = 1  # the units lie in this many equal consecutive runs, and equally many must be kept in each
     config: tuple[tuple[str, int], ...] = ()  # (config field, its value per kept unit)
-    least: int = 1  # units that must stay
+    least: int = 1  # units that must be kept
     fixed: tuple[tuple[str, Any], ...] = ()  # config fields to write out, because their default would follow the cut
-    scales: tuple[Scale, ...] = ()  # parameters that a cut rescales, by the root of the share of the units that stays
+    scales: tuple[Scale, ...] = ()  # parameters that a cut rescales, by the root of the share of kept units
 
 
 def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
     """Why the architecture cannot be cut by this pattern, and which it can, in one line; None when it can."""
     family = family_of(config)
     if pattern not in PATTERNS:
-        return f"{pattern!r} is no structured pattern; there is {', '.join(PATTERNS)}"
+        return f"{pattern!r} is not a structured pattern; there are {', '.join(PATTERNS)}"
     if family is None:
         return f"{config.model_type}: no table of its structure; there is one for {', '.join(sorted(TABLES))}"
     reason = _reason(family, pattern)
@@ -110,7 +110,7 @@ def outer_space(model: PreTrainedModel) -> Space:
     Raises RequestError where the width cannot be cut.
     """
     stream = required(model.config, "hidden").residual
-    assert stream is not None  # as a family that does not refuse says
+    assert stream is not None  # families that do not refuse the pattern have it
     names = {id(module): name for name, module in model.named_modules()}
     embeddings, head = (f"{names[id(module)]}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     table_VD = model.get_parameter(embeddings)
@@ -141,7 +141,7 @@ def places(units: int, widths: tuple[int, ...]) -> Tensor:
 
 
 def tensors_of(block: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by path: all that a checkpoint holds of a block."""
+    """Parameters and persistent buffers by path: everything that a checkpoint holds of a block."""
     held = block.state_dict(keep_vars=True)
     return {name: held[name] for name in held}
 
@@ -190,7 +190,7 @@ class _Layout:
         width = len(self.tensors[norms[0]])
         each_UK = places(width, (1,))
         stacked = {name: int(ms[0].expert is not None) for name, ms in self.matrices.items()}
-        # a stack of experts has its rows and columns one dimension further on; of a bias, or a stack of them, the last one counts
+        # rows and columns of a stack of experts are one dimension later; of a bias, or a stack of biases, the last dimension counts
         axes = [Axis(name, 0, each_UK) for name in norms]
         axes += [Axis(name, stacked.get(name, self.tensors[name].dim() - 1) + self.rows_dim(name), each_UK) for name in rows]
         axes += [Axis(name, stacked[name] + 1 - self.rows_dim(name), each_UK) for name in columns]
@@ -200,7 +200,7 @@ class _Layout:
         return Space("hidden", "hidden", width, tuple(axes), (), config=(("hidden_size", 1),), fixed=residual.fixed, scales=tuple(scales))
 
     def scales(self, scale: Scale) -> Iterator[Scale]:
-        """For everything that its path names."""
+        """For every tensor that its path names."""
         for name in self.names(scale.path):
             yield Scale(name, scale.power, scale.offset)
 
@@ -226,7 +226,7 @@ class _Layout:
         return path if path in self.tensors else f"{path}.weight"
 
     def rows_dim(self, name: str) -> int:
-        """The stored dimension that is the rows of a matrix; vectors and convolutions have but their first."""
+        """The stored dimension that is the rows of a matrix; of vectors and convolutions the first."""
         return int(name in self.matrices and self.matrices[name][0].transposed)
 
 
@@ -255,9 +255,9 @@ def check_keep(space: Space, keep_K: Tensor) -> None:
 
 
 def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, native: bool = True) -> list[int]:
-    """The numbers of units that may stay. ``round_to`` holds for single channels; the whole number always counts as round.
+    """The numbers of units that may be kept. ``round_to`` applies to single channels; the full number is always allowed.
 
-    native: the count is to stand in the model's own config (one count for all layers), not in a config of each layer.
+    native: the count must be expressible in the model's own config (one count for all layers), not in a config of each layer.
     """
     step = math.lcm(space.groups, round_to if space.pattern in ROUNDED else 1)
     counts = {n for n in range(step, space.units, step) if n >= space.least} | {space.units}
@@ -271,5 +271,5 @@ def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, nati
 
 
 def closest_count(counts: list[int], wanted: float) -> int:
-    """The legal count nearest to a wish; of two equally near, the larger."""
+    """The legal count nearest to the one wanted; of two equally near, the larger."""
     return min(counts, key=lambda n: (abs(n - wanted), -n))

@@ -250,7 +250,7 @@ def test_one_threshold_is_over_standardised_scores() -> None:
 def test_what_has_to_stay_stays() -> None:
     kept = counts.under_one_threshold({"a": torch.tensor([1.0, 2, 3, 50]), "b": torch.tensor([5.0])}, {"a": 1, "b": 1}, {"a": 1, "b": 1}, 3)
     assert kept == {"a": 1, "b": 1}
-    with pytest.raises(RequestError, match="4 parameters were to go, but the units that may go hold 3"):
+    with pytest.raises(RequestError, match="4 parameters were to be dropped, but the units that may be dropped hold 3"):
         counts.under_one_threshold({"a": torch.tensor([1.0, 2, 3, 50])}, {"a": 1}, {"a": 1}, 4)
 
 
@@ -259,5 +259,5 @@ def test_layers_of_least_cost_go() -> None:
     assert counts.least_needed(cost, 1) == [1]
     assert counts.least_needed(cost, 3) == [1, 2, 3]
     assert counts.least_needed(cost, 2, fixed=[1]) == [2, 3]
-    with pytest.raises(RequestError, match="5 layers were to go of 4 that may"):
+    with pytest.raises(RequestError, match="5 layers were to be dropped of 4 that may be"):
         counts.least_needed(cost, 5, fixed=[0])

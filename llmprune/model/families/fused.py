@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from llmprune.model.families.table import CENTRED, Family, Table, feed_forward
 
-NO_HEAD_SIZE = "its head size is always hidden size / heads, so a config cannot say fewer heads"
+NO_HEAD_SIZE = "its head size is always hidden size / heads, so a config cannot express fewer heads"
 DEPTH = "its attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx)"
 TIED_HEADS = {"heads": NO_HEAD_SIZE, "kv-groups": NO_HEAD_SIZE, "hidden": CENTRED}
 

@@ -20,7 +20,7 @@ def plain(config: PreTrainedConfig) -> Family:
 
 
 def llama(config: PreTrainedConfig) -> Family:
-    """Mistral computes the same from the same tensors, and takes any head count; its matrices have no biases."""
+    """Mistral computes the same from the same tensors, and accepts any head count; its matrices have no biases."""
     free = not (config.attention_bias or config.mlp_bias)
     return replace(plain(config), divides=True, substitute="mistral" if free else None)
 
@@ -43,7 +43,7 @@ def cohere2(config: PreTrainedConfig) -> Family:
 
 
 def olmo2(config: PreTrainedConfig) -> Family:
-    """Queries and keys are normalised over all heads at once; the stream itself never is."""
+    """Queries and keys are normalised over all heads at once; the residual stream is not normalised."""
     cuts = attention(
         config,
         ("self_attn.q_proj", "self_attn.q_norm"),

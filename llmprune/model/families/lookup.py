@@ -1,4 +1,4 @@
-"""Tables of the families: which units of a block go together, and what the family's config can express."""
+"""Tables of the families: which units of a block are removed together, and what the family's config can express."""
 
 from __future__ import annotations
 

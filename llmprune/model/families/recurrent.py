@@ -20,7 +20,7 @@ def mamba(config: PreTrainedConfig) -> Family:
         reads=(Part("mixer.x_proj"),),
         config=(("intermediate_size", 1),),
     )
-    channels = "it has no FFN; kernel takes its inner channels"
+    channels = "it has no FFN; kernel removes its inner channels"
     fixed = (("intermediate_size", config.intermediate_size), ("time_step_rank", int(config.time_step_rank)))
     stream = Residual(("mixer.in_proj",), ("mixer.out_proj",), ("norm",), last_norm="backbone.norm_f.weight", fixed=fixed)
     return Family((inner,), {"heads": NO_ATTENTION, "kv-groups": NO_ATTENTION, "channels": channels}, stream)
@@ -34,7 +34,7 @@ def lfm2(config: PreTrainedConfig) -> Family:
 
 def qwen3_next(config: PreTrainedConfig) -> Family:
     """Blocks with full attention beside blocks with a gated delta rule, whose convolution runs over all queries, keys and values: a key head
-    goes with its value heads. In full attention a query head has its output gate beside it.
+    is removed with its value heads. In full attention a query head has its output gate beside it.
     """
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     key, value = config.linear_key_head_dim, values // keys * config.linear_value_head_dim

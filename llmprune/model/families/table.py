@@ -1,6 +1,6 @@
 """The words in which a family's table is written: which parameters of a block lose the same units together. Data only.
 
-A unit is what goes or stays as a whole: an FFN channel, a head, an expert. Paths are inside the block; U = units.
+A unit is removed or kept as a whole: an FFN channel, a head, an expert. Paths are inside the block; U = units.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KV_HEADS = "num_key_value_heads"
 class Part:
     """Where the units lie along one side of a parameter, or of everything inside a module.
 
-    By default every unit has an equal run of neighbours. ``copies`` such layouts may stand one after another (gate before up);
+    By default every unit has an equal run of neighbours. ``copies`` such layouts may follow one another (gate before up);
     ``widths`` gives the run of one unit in each of several unequal ones (query, key, value), from the first place on.
     """
 
@@ -30,10 +30,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Scale:
-    """A parameter, or everything inside a module, that is multiplied by ``share ** power`` when a share of the units stays.
+    """A parameter, or everything inside a module, that is multiplied by ``share ** power`` when a share of the units is kept.
 
     An RMS norm divides by the root of a mean over all its places. Zeros in the dropped ones keep that mean small; without them it grows, unless
-    the input is scaled by the root of the share that stays. So share here is that root, and all of it cancels out, epsilon included.
+    the input is scaled by the root of the kept share. So ``share`` is that root, and it cancels out exactly, epsilon included.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Cut:
     reader: Part | None = None  # columns of the matrix that takes the units' output back to the residual stream
     reads: tuple[Part, ...] = ()  # columns of other matrices
     units: int = 0  # 0: as many as the reader has columns
-    config: tuple[tuple[str, int], ...] = ()  # (field, its value per unit that stays)
+    config: tuple[tuple[str, int], ...] = ()  # (field, its value per kept unit)
     fixed: tuple[tuple[str, Any], ...] = ()  # fields whose default would follow the cut, and must not
     scales: tuple[Scale, ...] = ()
     groups: int = 1
@@ -68,20 +68,20 @@ class Residual:
     inner_norms: tuple[str, ...] = ()  # RMS norms of what is added to it
     last_norm: str = "model.norm.weight"
     bare: bool = False  # ``reads`` take the stream without a norm before them
-    plus_one: bool = False  # norms multiply by 1 + weight
+    plus_one: bool = False  # norms that multiply by 1 + weight
     scaled_embeddings: bool = False  # embeddings are multiplied by the root of the width
     fixed: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family's table. ``refused`` says why a pattern cannot be had."""
+    """A family's table. ``refused`` says why a pattern is not supported."""
 
     cuts: tuple[Cut, ...]
     refused: dict[str, str] = field(default_factory=dict)
-    residual: Residual | None = None  # None: ``refused`` says why the width stays
-    divides: bool = False  # the config insists that the head count divides the hidden size
-    substitute: str | None = None  # a model_type with the same tensors and forward whose config insists on less
+    residual: Residual | None = None  # None: ``refused`` says why the width cannot change
+    divides: bool = False  # the config requires that the head count divides the hidden size
+    substitute: str | None = None  # a model_type with the same tensors and forward whose config checks less
     named_by_class: bool = False  # transformers renames its tensors by the name of the model's class, not by its model_type
 
 
@@ -102,8 +102,8 @@ def attention(
     key_scales: tuple[Scale, ...] = (),
     whole: tuple[Part, ...] | None = None,
 ) -> tuple[Cut, ...]:
-    """Heads and KV groups of grouped-query attention whose config can carry a head size. ``queries`` and ``keys``: what has rows or places
-    for every query head, for every KV head; ``whole``: the parts of a whole group where one matrix makes them all.
+    """Heads and KV groups of grouped-query attention whose config has a head size. ``queries`` and ``keys``: parts with rows or places for
+    every query head, for every KV head; ``whole``: the parts of a whole group where one matrix produces them all.
 
     Without grouping, a query head and its key and value are one unit for either pattern.
     """
@@ -137,12 +137,12 @@ def attention(
 
 
 def routed(router: str, stacks: str, size: str, count: int, per_token: int, **more: Any) -> Cut:
-    """Experts with their rows of the router and whatever vectors lie beside it."""
+    """Experts with their rows of the router and of the vectors beside it."""
     return Cut("experts", stacks, (Part(stacks), Part(router)), units=count, config=((size, 1),), **({"least": per_token} | more))
 
 
 def residual(config: PreTrainedConfig, reads: tuple[str, ...], writes: tuple[str, ...], norms: tuple[str, ...], **more: Any) -> Residual:
-    """The residual stream of a family whose config can carry a head size."""
+    """The residual stream of a family whose config has a head size."""
     return Residual(reads, writes, norms, fixed=(("head_dim", head_size(config)),), **more)
 
 
