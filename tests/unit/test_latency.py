@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from families import tiny_model
 
 from llmprune.errors import RequestError
 from llmprune.ratios import latency
-from llmprune.ratios.latency import first_units, kind_of, sparsity_for
+from llmprune.ratios.latency import first_units, kind_of, seconds, sparsity_for
 from llmprune.structured.structure import structure_of
 
 
@@ -44,6 +45,14 @@ def test_time_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch)
         sparsity_for(stream_of("channels", 4), torch.zeros(3, 16), 0.3)
     with pytest.raises(RequestError, match=r"target_latency_ratio 0\.5: 0\.55 is the least that layers reach"):
         sparsity_for(stream_of("layers", 4), torch.zeros(3, 16), 0.5)
+
+
+def test_the_clock_is_the_machines() -> None:
+    def work() -> torch.Tensor:
+        sleep(0.02)
+        return torch.ones(1)
+
+    assert seconds(work) >= 0.02
 
 
 def test_units_are_as_many_as_a_run_would_leave() -> None:
