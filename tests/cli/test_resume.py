@@ -126,7 +126,7 @@ def test_an_edited_text_or_tokenizer_is_refused_by_name(here):
     Path("else/rows.txt").write_text("Another text of the same name. " * 2000)
     with pytest.raises(llmprune.LlmpruneError, match=r"another text: calibration rows\.txt"):
         llmprune.prune(**{**ASK, **ask, "calibration": "else/rows.txt"})
-    assert llmprune.prune(**{**ASK, **ask}).timings["resumed_blocks"] == 3
+    assert llmprune.prune(**{**ASK, **ask}).timings.resumed_blocks == 3
 
 
 def test_one_run_at_a_time(here):
