@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,35 +15,24 @@ from llmprune.benchmark.worker import load as load_whole
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import RunData, read_windows
-from llmprune.engine import prune as prune_stream
+from llmprune.data.windows import read_windows
 from llmprune.errors import RequestError
 from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.export.live import slice_model
-from llmprune.export.save import cuts, kept_layers
-from llmprune.model.matrices import Selection
-from llmprune.model.skeleton import count_parameters
-from llmprune.pruners.coarse import coarse_blocks
-from llmprune.pruners.units import graded
 from llmprune.publish.hub import check_destination
 from llmprune.publish.hub import push as publish
-from llmprune.ratios.measured import dense_gradients, needs_of
-from llmprune.ratios.trials import decide
-from llmprune.recipe.named import COARSE
 from llmprune.recipe.reading import read_recipe
-from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
-from llmprune.results import Origin, Perplexity, Polished, Pushed, TaskResult
-from llmprune.run.job import Progress, quiet, run
-from llmprune.run.planning import planned, with_budget, with_latency
-from llmprune.run.preflight import check_ids, check_length, check_plan
-from llmprune.run.prepare import describe, environment, open_stream, prepare
-from llmprune.run.windows import DEFAULT_SAMPLES, default_length, given_windows
+from llmprune.results import Perplexity, Pushed, TaskResult
+from llmprune.run.job import run
+from llmprune.run.live import prune_live
+from llmprune.run.preflight import check_ids, check_length
+from llmprune.run.prepare import open_stream, prepare
+from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
-from llmprune.stream.live import LiveStream
-from llmprune.stream.reshaped import Reshaped
-from llmprune.structured.structure import Structure
+from llmprune.types import SILENT, Listener
+
+Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
 
 def prune(
@@ -60,7 +46,7 @@ def prune(
     restart: bool = False,
     public: bool = False,
     existing: bool = False,
-    on_progress: Progress = quiet,
+    on_progress: Progress | None = None,
     **options: Any,
 ) -> Report:
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
@@ -75,97 +61,23 @@ def prune(
     windows = calibration if isinstance(calibration, Tensor) else None
     values = options | {"pattern": pattern, "sparsity": sparsity}
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
+    listen = listener(on_progress)
     if isinstance(model, nn.Module):
+        if overwrite or restart or public or existing:
+            raise RequestError("overwrite, restart, public or existing with a model in memory", "they are about an output folder; leave them out")
         recipe = read_recipe(None, {"model": type(model).__name__} | values)
-        return _prune_live(model, recipe, windows, tokenizer, on_progress)
+        return prune_live(model, recipe, windows, tokenizer, listen)
     recipe = read_recipe(None, {"model": str(model)} | values)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    report = run(prepare(recipe, windows, overwrite, restart), on_progress)
+    report = run(prepare(recipe, windows, overwrite, restart), listen)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report
 
 
-def _prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any, on_progress: Progress) -> Report:
-    if recipe.push:
-        raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
-    if recipe.rotate:
-        raise RequestError("a rotated residual stream of a live model", "prune its checkpoint instead, with output=...")
-    with _as_for_inference(model):
-        stream = LiveStream(model)
-        plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
-        plan = with_budget(recipe, plan, stream, matrices)
-        check_plan(plan, stream, matrices, model.dtype)
-        data = _live_windows(model, recipe, given, tokenizer)
-        ids_NL = data.calibration.ids_NL
-        plan = with_latency(recipe, plan, stream, ids_NL, partial(on_progress, "latency"))
-        gradients = dense_gradients(stream, ids_NL, graded(stream, matrices, plan), needs_of(plan), partial(on_progress, "gradients"))
-        decision = decide(stream, data.calibration, data.held, plan, matrices, gradients, recipe.max_ppl_increase, progress=on_progress)
-        plan = replace(plan, sparsity=decision.sparsity)
-        polished: list[Polished] = []
-        on_polish = lambda done, hashes: polished.append(done)  # noqa: E731
-        on_block = lambda index, done, hashes: on_progress("prune", index + 1, len(matrices))  # noqa: E731
-        structure = plan.pattern if isinstance(plan.pattern, Structure) else None
-        shown = Reshaped(stream, structure) if structure else None
-        if shown is not None and structure is not None and structure.name in COARSE:
-            criterion, steps, asked = recipe.parts.criterion, partial(on_progress, structure.name), decision.ratios.asked
-            blocks = coarse_blocks(shown, structure, plan, matrices, ids_NL, criterion, asked, gradients, on_block=on_block, progress=steps)
-        else:
-            asked, steps = decision.ratios.asked, partial(on_progress, "polish")
-            blocks = prune_stream(stream, ids_NL, plan, matrices, gradients, asked, None, {}, on_block, on_polish, steps)
-    smaller = None
-    if shown is not None and structure is not None:
-        smaller = slice_model(model, cuts(structure, blocks, recipe.pad), kept_layers(shown))
-    return Report(
-        recipe=recipe.resolved(),
-        source=Origin(type(model).__name__, None, {}),
-        calibration=describe(data.calibration),
-        blocks=tuple(blocks),
-        perplexity=(),
-        parameters=count_parameters(model),
-        model=smaller,
-        polish=polished[0] if polished else None,
-        asked=decision.sparsity,
-        reasons=decision.ratios.reasons,
-        tried=decision.ratios.tried,
-        frontier=decision.frontier,
-        environment=environment(model.device, model.dtype, block_by_block=False),
-    )
-
-
-def _live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
-    length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
-    check_length(length, model.config)
-    if given is None:
-        if tokenizer is None or recipe.calibration is None:
-            raise RequestError(
-                "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
-            )
-        samples = recipe.samples or DEFAULT_SAMPLES
-        draw = recipe.seed if recipe.shuffle else None
-        given = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples).ids_NL
-    data = given_windows(recipe, given)
-    check_ids(data.calibration, model)
-    return data
-
-
-@contextmanager
-def _as_for_inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients, with one product an expert so that each can be watched; all as before afterwards."""
-    experts, modes = model.config._experts_implementation, {module: module.training for module in model.modules()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.set_experts_implementation(experts)
-        model.train(modes[model])
-        for module, training in modes.items():  # some may be frozen in evaluation mode
-            module.training = training
+def listener(on_progress: Progress | None) -> Listener:
+    return SILENT if on_progress is None else Listener(progress=on_progress)
 
 
 def evaluate(
@@ -177,7 +89,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
-    on_progress: Progress = quiet,
+    on_progress: Progress | None = None,
 ) -> list[Perplexity]:
     """Perplexity of a checkpoint on each data set, one block in memory at a time.
 
@@ -197,7 +109,7 @@ def evaluate(
         windows = read_windows(spec, "evaluation", tokenizer, length, samples)
         windows = windows.first(samples) if samples else windows
         check_ids(windows, stream.skeleton)
-        found.append(perplexity(stream, windows, lambda d, t: on_progress("perplexity", d, t)))
+        found.append(perplexity(stream, windows, listener(on_progress)))
     return found
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from llmprune.results import BlockReport, Polished, Step
+
 Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the code base
 
 # What a method asks for: a field of Stats that has a source, without its shape ("input_sq" is input_sq_C)
@@ -134,7 +136,7 @@ class Pattern(Protocol):
 
     @property
     def unit(self) -> int:
-        """Columns that are decided together (1: any weight on its own)."""
+        """Columns that are decided together; 1: any weight on its own."""
         ...
 
     @property
@@ -144,7 +146,7 @@ class Pattern(Protocol):
 
     @property
     def local(self) -> bool:
-        """Every ``unit`` columns of a row are decided by themselves."""
+        """Whether every ``unit`` columns of a row are decided by themselves."""
         ...
 
     @property
@@ -156,8 +158,8 @@ class Pattern(Protocol):
         """Exact number of weights that go from a [rows, columns] matrix."""
         ...
 
-    def at(self, ratio: float, matrix: str) -> Pattern:
-        """The pattern of a matrix (by full name) that gives up ``ratio``: itself, unless matrices of one run differ in it."""
+    def at(self, ratio: float) -> Pattern:
+        """The pattern of a matrix that gives up ``ratio``: itself, unless matrices of one run differ in it."""
         ...
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
@@ -255,29 +257,26 @@ class TriedAllocation(Protocol):
         ...
 
 
+class Records(Protocol):
+    """Where a run writes down what it has decided, for a later process to go on by."""
+
+    def read(self, name: str) -> dict[str, Any] | None: ...
+
+    def write(self, name: str, value: dict[str, Any]) -> None: ...
+
+
+def _nothing(*event: object) -> None:
+    """What a listener does unless told otherwise."""
+
+
 @dataclass(frozen=True)
-class Plan:
-    """A checked request, in values: what the engine needs to prune any model."""
+class Listener:
+    """Hears what a run does; by default it does nothing about it."""
 
-    criterion: Criterion | None
-    pattern: Pattern
-    solver: Solver
-    allocation: Allocation | TriedAllocation
-    sparsity: float
-    asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.maths.asymmetric_target)
-    fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
-    reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
-    permute: bool = False  # reorder input channels so that N:M holds more
-    polish_steps: int = 0  # of distillation of the whole pruned model
-    accept_damage: bool = False
-    mean_bias: bool = False  # biases make up for the means of what goes
-    seed: int = 0  # of everything that is drawn at random
-    ours: bool = True  # not a paper's own recipe: statistics of few tokens are trusted less
+    progress: Callable[[str, int, int], None] = _nothing  # (step, done, total)
+    on_block: Callable[[int, BlockReport, dict[str, str]], None] = _nothing  # (number, report, hashes of what was written) of a pruned block
+    on_step: Callable[[Step], None] = _nothing  # of a sparsity that was tried out for a budget
+    on_polish: Callable[[Polished, dict[str, str]], None] = _nothing  # (report, hashes of what was written)
 
-    @property
-    def needs(self) -> frozenset[Stat]:
-        own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
-        target: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
-        rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
-        means: frozenset[Stat] = frozenset({"input_sum"} if self.mean_bias else ())
-        return own | self.solver.needs | target | rows | means
+
+SILENT = Listener()

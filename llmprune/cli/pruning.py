@@ -46,6 +46,7 @@ def prune(
     from llmprune.run.job import run
     from llmprune.run.prepare import prepare
     from llmprune.stream import heap
+    from llmprune.types import Listener
 
     if request.push:
         check_destination(request.push, public, existing)
@@ -58,7 +59,7 @@ def prune(
         return
     heap.steady()
     with progress_bars() as progress:
-        report = run(job, progress)
+        report = run(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
     if request.push:
         pushed = report.push(request.push, public=public, existing=existing)
@@ -89,11 +90,12 @@ def sweep(
     from llmprune.report.tables import print_sweep
     from llmprune.run.sweep import prepare_sweep, run_sweep
     from llmprune.stream import heap
+    from llmprune.types import Listener
 
     prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
     if not as_json:
         out.print(at_home(prepared), soft_wrap=True, markup=False)
     heap.steady()
     with progress_bars() as progress:
-        report = run_sweep(prepared, progress)
+        report = run_sweep(prepared, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_sweep(report, out)

@@ -8,20 +8,20 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint.journal import Journal
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks, kl
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
 from llmprune.results import Divergence, Perplexity
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
+from llmprune.types import SILENT, Listener, Records
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,19 @@ class Dense:
     head_VD: Tensor | None
 
 
-def dense_passes(
-    stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, journal: Journal, progress: Callable[[int, int], None]
-) -> list[Dense]:
+def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: bool, records: Records, listen: Listener) -> list[Dense]:
     """The dense model on every evaluation set. Its hidden states are not stored across processes, so a resumed run computes them again."""
-    record = journal.read("dense") or {"perplexity": [None] * len(evaluation)}
+    record = records.read("dense") or {"perplexity": [None] * len(evaluation)}
     known = [value and Perplexity(**value) for value in record["perplexity"]]
-    found = [dense_pass(stream, windows, prunes_head, value, progress) for windows, value in zip(evaluation, known, strict=True)]
-    journal.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
+    found = [dense_pass(stream, windows, prunes_head, value, listen) for windows, value in zip(evaluation, known, strict=True)]
+    records.write("dense", {"perplexity": [asdict(dense.perplexity) for dense in found]})
     return found
 
 
 @torch.no_grad()
-def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, progress: Callable[[int, int], None]) -> Dense:
+def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, listen: Listener) -> Dense:
     """Before anything is pruned. known: the perplexity, if an earlier process has measured it."""
-    flow = after_blocks(stream, windows.ids_NL, progress)
+    flow = after_blocks(stream, windows.ids_NL, listen, "perplexity, dense")
     flow.rest()
     head_VD = None
     if prunes_head:
@@ -58,12 +56,12 @@ def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perpl
 
 
 @torch.no_grad()
-def pruned_pass(dense: Dense, stream: Stream, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Perplexity, Divergence]:
+def pruned_pass(dense: Dense, stream: Stream, listen: Listener = SILENT) -> tuple[Perplexity, Divergence]:
     """Of the model as ``stream`` holds it now, on the same windows; whatever is outside the blocks is the dense model's, except in a rotated
     stream.
     """
     windows = dense.windows
-    flow = after_blocks(stream, windows.ids_NL, progress)
+    flow = after_blocks(stream, windows.ids_NL, listen, "perplexity, pruned")
     lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     dtype, walk = "", dense.flow.stream.walk
     with stream.outer(), nullcontext() if walk is stream.walk else dense.flow.stream.outer():

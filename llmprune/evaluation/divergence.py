@@ -5,22 +5,23 @@ Shapes: N = windows, L = tokens of a window, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
+from llmprune.types import SILENT, Listener
 
 
-def after_blocks(stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> Flow:
+def after_blocks(stream: Stream, ids_NL: Tensor, listen: Listener = SILENT, step: str = "perplexity") -> Flow:
     """Windows that have passed through every block of the model as the stream holds it now."""
     flow = Flow(stream, ids_NL)
     for index in range(len(stream.names)):
         with stream.block(index) as block:
             flow.through(index, block)
-        progress(index + 1, len(stream.names))
+        listen.progress(step, index + 1, len(stream.names))
     return flow
 
 

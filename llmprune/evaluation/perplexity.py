@@ -6,7 +6,6 @@ Shapes: N = windows, L = tokens of a window, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,15 @@ from llmprune.evaluation.divergence import after_blocks
 from llmprune.results import Perplexity
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
+from llmprune.types import SILENT, Listener
 
 TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
 
 
 @torch.no_grad()
-def perplexity(stream: Stream, windows: Windows, progress: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
+def perplexity(stream: Stream, windows: Windows, listen: Listener = SILENT) -> Perplexity:
     """Perplexity of the model as the stream holds it now, one block in memory at a time."""
-    return perplexity_of(after_blocks(stream, windows.ids_NL, progress), windows)
+    return perplexity_of(after_blocks(stream, windows.ids_NL, listen), windows)
 
 
 def perplexity_of(flow: Flow, windows: Windows) -> Perplexity:

@@ -32,7 +32,6 @@ MOST_TOKENS = 256  # of the window that is compared
 def save_smaller(
     stream: CheckpointStream,
     shown: Reshaped,
-    structure: Structure,
     blocks: Sequence[BlockReport],
     ids_NL: Tensor,
     pad: bool,
@@ -43,6 +42,7 @@ def save_smaller(
 
     Raises PromiseError when it does not load, or predicts differently.
     """
+    structure = shown.structure
     written, kept = cuts(structure, blocks, pad), kept_layers(shown)
     exported = export(stream.source.config, stream.skeleton, stream.walk.path, structure.spaces, written, kept)
     cutter = Cutter(stream.loader, stream.walk.path, structure.spaces, written, kept, structure.outer)

@@ -26,7 +26,7 @@ class Units:
     local: bool = False
     levels: tuple[float, ...] = ()
 
-    def at(self, ratio: float, matrix: str) -> Units:
+    def at(self, ratio: float) -> Units:
         return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

@@ -29,7 +29,7 @@ class Block:
     def tall(self) -> int:
         return self.height
 
-    def at(self, ratio: float, matrix: str) -> Block:
+    def at(self, ratio: float) -> Block:
         return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

@@ -34,7 +34,7 @@ class NM:
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def at(self, ratio: float, matrix: str) -> NM:
+    def at(self, ratio: float) -> NM:
         return replace(self, n=self.m - round(ratio * self.m))
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

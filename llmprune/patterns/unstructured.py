@@ -20,7 +20,7 @@ class Unstructured:
     local: ClassVar[bool] = False
     levels: ClassVar[tuple[float, ...]] = ()
 
-    def at(self, ratio: float, matrix: str) -> Unstructured:
+    def at(self, ratio: float) -> Unstructured:
         return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

@@ -23,7 +23,7 @@ class Vector:
     local: ClassVar[bool] = False
     levels: ClassVar[tuple[float, ...]] = ()
 
-    def at(self, ratio: float, matrix: str) -> Vector:
+    def at(self, ratio: float) -> Vector:
         return self
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:

@@ -1,55 +1,64 @@
-"""Patterns that drop whole layers, experts or residual channels."""
+"""The patterns that decide for the whole model, or by measures of their own: layers, experts, the width of the residual stream.
+
+One row says all that the rest of the program has to know of such a pattern. Reading it loads no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from llmprune.model.matrices import Matrix
-from llmprune.pruners.experts import prune_experts
-from llmprune.pruners.hidden import OnBlock, choose_width, narrow
-from llmprune.pruners.layers import Order, choose_layers, layer_reports, layers_to_drop, repair
-from llmprune.results import BlockReport
-from llmprune.statistics.gradients import LossGradients
-from llmprune.stream.reshaped import Reshaped
-from llmprune.structured.structure import Structure
-from llmprune.types import Plan
+WHOLE_MODEL = "which decides for the whole model"
+_REFUSED = dict.fromkeys(("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "pad"), WHOLE_MODEL)
+_WIDTH = "with which every matrix loses rows or columns"
 
 
-def coarse_blocks(
-    shown: Reshaped,
-    structure: Structure,
-    plan: Plan,
-    matrices: dict[int, list[Matrix]],
-    ids_NL: Tensor,
-    criterion: str | None,
-    asked: dict[str, float],
-    gradients: LossGradients | None,
-    finished: Mapping[int, BlockReport] = MappingProxyType({}),
-    on_block: OnBlock = lambda index, report, hashes: None,
-    choice: tuple[dict[str, Any] | None, Callable[[dict[str, Any]], None]] = (None, lambda record: None),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[BlockReport]:
-    """Let whole layers, experts or residual channels go, and tell ``shown`` of them. choice: what an earlier process has chosen, and what is told
-    of the choice.
+@dataclass(frozen=True)
+class Coarse:
+    """criteria: what it can rank by, the default first; ``scores``: and by any criterion of weights. budget: what the sparsity is a share of.
+    refuses: option -> why. repairs: what stays is brought nearer to the dense path's outputs. chooses: for the whole model, before the first block,
+    which is a record of its own in the journal. pruner: the function that makes its BlockPruner.
     """
-    if structure.name == "experts":
-        return prune_experts(shown, ids_NL, plan, structure, asked, finished, on_block)
-    record, write = choice
-    if structure.name == "hidden":
-        if record is None:
-            record = choose_width(shown, ids_NL, plan, matrices, structure.width_at(asked), gradients, progress)
-            write(record)
-        return narrow(shown, ids_NL, plan, matrices, asked, record, finished, on_block)
-    if record is None:
-        count = layers_to_drop(structure, plan.sparsity, structure.exact)
-        order: Order = "block_influence" if criterion == "block_influence" else "measured"
-        record = {"gone": [[index, cost] for index, cost in choose_layers(shown, ids_NL, count, order, progress).items()]}
-        write(record)
-    gone = {int(index): cost for index, cost in record["gone"]}
-    shown.gone = frozenset(gone)
-    reports = layer_reports(shown, structure, gone, plan.sparsity)
-    return repair(shown, ids_NL, plan, reports, finished, on_block) if gone and plan.asymmetric else reports
+
+    name: str
+    criteria: tuple[str, ...]
+    budget: str
+    pruner: str
+    help: str
+    refuses: dict[str, str] = field(default_factory=dict)
+    scores: bool = False
+    repairs: bool = True
+    chooses: bool = True
+
+
+COARSE = {
+    row.name: row
+    for row in (
+        Coarse(
+            "layers",
+            criteria=("measured", "block_influence"),
+            budget="whole blocks",
+            pruner="llmprune.pruners.layers:layer_pruner",
+            help="whole layers, those without which predictions change least (or --criterion block_influence)",
+            refuses=_REFUSED | {"round_to": WHOLE_MODEL},
+        ),
+        Coarse(
+            "experts",
+            criteria=("routed_norm",),
+            budget="experts",
+            pruner="llmprune.pruners.experts:expert_pruner",
+            help="experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
+            refuses=_REFUSED | {"round_to": WHOLE_MODEL, "target_latency_ratio": "whose tokens go through as many experts as before"},
+            repairs=False,
+            chooses=False,
+        ),
+        Coarse(
+            "hidden",
+            criteria=("wanda",),
+            budget="the width of the residual stream",
+            pruner="llmprune.pruners.hidden:width_pruner",
+            help="residual channels, from every block, the embeddings and the head; of all that they hold",
+            refuses=_REFUSED | dict.fromkeys(("target_latency_ratio", "skip", "only"), _WIDTH),
+            scores=True,
+        ),
+    )
+}

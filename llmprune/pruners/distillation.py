@@ -15,32 +15,61 @@ from torch import Tensor, nn
 
 from llmprune.evaluation.divergence import kl
 from llmprune.maths.masked_adam import SurvivorAdam
+from llmprune.model.matrices import Matrix
+from llmprune.pruners.plan import Plan
+from llmprune.pruners.reconstruction import store, trained_vectors, whole_parameters
 from llmprune.results import Polished
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
+from llmprune.types import Listener
 
 TOKENS_PER_STEP = 1024
 RATE = 0.01  # of a tensor's root mean square
 BYTES_PER_WEIGHT = 29  # the weight, its gradient and the one that is added to it, two moments, the float32 copy, the value before, the mask
 
 
+def polish(teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, listen: Listener) -> None:
+    """Distill the dense model into the pruned one, and store what has changed.
+
+    teacher: the dense path behind the last block. matrices: of each block that are trained.
+    """
+    stream = teacher.stream
+    hashes: dict[str, str] = {}
+    with stream.whole():
+        blocks = {i: stream.walk.blocks[i] for i, ms in matrices.items() if whole_parameters(stream.walk.blocks[i], ms)}
+        masked = {i: whole_parameters(block, matrices[i]) for i, block in blocks.items()}
+        free = {i: trained_vectors(block) for i, block in blocks.items()}
+
+        def settle() -> None:
+            for i, block in blocks.items():
+                store(stream, i, block, [*masked[i], *free[i]])
+
+        polished = Polished(0, 0.0, 0.0, ())
+        if masked:  # otherwise some experts of a stack alone: nothing can be trained without the others
+            polished = distill(teacher, masked, free, plan.polish_steps, plan.seed, settle, listen)
+        for index in blocks if polished.changed else ():
+            hashes |= stream.keep(index, [*masked[index], *free[index]], again=True)
+    listen.on_polish(polished, hashes)
+
+
 def distill(
-    stream: Stream,
     teacher: Flow,
     masked: dict[int, dict[str, nn.Parameter]],
     free: dict[int, dict[str, nn.Parameter]],
     steps: int,
+    seed: int,
     settle: Callable[[], None],
-    progress: Callable[[int, int], None],
+    listen: Listener,
 ) -> Polished:
     """Train a model in place whose every block and outer part is loaded. teacher: the flow of the unpruned model, after its last block; its hidden
     states and the model's own head say what it predicts. masked, free: the pruned parameters of each block, and its vectors that are trained
     too. settle: rounds them to what is stored. What gains nothing is undone.
     """
+    stream = teacher.stream
     windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in teacher.windows()]
     before = mean_divergence(stream, windows)
     each = min(len(windows), max(1, TOKENS_PER_STEP // windows[0][0].shape[1]))
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     survivors, vectors = ([p for named in kind.values() for p in named.values()] for kind in (masked, free))
     with SurvivorAdam(survivors, vectors, steps, RATE) as adam:
         for step in range(steps):
@@ -48,7 +77,7 @@ def distill(
                 with torch.enable_grad():
                     adam.add(divergence(stream, *windows[n]) / each)
             adam.step()
-            progress(step + 1, steps)
+            listen.progress("polish", step + 1, steps)
         settle()
         after = mean_divergence(stream, windows)
         adam.keep = after < before

@@ -1,4 +1,4 @@
-"""Experts that go: those that add least to the tokens that are routed to them, equally many in every block.
+"""Experts: those that add least to the tokens that are routed to them are dropped, equally many in every block.
 
 Score of an expert: the mean over its tokens of gate weight times ||expert(x)||_2. Lasby et al., REAP the Experts, https://arxiv.org/abs/2510.13999;
 there on the unpruned model, here on what comes out of the blocks that have lost theirs.
@@ -8,7 +8,8 @@ Shapes: T = tokens, E = experts, P = experts a token goes to, D = hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from llmprune.maths.linalg import drop_smallest
 from llmprune.maths.scores import Mean, routed_norm
-from llmprune.pruners.errors import output_error, run_again, run_finished
+from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.plan import Plan, Work
 from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.spaces import Space
-from llmprune.structured.structure import Structure
-from llmprune.types import Plan
+from llmprune.types import Listener, Records
 
 
 class Routed:
@@ -65,49 +66,55 @@ class Routed:
         return torch.tensor([mean.value for mean in self.means], dtype=torch.float64)
 
 
-@torch.no_grad()
-def prune_experts(
-    stream: Reshaped,
-    windows_NL: Tensor,
-    plan: Plan,
-    structure: Structure,
-    asked: dict[str, float],
-    finished: Mapping[int, BlockReport],
-    on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
-) -> list[BlockReport]:
-    """Choose the experts that stay in every block, and tell ``stream`` of them, so that the next block sees what is left."""
-    flow = Flow(stream, windows_NL)
-    reports = []
-    for index, name in enumerate(stream.names):
-        if index in finished:
-            tell(stream, structure, index, finished[index])
-            run_finished(flow, None, index)
-            reports.append(finished[index])
-            continue
-        clock = Clock()
-        with stream.block(index, dense=True) as block:
-            rows = []
-            for full, cut in structure.cut.items():
-                if cut.block == index:
-                    rows.append(choose(flow, index, block, cut.space, full, asked[full], cut.size))
-            if not rows:
-                flow.through(index, block)
-            clock.lap("solve")
-            error = 0.0
-            if rows:
-                tell(stream, structure, index, BlockReport(name, 0.0, tuple(rows)))
-                left = stream.rebuilt(index, block) if index in stream.keeps else block
-                error = output_error(run_again(flow, None, index, left), name, plan)
-            clock.lap("forward")
-        reports.append(BlockReport(name, error, tuple(rows), (), clock.seconds))
-        on_block(index, reports[-1], {})
-    return reports
+def expert_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterion: str, records: Records, listen: Listener) -> ExpertPruner:
+    """The pruner; ``stream`` shows the model without the experts that it has dropped."""
+    return ExpertPruner(work.plan, stream, asked)
 
 
-def tell(stream: Reshaped, structure: Structure, index: int, report: BlockReport) -> None:
-    keeps = structure.keeps(report.rows)[index]
-    if keeps:
-        stream.keeps[index] = keeps
+@dataclass(frozen=True)
+class ExpertPruner:
+    """Chooses the experts that stay in every block, and has the stream show what is left, so that the next block sees it.
+
+    asked: the ratio of each stack of experts, by full name.
+    """
+
+    plan: Plan
+    stream: Reshaped
+    asked: dict[str, float]
+
+    @property
+    def places(self) -> Sequence[int]:
+        return range(len(self.stream.names))
+
+    @property
+    def wants_dense(self) -> bool:
+        return False
+
+    @property
+    def accept_damage(self) -> bool:
+        return self.plan.accept_damage
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        self._show(index, report.rows)
+
+    def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
+        cuts = {name: cut for name, cut in self.stream.structure.cut.items() if cut.block == index}
+        rows = [choose(flow, index, block, cut.space, name, self.asked[name], cut.size) for name, cut in cuts.items()]
+        clock.lap("solve")
+        if not rows:
+            flow.through(index, block)
+            return PrunedBlock((), (), (), ())
+        self._show(index, rows)
+        left = self.stream.rebuilt(index, block) if index in self.stream.keeps else block
+        return PrunedBlock(rows, (), (), run_again(flow, None, index, left))
+
+    def finish(self, dense: Flow | None, listen: Listener) -> None:
+        """Nothing is left to do."""
+
+    def _show(self, index: int, rows: Sequence[Row]) -> None:
+        keeps = self.stream.structure.keeps(rows)[index]
+        if keeps:
+            self.stream.keeps[index] = keeps
 
 
 def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ratio: float, size: int) -> Row:

@@ -1,4 +1,4 @@
-"""The width of the residual stream: channels that go from every block, the embeddings, the last norm and the head at once.
+"""The width of the residual stream: channels are dropped from every block, the embeddings, the last norm and the head at once.
 
 They are chosen on the dense model, by the criterion's scores of all matrices that read or write them; then every matrix is brought nearer to what
 it gave before, on what is left of the stream, as maths/asymmetric_target.py has it.
@@ -8,75 +8,70 @@ Shapes: D = residual channels, R, C = rows and columns of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.maths.linalg import drop_smallest, shrink
+from llmprune.maths.linalg import drop_smallest
 from llmprune.model.matrices import Matrix, block_matrices
-from llmprune.pruners.errors import output_error, run_again, run_finished
-from llmprune.pruners.units import correct
+from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.matrix import correct
+from llmprune.pruners.plan import Plan, Work
+from llmprune.pruners.weights import stages_of
 from llmprune.results import BlockReport, Row
-from llmprune.statistics.gradients import LossGradients
-from llmprune.statistics.stages import at_head, at_once, stage_by_stage
+from llmprune.statistics.stages import at_head, at_once
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
-from llmprune.structured.slicing import mask_block
+from llmprune.structured.slicing import Keeps, mask_block
 from llmprune.structured.spaces import Space
 from llmprune.structured.structure import Structure
-from llmprune.types import Plan, Stats
+from llmprune.types import Listener, Records, Stats
 
 SURVEY_WINDOWS = 64
-OnBlock = Callable[[int, BlockReport, dict[str, str]], None]
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def choose_width(
-    stream: Reshaped,
-    windows_NL: Tensor,
-    plan: Plan,
-    matrices: dict[int, list[Matrix]],
-    count: int,
-    gradients: LossGradients | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """``kept``: the ``count`` channels that stay, sorted; ``lost``: the share of all scores that goes with the others.
-
-    A channel's score in one parameter is the sum over its column where it is read, over its row where it is written, as a share of all that
-    parameter's scores: matrices of different sizes and units count alike.
-    """
-    assert plan.criterion is not None
-    needs = plan.criterion.needs
-    flow = Flow(stream, windows_NL[:SURVEY_WINDOWS])
+def choose_width(work: Work, stream: Reshaped, count: int, listen: Listener) -> dict[str, Any]:
+    """``kept``: the ``count`` channels that stay, sorted; ``lost``: the share of all scores that the others held."""
+    flow = Flow(stream, work.windows_NL[:SURVEY_WINDOWS])
     shares: list[Tensor] = []
-    for index in range(len(stream.names) + 1):
-        head = index == len(stream.names)
+    for index in work.matrices:
         with stream.block(index) as block:
-            space = None if head else space_of(stream.structure, index)
-            found = at_head(flow, None, block, matrices[index], needs) if head else at_once(flow, index, block, matrices[index], needs, Clock())
-            if gradients is not None:
-                gradients.add_to(index, found)
-            scores: dict[str, Tensor] = {}
-            for m in matrices[index]:
-                if space is not None and all(axis.parameter != m.parameter for axis in space.axes):  # neither reads nor writes the stream
-                    continue
-                if needs and found[m.name].tokens == 0:  # an expert that no token reached
-                    continue
-                score_RC = plan.criterion.score(m.view(block).float(), found[m.name])
-                score_D = score_RC.sum(0 if space is None or reads(space, m) else 1, dtype=torch.float64).cpu()
-                scores[m.parameter] = scores.get(m.parameter, 0) + score_D
-        shares += [score_D / score_D.sum() for score_D in scores.values() if float(score_D.sum()) > 0]
-        if not head:
+            shares += score_shares(work, flow, index, block, stream.structure)
+        if index < len(stream.names):
             flow.advance()
-        progress(index + 1, len(stream.names) + 1)
+        listen.progress("hidden", index + 1, len(work.matrices))
     total_D = torch.stack(shares).sum(0)
     keep_D = drop_smallest(total_D, len(total_D) - count)
     return {"kept": keep_D.nonzero().flatten().tolist(), "lost": float(total_D[~keep_D].sum() / total_D.sum())}
+
+
+def score_shares(work: Work, flow: Flow, index: int, block: nn.Module, structure: Structure) -> list[Tensor]:
+    """[D] of each parameter that reads or writes the stream: what its scores add up to over the column where a channel is read, over the row where
+    it is written, as a share of all its scores. So matrices of different sizes and scales count alike.
+    """
+    criterion, matrices, head = work.plan.criterion, work.matrices[index], index == len(flow.stream.names)
+    assert criterion is not None
+    space = None if head else space_of(structure, index)
+    needs = criterion.needs
+    found = at_head(flow, None, block, matrices, needs) if head else at_once(flow, index, block, matrices, needs, Clock())
+    if work.gradients is not None:
+        work.gradients.add_to(index, found)
+    scores: dict[str, Tensor] = {}
+    for m in matrices:
+        if space is not None and all(axis.parameter != m.parameter for axis in space.axes):  # neither reads nor writes the stream
+            continue
+        if needs and found[m.name].tokens == 0:  # an expert that no token reached
+            continue
+        score_RC = criterion.score(m.view(block).float(), found[m.name])
+        score_D = score_RC.sum(0 if space is None or reads(space, m) else 1, dtype=torch.float64).cpu()
+        scores[m.parameter] = scores.get(m.parameter, 0) + score_D
+    return [score_D / score_D.sum() for score_D in scores.values() if float(score_D.sum()) > 0]
 
 
 def space_of(structure: Structure, index: int) -> Space:
@@ -90,75 +85,94 @@ def reads(space: Space, matrix: Matrix) -> bool:
     return any(axis.parameter == matrix.parameter and axis.dim == columns for axis in space.axes)
 
 
-@torch.no_grad()
-def narrow(
-    stream: Reshaped,
-    windows_NL: Tensor,
-    plan: Plan,
-    matrices: dict[int, list[Matrix]],
-    asked: dict[str, float],
-    choice: Mapping[str, Any],
-    finished: Mapping[int, BlockReport],
-    on_block: OnBlock = lambda index, report, hashes: None,
-) -> list[BlockReport]:
-    """Zero the channels that go in every block, and repair what is left of it; tell ``stream``, which zeroes those outside the blocks.
-
-    matrices: what is repaired, block by block, and the head if it is a matrix of its own.
-    """
+def width_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterion: str, records: Records, listen: Listener) -> WidthPruner:
+    """The pruner of the channels that are chosen now, or were by an earlier process; ``stream`` shows the model without the others."""
+    choice = records.read("choice")
+    if choice is None:
+        choice = choose_width(work, stream, stream.structure.width_at(asked), listen)
+        records.write("choice", choice)
     stream.width = torch.tensor(choice["kept"])
-    flow, dense = Flow(stream, windows_NL), Flow(stream.stream, windows_NL)
-    reports = []
-    for index in matrices:
-        if index in finished:
-            run_finished(flow, dense, index)
-            reports.append(finished[index])
-            continue
-        clock = Clock()
-        with stream.block(index) as block:
-            if index == len(stream.names):
-                found = at_head(flow, dense, block, matrices[index], plan.needs) if plan.asymmetric else {}
-                shrink(found.values(), plan.ours)
-                changed = [correct(stream, index, block, m, found[m.name]) for m in matrices[index] if found]
-                error = 0.0
-            else:
-                changed = narrow_block(flow, dense, index, block, matrices[index], plan, clock)
-                error = output_error(run_again(flow, dense, index, block), stream.path_of(index), plan)
-            clock.lap("forward")
-            hashes = stream.keep(index, changed)
-            clock.lap("write")
-        path = stream.path_of(index)
-        row = row_of(stream.structure, path, asked, choice, windows_NL.numel())
-        reports.append(BlockReport(path, error, (row,), tuple(f"{path}.{name}" for name in changed), clock.seconds))
-        on_block(index, reports[-1], hashes)
-    return reports
+    return WidthPruner(work.plan, stream.structure, work.matrices, asked, choice)
 
 
-def narrow_block(flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock) -> list[str]:
-    """Take both paths through a block; what leaves it waits in their ``outputs``. Names of the parameters that have changed."""
-    structure, width = plan.pattern, flow.stream.width
-    assert isinstance(structure, Structure)
-    assert width is not None, "it is chosen before any block is narrowed"
-    keeps = {"hidden": width}
-    changed: list[str] = []
-    if plan.asymmetric:
-        space = space_of(structure, index)
-        readers = {m.parameter for m in block_matrices(block) if reads(space, m)}
-        written = replace(space, axes=tuple(axis for axis in space.axes if axis.parameter not in readers))
-        for stage, statistics in stage_by_stage(flow, dense, index, block, matrices, plan, clock):
-            clock.lap("forward")
-            shrink(statistics.values(), plan.ours)
-            changed += [correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage]
-            # the dense path is through; the pruned one has not come to what writes the stream. What reads it is still to be corrected, as a whole
-            mask_block(block, [written], keeps)
-            clock.lap("solve")
-        changed += structure.mask(index, block, keeps)
-        return list(dict.fromkeys(changed))
-    for batch in range(len(dense)):
-        dense.outputs[batch] = dense.run(index, block, batch)
-    changed += structure.mask(index, block, keeps)
-    for batch in range(len(flow)):
-        flow.outputs[batch] = flow.run(index, block, batch)
-    return changed
+@dataclass(frozen=True)
+class WidthPruner:
+    """Zeroes the residual channels that are dropped in every block, and repairs what is left of it; the stream zeroes them outside the blocks.
+
+    matrices: what is repaired, block by block, and the head if it is a matrix of its own. choice: what ``choose_width`` gave.
+    """
+
+    plan: Plan
+    structure: Structure
+    matrices: dict[int, list[Matrix]]
+    asked: dict[str, float]
+    choice: Mapping[str, Any]
+
+    @property
+    def places(self) -> Sequence[int]:
+        return list(self.matrices)
+
+    @property
+    def wants_dense(self) -> bool:
+        return True
+
+    @property
+    def accept_damage(self) -> bool:
+        return self.plan.accept_damage
+
+    @property
+    def _keeps(self) -> Keeps:
+        return {"hidden": torch.tensor(self.choice["kept"])}
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        """The stream knows the channels that stay."""
+
+    def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
+        assert dense is not None
+        path, tokens = flow.stream.path_of(index), sum(ids_NL.numel() for ids_NL in flow.ids)
+        outputs: Iterable[tuple[Tensor, Tensor]] = ()
+        if index < len(flow.stream.names):
+            changed = self._narrow(flow, dense, index, block, clock)
+            outputs = run_again(flow, dense, index, block)
+        else:
+            changed = self._corrected(flow, dense, index, block, clock) if self.plan.asymmetric and self.matrices[index] else []
+        return PrunedBlock([row_of(self.structure, path, self.asked, self.choice, tokens)], changed, changed, outputs)
+
+    def finish(self, dense: Flow | None, listen: Listener) -> None:
+        """Nothing is left to do."""
+
+    def _narrow(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
+        """Take both paths through a block; what leaves it waits in their ``outputs``. Names of the parameters that have changed."""
+        keeps = self._keeps
+        if self.plan.asymmetric:
+            changed = self._corrected(flow, dense, index, block, clock)
+            return list(dict.fromkeys(changed + self.structure.mask(index, block, keeps)))
+        for batch in range(len(dense)):
+            dense.outputs[batch] = dense.run(index, block, batch)
+        changed = self.structure.mask(index, block, keeps)
+        for batch in range(len(flow)):
+            flow.outputs[batch] = flow.run(index, block, batch)
+        return changed
+
+    def _corrected(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
+        """Bring the matrices of a block, or the head, nearer to the dense path's outputs, stage by stage."""
+        changed: list[str] = []
+        written = written_axes(self.structure, index, block) if index < len(flow.stream.names) else None
+        with closing(stages_of(flow, dense, index, block, self.matrices[index], self.plan, clock, {})) as stages:
+            for stage, statistics in stages:
+                changed += [correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage]
+                # the dense path is through; the pruned one has not come to what writes the stream. What reads it is still to be corrected, as a whole
+                if written is not None:
+                    mask_block(block, [written], self._keeps)
+                clock.lap("solve")
+        return changed
+
+
+def written_axes(structure: Structure, index: int, block: nn.Module) -> Space:
+    """The residual channels of a block, where they are written."""
+    space = space_of(structure, index)
+    readers = {m.parameter for m in block_matrices(block) if reads(space, m)}
+    return replace(space, axes=tuple(axis for axis in space.axes if axis.parameter not in readers))
 
 
 def row_of(structure: Structure, path: str, asked: dict[str, float], choice: Mapping[str, Any], tokens: int) -> Row:

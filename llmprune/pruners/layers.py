@@ -1,31 +1,33 @@
-"""Whole blocks that go: those without which the model's predictions change least, measured anew after each.
+"""Whole blocks: those without which the model's predictions change least are dropped, measured again after each.
 
 Shapes: N = windows, L = tokens of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.errors import RequestError
 from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.maths.counts import least_needed
 from llmprune.maths.scores import Mean, block_influence
-from llmprune.pruners.errors import output_error, run_again, run_finished
-from llmprune.pruners.weights import prune_block
+from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.matrix import correct
+from llmprune.pruners.plan import Plan, Work
+from llmprune.pruners.weights import stages_of
 from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.layers import attends
 from llmprune.structured.structure import Structure
-from llmprune.types import Plan
+from llmprune.types import SILENT, Listener, Records
 
 Order = Literal["measured", "block_influence"]
 WINDOWS = 16  # on which blocks are left out for trial
@@ -42,9 +44,7 @@ def layers_to_drop(structure: Structure, sparsity: float, exact: bool) -> int:
 
 
 @torch.no_grad()
-def choose_layers(
-    stream: Reshaped, windows_NL: Tensor, count: int, order: Order, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[int, float]:
+def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order, listen: Listener = SILENT) -> dict[int, float]:
     """The blocks that go, in the order in which they went, with what each has cost: mean KL from the dense model of all that have gone so far, or
     (block_influence) how far the block turned the hidden states.
     """
@@ -63,7 +63,7 @@ def choose_layers(
         costs = without_each(stream, windows_NL, frozenset(gone), dense)
         least = least_of(costs, stream, gone)
         gone[least] = costs[least]
-        progress(len(gone), count)
+        listen.progress("layers", len(gone), count)
     return gone
 
 
@@ -103,51 +103,69 @@ def influences(stream: Reshaped, windows_NL: Tensor) -> dict[int, float]:
     return found
 
 
-@torch.no_grad()
-def repair(
-    stream: Reshaped,
-    windows_NL: Tensor,
-    plan: Plan,
-    reports: list[BlockReport],
-    finished: Mapping[int, BlockReport] = MappingProxyType({}),
-    on_block: Callable[[int, BlockReport, dict[str, str]], None] = lambda index, report, hashes: None,
-) -> list[BlockReport]:
-    """Bring the matrices of the blocks that stay nearer to the dense path's outputs, so that they make up for those that have gone."""
-    flow = Flow(stream, windows_NL)
-    dense = flow.twin()
-    repaired = []
-    for index, report in enumerate(reports):
-        if index in stream.gone:
-            with stream.block(index, dense=True) as block:
-                dense.through(index, block)
-            if index not in finished:
-                on_block(index, report, {})
-        elif index in finished or index < min(stream.gone):  # before the first that goes there is nothing to make up for
-            run_finished(flow, dense, index)
-            if index not in finished:
-                on_block(index, report, {})
-            report = finished.get(index, report)
-        else:
-            clock = Clock()
-            with stream.block(index) as block:
-                matrices = stream.structure.repaired(index, block)
-                _, changed = prune_block(flow, dense, index, block, matrices, plan, {}, None, clock)
-                hashes = stream.keep(index, changed)
-                clock.lap("write")
-                error = output_error(run_again(flow, dense, index, block), report.block, plan)
-            names = tuple(f"{report.block}.{name}" for name in changed)
-            report = replace(report, output_error=error, changed=names, seconds=clock.seconds)
-            on_block(index, report, hashes)
-        repaired.append(report)
-    return repaired
+def layer_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterion: str, records: Records, listen: Listener) -> LayerPruner:
+    """The pruner of the layers that are chosen now, or were by an earlier process; ``stream`` shows the model without them."""
+    structure = stream.structure
+    record = records.read("choice")
+    if record is None:
+        count = layers_to_drop(structure, work.plan.sparsity, structure.exact)
+        order: Order = "block_influence" if criterion == "block_influence" else "measured"
+        record = {"gone": [[index, cost] for index, cost in choose_layers(stream, work.windows_NL, count, order, listen).items()]}
+        records.write("choice", record)
+    dropped = {int(index): cost for index, cost in record["gone"]}
+    stream.gone = frozenset(dropped)
+    return LayerPruner(work.plan, structure, dropped)
 
 
-def layer_reports(stream: Reshaped, structure: Structure, gone: dict[int, float], sparsity: float) -> list[BlockReport]:
-    """One row a block: it stays or goes as a whole."""
-    reports = []
-    for index, name in enumerate(stream.names):
-        kept = () if index in gone else (0,)
-        size = structure.blocks[index]
-        row = Row(name, 1, size, sparsity, 0, gone.get(index), 0, (), None, "layers", 1, kept, size)
-        reports.append(BlockReport(name, 0.0, (row,)))
-    return reports
+@dataclass(frozen=True)
+class LayerPruner:
+    """Drops whole blocks, and brings the matrices of those behind them nearer to the dense path's outputs, so that they make up for it.
+
+    dropped: what each block has cost, by its number.
+    """
+
+    plan: Plan
+    structure: Structure
+    dropped: dict[int, float]
+
+    @property
+    def places(self) -> Sequence[int]:
+        return range(len(self.structure.blocks))
+
+    @property
+    def wants_dense(self) -> bool:
+        return self.plan.asymmetric and bool(self.dropped)
+
+    @property
+    def accept_damage(self) -> bool:
+        return self.plan.accept_damage
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        """The stream knows which blocks are dropped."""
+
+    def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
+        rows = [self._row(flow.stream.path_of(index), index)]
+        if dense is None:  # nothing is repaired, so neither path has to run
+            return PrunedBlock(rows, (), (), ())
+        if index in self.dropped:
+            with flow.stream.block(index, dense=True) as whole:
+                dense.through(index, whole)
+            return PrunedBlock(rows, (), (), ())
+        if index < min(self.dropped):  # there is nothing to make up for yet
+            dense.through(index, block)
+            flow.through(index, block)
+            return PrunedBlock(rows, (), (), ())
+        changed: dict[str, None] = {}
+        with closing(stages_of(flow, dense, index, block, self.structure.repaired(index, block), self.plan, clock, {})) as stages:
+            for stage, statistics in stages:
+                changed |= dict.fromkeys(correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in stage)
+                clock.lap("solve")
+        return PrunedBlock(rows, list(changed), list(changed), run_again(flow, dense, index, block))
+
+    def finish(self, dense: Flow | None, listen: Listener) -> None:
+        """Nothing is left to do."""
+
+    def _row(self, path: str, index: int) -> Row:
+        """A block stays or is dropped as a whole."""
+        size, kept = self.structure.blocks[index], () if index in self.dropped else (0,)
+        return Row(path, 1, size, self.plan.sparsity, 0, self.dropped.get(index), 0, (), None, "layers", 1, kept, size)

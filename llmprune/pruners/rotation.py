@@ -9,7 +9,7 @@ Shapes: D = residual channels, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.structured.spaces import Axis, Space, required, spaces_of, tensors_of
-from llmprune.types import accumulate
+from llmprune.types import Listener, accumulate
 
 WINDOWS = 64  # that the axes are found on
 AT_ONCE = 8  # windows that show which norm feeds which matrix
@@ -48,7 +48,7 @@ def check_rotation(config: PreTrainedConfig) -> Residual:
 
 
 @torch.no_grad()
-def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, progress: Callable[[int, int], None]) -> Source:
+def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, listen: Listener) -> Source:
     """Write the rotated checkpoint into an empty folder. A head that shares the embeddings' weight gets one of its own."""
     model, source, loader = stream.skeleton, stream.source, stream.loader
     residual = check_rotation(model.config)
@@ -69,7 +69,7 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, progress:
             buffers = [f"{stream.path_of(index)}.{name}" for name, _ in block.named_buffers()]
             shards.put(source.read_many([key for name in buffers for key in loader.keys_of.get(name, [])]))
         flow.advance()
-        progress(index + 1, len(stream.names))
+        listen.progress("rotate", index + 1, len(stream.names))
     with stream.outer():
         turned = rotated_outer(model, residual, embeddings, head, axes_DD)
     shards.put({keys[name]: tensor.to("cpu", DTYPES[shapes[keys[name]].dtype]) for name, tensor in turned.items()})

@@ -1,98 +1,122 @@
-"""What a structured run does with a block besides pruning the matrices that read its units."""
+"""Units of a block: channels, heads, KV groups, kernels. The columns that read them are dropped as a pattern; then all else that they hold is zeroed.
+
+The zeros are cut out of the checkpoint at the end (``llmprune.export``).
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
 from torch import Tensor, nn
 
-from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.refit import mean_bias
-from llmprune.methods import trait
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
-from llmprune.results import Row
+from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.distillation import polish
+from llmprune.pruners.matrix import correct, prune_matrix
+from llmprune.pruners.plan import Plan
+from llmprune.pruners.reconstruction import reconstruct_block
+from llmprune.pruners.unit_scores import beside, counts_writers
+from llmprune.pruners.weights import aim_of, stages_of
+from llmprune.results import BlockReport, Row
 from llmprune.statistics.gradients import LossGradients
+from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.structured.structure import Structure
-from llmprune.types import Criterion, Plan, Stats, statistics_of
+from llmprune.types import Listener, Stats
 
 
-def touched_matrices(index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, asked: dict[str, float]) -> list[Matrix]:
-    """The matrices that are pruned; towards the dense path's outputs a structured run repairs the others too, once anything has gone."""
-    if isinstance(plan.pattern, Structure) and plan.asymmetric and any(asked.values()):
-        return plan.pattern.repaired(index, block)
-    return matrices
-
-
-def trained_matrices(block: nn.Module, matrices: list[Matrix], plan: Plan) -> list[Matrix]:
-    """What a training goes over: the pruned matrices; of a block that has lost units all but routers and the like."""
-    if not matrices or not isinstance(plan.pattern, Structure):
-        return matrices
-    return [m for m in block_matrices(block) if not LEFT_ALONE.search(m.name)]
-
-
-def mask_units(flow: Flow, dense: Flow | None, index: int, block: nn.Module, rows: list[Row], structure: Structure) -> list[str]:
-    """Zero all that goes with the dropped units of a block; names of what has changed."""
-    keeps = structure.keeps(rows)[index]
-    changed = structure.mask(index, block, keeps)
-    if dense is not None and structure.rescales(index, keeps):  # what has left the block was computed before
-        for batch in range(len(flow)):
-            flow.outputs[batch] = flow.run(index, block, batch)
-    return changed
-
-
-def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> str:
-    """Bring a matrix that loses nothing nearer to the dense path's outputs; the name of its parameter."""
-    if stats.tokens:
-        view_RC = matrix.view(block)
-        view_RC.copy_(asymmetric_target(view_RC.float(), stats).to(stream.stored_dtype(index, matrix.parameter)))
-    return matrix.parameter
-
-
-def writers(structure: Structure, index: int, block: nn.Module, name: str) -> list[tuple[Matrix, Tensor]]:
-    """The matrices that write the units of a reader (by its full name), with the rows [U, K] of each unit."""
-    found, matrices = [], block_matrices(block)
-    for axis in structure.cut[name].space.axes:
-        for m in matrices:
-            if (m.parameter, m.expert) == (axis.parameter, axis.expert) and axis.dim == int(m.transposed):
-                found.append((m, axis.index_UK))
-    return found
-
-
-def counts_writers(criterion: Criterion | None) -> bool:
-    """Whether a criterion is summed over all weights that a unit takes away. One that looks at inputs, or at whole columns, says what the reader's
-    output loses, and that is all of it.
+@dataclass(frozen=True)
+class UnitPruner:
+    """Drops whole units. matrices: those of each block that read units. asked: the ratio of each reader, by full name. gradients: of the dense model,
+    where the plan asks for some.
     """
-    return criterion is not None and not criterion.needs & statistics_of("inputs") and not trait(criterion, "units_only")
+
+    plan: Plan
+    structure: Structure
+    matrices: dict[int, list[Matrix]]
+    asked: dict[str, float]
+    gradients: LossGradients | None = None
+
+    @property
+    def places(self) -> Sequence[int]:
+        return list(self.matrices)
+
+    @property
+    def wants_dense(self) -> bool:
+        return self.plan.asymmetric or self.plan.polish_steps > 0
+
+    @property
+    def accept_damage(self) -> bool:
+        return self.plan.accept_damage
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        """Zeros say it all."""
+
+    def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
+        readers, aim = self.matrices[index], aim_of(self.plan, dense, index, block)
+        rows, changed = self._by_stages(flow, aim, index, block, clock)
+        changed += self._mask(flow, aim, index, block, rows)
+        if self.plan.reconstruct is not None:
+            rows, trained = reconstruct_block(flow, aim, index, block, trained_matrices(block, readers), rows, self.plan.reconstruct)
+            changed += trained
+            clock.lap("solve")
+        stored = list(dict.fromkeys([m.parameter for m in readers] + changed))
+        others = stored[len({m.parameter for m in readers}) :]
+        return PrunedBlock(rows, stored, others, run_again(flow, aim, index, block))
+
+    def finish(self, dense: Flow | None, listen: Listener) -> None:
+        if dense is not None and self.plan.polish_steps:
+            blocks = dense.stream.walk.blocks
+            polish(dense, {i: trained_matrices(blocks[i], ms) for i, ms in self.matrices.items()}, self.plan, listen)
+
+    def _by_stages(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, clock: Clock) -> tuple[list[Row], list[str]]:
+        """(a row for each reader, names of what else has changed)."""
+        path = flow.stream.path_of(index)
+        touched = self._touched(index, block)
+        rows: dict[str, Row] = {}
+        changed: list[str] = []
+        with closing(stages_of(flow, aim, index, block, touched, self.plan, clock, {})) as stages:
+            for stage, statistics in stages:
+                repaired = [m for m in stage if f"{path}.{m.name}" not in self.asked]
+                changed += [correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in repaired]
+                if self.gradients is not None:
+                    self.gradients.add_to(index, statistics)
+                for m in stage:
+                    if m not in repaired:
+                        rows[m.name], biases = self._prune_reader(flow.stream, index, block, m, statistics.pop(m.name))
+                        changed += biases
+                clock.lap("solve")
+        return [rows[m.name] for m in touched if m.name in rows], changed
+
+    def _touched(self, index: int, block: nn.Module) -> list[Matrix]:
+        """The readers; towards the dense path's outputs the other matrices are repaired too, once anything is dropped."""
+        return self.structure.repaired(index, block) if self.plan.asymmetric and any(self.asked.values()) else self.matrices[index]
+
+    def _prune_reader(self, stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> tuple[Row, list[str]]:
+        name, plan = f"{stream.path_of(index)}.{matrix.name}", self.plan
+        if plan.criterion is not None and counts_writers(plan.criterion):
+            stats = replace(stats, beside_C=beside(self.structure, index, block, name, plan.criterion, self.gradients))
+        before_RC = matrix.view(block).clone() if plan.mean_bias else None
+        row = prune_matrix(stream, index, block, matrix, stats, plan, self.asked[name])
+        return row, [make_up(stream, index, block, matrix, before_RC, stats)] if before_RC is not None and row.gone else []
+
+    def _mask(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, rows: list[Row]) -> list[str]:
+        """Zero all that belongs to the dropped units of a block; names of what has changed."""
+        keeps = self.structure.keeps(rows)[index]
+        changed = self.structure.mask(index, block, keeps)
+        if aim is not None and self.structure.rescales(index, keeps):  # what has left the block was computed before
+            for batch in range(len(flow)):
+                flow.outputs[batch] = flow.run(index, block, batch)
+        return changed
 
 
-def beside(structure: Structure, index: int, block: nn.Module, name: str, criterion: Criterion, gradients: LossGradients | None) -> Tensor:
-    """[C] of a reader: the criterion's scores of what writes each of its inputs, a unit's sum spread over its columns."""
-    space = structure.cut[name].space
-    columns_UK = space.readers[0].columns_UK
-    reader = next(m for m in block_matrices(block) if m.name == space.readers[0].matrix)
-    device = reader.view(block).device
-    total_U = torch.zeros(space.units, dtype=torch.float64, device=device)
-    for m, rows_UK in writers(structure, index, block, name):
-        stats = Stats(**gradients.fields(index, m.name)) if gradients is not None else Stats()
-        total_U += criterion.score(m.view(block).float(), stats).sum(1, dtype=torch.float64)[rows_UK.to(device)].sum(1)
-    beside_C = torch.zeros(reader.columns, dtype=torch.float64, device=device)
-    beside_C[columns_UK.to(device)] = (total_U / columns_UK.shape[1]).unsqueeze(1).expand(columns_UK.shape)
-    return beside_C
-
-
-def graded(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[int, list[Matrix]]:
-    """The matrices whose gradients are asked for: those that are pruned, and what writes their units."""
-    structure = plan.pattern
-    if not isinstance(structure, Structure) or structure.outer is not None or not counts_writers(plan.criterion):
-        return matrices
-    found = {}
-    for index, readers in matrices.items():
-        block, path = stream.walk.blocks[index], stream.path_of(index)
-        names = [f"{path}.{m.name}" for m in readers]
-        both = readers + [m for name in names if name in structure.cut for m, _ in writers(structure, index, block, name)]
-        found[index] = list({m.name: m for m in both}.values())
-    return found
+def trained_matrices(block: nn.Module, readers: list[Matrix]) -> list[Matrix]:
+    """What a training goes over: of a block that has lost units all but routers and the like."""
+    return [m for m in block_matrices(block) if not LEFT_ALONE.search(m.name)] if readers else []
 
 
 def make_up(stream: Stream, index: int, block: nn.Module, matrix: Matrix, before_RC: Tensor, stats: Stats) -> str:

@@ -18,6 +18,7 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.slicing import Keeps
 from llmprune.structured.spaces import closest_count
 from llmprune.structured.structure import Structure
+from llmprune.types import SILENT, Listener
 
 ROUNDS = 5
 STEPS = 8  # of the bisection
@@ -25,7 +26,7 @@ MOST = 0.95
 
 
 @torch.no_grad()
-def sparsity_for(stream: Reshaped, ids_NL: Tensor, ratio: float, progress: Callable[[int, int], None] = lambda done, total: None) -> float:
+def sparsity_for(stream: Reshaped, ids_NL: Tensor, ratio: float, listen: Listener = SILENT) -> float:
     """The least sparsity whose time is at most ``ratio`` of the dense model's. Raises RequestError where no sparsity reaches it."""
     timer = Timer(stream, ids_NL[:1])
     layers = len(stream.names)
@@ -39,7 +40,7 @@ def sparsity_for(stream: Reshaped, ids_NL: Tensor, ratio: float, progress: Calla
     for step in range(STEPS):
         guess = (low + high) / 2
         low, high = (low, guess) if timer.ratio(guess) <= ratio else (guess, high)
-        progress(step + 1, STEPS)
+        listen.progress("latency", step + 1, STEPS)
     return high
 
 

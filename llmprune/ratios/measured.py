@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
@@ -14,7 +13,8 @@ from llmprune.maths.budget import on_levels
 from llmprune.maths.linalg import shrink
 from llmprune.methods import build, trait
 from llmprune.model.matrices import Matrix
-from llmprune.pruners.weights import solve_at
+from llmprune.pruners.matrix import solve_at
+from llmprune.pruners.plan import Plan, Work
 from llmprune.results import Trial
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
@@ -22,10 +22,8 @@ from llmprune.statistics.stages import at_head, at_once
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
-from llmprune.structured.structure import Structure
-from llmprune.types import Allocation, Plan, Seen, Stat, Stats, TriedAllocation
+from llmprune.types import Allocation, Listener, Seen, Stat, Stats, TriedAllocation
 
-Progress = Callable[[int, int], None]
 Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> what it has measured
 SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
 MOST_LEVELS = 9  # at which a matrix with levels of its own is pruned to be measured
@@ -58,45 +56,47 @@ def needs_of(plan: Plan) -> frozenset[Stat]:
 
 
 def dense_gradients(
-    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], progress: Progress
+    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], listen: Listener
 ) -> LossGradients | None:
     """The loss gradients among ``needs``, of the model before it is pruned; None where there are none."""
     needs &= GRADIENTS
     if not needs:
         return None
-    return loss_gradients(stream, windows_NL if needs & PER_WEIGHT else windows_NL[:FISHER_WINDOWS], matrices, needs, progress)
+    return loss_gradients(stream, windows_NL if needs & PER_WEIGHT else windows_NL[:FISHER_WINDOWS], matrices, needs, listen)
 
 
 @torch.no_grad()
-def measure(
-    stream: Stream, windows_NL: Tensor, plan: Plan, matrices: dict[int, list[Matrix]], gradients: LossGradients | None, progress: Progress
-) -> Measured:
+def measure(work: Work, listen: Listener) -> Measured:
     """What the plan's allocations have to know of the dense model, all in one pass; to be called before anything is pruned."""
-    looking = {name: a for name, a in allocations(plan).items() if a.looks_at != "nothing"}
+    looking = {name: a for name, a in allocations(work.plan).items() if a.looks_at != "nothing"}
     measured: Measured = {name: {} for name in looking}
-    needs = survey_needs(plan, list(looking.values()))
+    needs = survey_needs(work.plan, list(looking.values()))
     forward = any(a.looks_at != "weights" for a in looking.values())
-    flow = Flow(stream, windows_NL[:SURVEY_WINDOWS]) if forward else None
-    own = replace(plan, asymmetric=False)  # the dense path is the only one
-    for index, ms in matrices.items() if looking else ():
-        with stream.block(index) as block:
-            statistics = survey(flow, index, block, ms, needs) if flow else {m.name: Stats() for m in ms}
-            shrink(statistics.values(), plan.ours)  # as before a pruning
-            if gradients is not None:
-                gradients.add_to(index, statistics)
-            for m in ms:
-                weight_RC, stats = m.view(block).float(), statistics.pop(m.name)
-                unreached = (needs and stats.tokens == 0) or (needs & PER_WEIGHT and stats.grad_tokens == 0)
-                scored = plan.criterion is not None and any(a.scored for a in looking.values()) and not unreached
-                score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
-                full = f"{stream.path_of(index)}.{m.name}"
-                cut = plan.pattern.cut[full] if isinstance(plan.pattern, Structure) else None
-                levels, units_UK = (thinned(cut.levels), cut.space.readers[0].columns_UK) if cut else ((), None)
-                seen = Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), levels, units_UK)
+    flow = Flow(work.stream, work.windows_NL[:SURVEY_WINDOWS]) if forward else None
+    for index, matrices in work.matrices.items() if looking else ():
+        with work.stream.block(index) as block:
+            statistics = survey(flow, index, block, matrices, needs) if flow else {m.name: Stats() for m in matrices}
+            shrink(statistics.values(), work.plan.ours)  # as before a pruning
+            if work.gradients is not None:
+                work.gradients.add_to(index, statistics)
+            for m in matrices:
+                seen = seen_of(work, index, m, m.view(block).float(), statistics.pop(m.name), needs, list(looking.values()))
                 for name, allocation in looking.items():
-                    measured[name][full] = allocation.measure(seen)
-        progress(index + 1, len(matrices))
+                    measured[name][work.name_of(index, m)] = allocation.measure(seen)
+        listen.progress("allocation", index + 1, len(work.matrices))
     return measured
+
+
+def seen_of(work: Work, index: int, matrix: Matrix, weight_RC: Tensor, stats: Stats, needs: frozenset[Stat], looking: list[Allocation]) -> Seen:
+    """What the allocations may look at of one matrix."""
+    plan, full = work.plan, work.name_of(index, matrix)
+    unreached = (needs and stats.tokens == 0) or (needs & PER_WEIGHT and stats.grad_tokens == 0)
+    scored = plan.criterion is not None and any(a.scored for a in looking) and not unreached
+    score_RC = plan.criterion.score(weight_RC, stats) if scored and plan.criterion else None
+    cut = plan.structure.cut[full] if plan.structure is not None else None
+    levels, units_UK = (thinned(cut.levels), cut.space.readers[0].columns_UK) if cut else ((), None)
+    own = replace(plan, asymmetric=False)  # the dense path is the only one
+    return Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), levels, units_UK)
 
 
 def survey_needs(plan: Plan, looking: list[Allocation]) -> frozenset[Stat]:
@@ -126,14 +126,13 @@ def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], nee
     return statistics
 
 
-def share(stream: Stream, plan: Plan, matrices: dict[int, list[Matrix]], measured: Measured, name: str = "") -> Ratios:
+def share(work: Work, measured: Measured, name: str = "") -> Ratios:
     """The ratios of one of the plan's allocations for the plan's budget, on the levels of its pattern. Raises RequestError if it cannot be met."""
-    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
-    sizes = structure.sizes if structure else {f"{stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in matrices.items() for m in ms}
-    blocks = {f"{stream.path_of(i)}.{m.name}": stream.path_of(i) for i, ms in matrices.items() for m in ms}
+    plan, sizes = work.plan, work.sizes
+    blocks = {work.name_of(i, m): work.stream.path_of(i) for i, ms in work.matrices.items() for m in ms}
     asked, reasons = allocations(plan)[name].share(measured.get(name, {}), sizes, blocks, plan.sparsity)
-    if structure:
-        asked = structure.legal(asked, plan.sparsity)
-    elif plan.pattern.levels:
+    if plan.structure is not None:
+        asked = plan.structure.legal(asked, plan.sparsity)
+    elif plan.pattern is not None and plan.pattern.levels:
         asked = on_levels(asked, sizes, dict.fromkeys(sizes, plan.pattern.levels), plan.sparsity)
     return Ratios(asked, reasons)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,15 +16,14 @@ from llmprune.engine import prune
 from llmprune.errors import RequestError
 from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.model.matrices import Matrix
+from llmprune.pruners.choice import fine_pruner
+from llmprune.pruners.plan import Work
 from llmprune.pruners.weights import Variants
-from llmprune.ratios.measured import Measured, Progress, Ratios, is_tried, measure, share
+from llmprune.ratios.measured import Measured, Ratios, is_tried, measure, share
 from llmprune.results import Step, Trial
-from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import place_hidden
-from llmprune.stream.stream import Stream
-from llmprune.types import Plan, TriedAllocation
+from llmprune.types import SILENT, Listener, TriedAllocation
 
 TRIAL_WINDOWS = 64  # calibration windows of the trials that choose ratios, at most
 STEPS = 3  # up and down from the best start
@@ -37,55 +35,42 @@ NEAR = 0.85  # of the allowed increase: near enough
 
 @dataclass(frozen=True)
 class Trials:
-    """What all trials of a run share. windows_NL: for pruning; held_NL: others, for measuring."""
+    """What all trials of a run share. held_NL: windows for measuring; those of ``work`` are for pruning."""
 
-    stream: Stream
-    windows_NL: Tensor
+    work: Work
     held_NL: Tensor
-    plan: Plan
-    matrices: dict[int, list[Matrix]]
-    gradients: LossGradients | None
 
-    def pruned(self, asked: dict[str, float], variants: Variants | None = None) -> None:
-        """Prune; to be called in a trial of the stream."""
-        prune(self.stream, self.windows_NL, self.plan, self.matrices, self.gradients, asked, variants)
+    def prune(self, asked: dict[str, float], variants: Variants | None = None) -> None:
+        """To be called in a trial of the stream."""
+        prune(self.work.stream, self.work.windows_NL, fine_pruner(self.work, asked, variants), {}, SILENT)
 
     def divergence(self, dense: Flow, asked: dict[str, float]) -> float:
         """From the dense model on the held windows."""
-        with self.stream.trial():
-            self.pruned(asked)
-            return divergences(dense, [after_blocks(self.stream, self.held_NL)])[0]
+        with self.work.stream.trial():
+            self.prune(asked)
+            return divergences(dense, [after_blocks(self.work.stream, self.held_NL)])[0]
 
 
 @torch.no_grad()
-def choose(
-    stream: Stream,
-    calibration: Windows,
-    held: Windows | None,
-    plan: Plan,
-    matrices: dict[int, list[Matrix]],
-    gradients: LossGradients | None,
-    measured: Measured,
-    progress: Progress = lambda done, total: None,
-) -> Ratios:
+def choose(work: Work, held: Windows | None, measured: Measured, listen: Listener) -> Ratios:
     """The ratios that a plan's allocation gives, after trials if it is one of those that make some; they leave training out."""
-    if not is_tried(plan.allocation):
-        return share(stream, plan, matrices, measured)
+    if not is_tried(work.plan.allocation):
+        return share(work, measured)
     if held is None:
         raise RequestError("trials of ratios with a single calibration window", "calibrate on more")
-    cheap = replace(plan, polish_steps=0, reconstruct=None, accept_damage=True)
-    trials = Trials(stream, calibration.ids_NL[:TRIAL_WINDOWS], held.ids_NL, cheap, matrices, gradients)
-    return best_of(trials, plan.allocation, measured, progress)
+    cheap = replace(work.plan, polish_steps=0, reconstruct=None, accept_damage=True)
+    trials = Trials(replace(work, plan=cheap, windows_NL=work.windows_NL[:TRIAL_WINDOWS]), held.ids_NL)
+    return best_of(trials, work.plan.allocation, measured, listen)
 
 
-def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, progress: Progress) -> Ratios:
-    stream, plan, names = trials.stream, trials.plan, allocation.starts
-    dense = after_blocks(stream, trials.held_NL)
+def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, listen: Listener) -> Ratios:
+    names = allocation.starts
+    dense = after_blocks(trials.work.stream, trials.held_NL)
     found = []
     for done, name in enumerate(names):
-        ratios = share(stream, plan, trials.matrices, measured, name)
+        ratios = share(trials.work, measured, name)
         found.append((trials.divergence(dense, ratios.asked), name, ratios))
-        progress(done + 1, len(names) + 1)
+        listen.progress("trials", done + 1, len(names) + 1)
     least, best, ratios = min(found, key=lambda entry: entry[0])
     tried = {name: value for value, name, _ in found}
     better = improved(trials, allocation, ratios.asked) if allocation.evolves else None
@@ -94,25 +79,25 @@ def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, pro
         tried[name] = trials.divergence(dense, better)
         if tried[name] < least:
             ratios, best = replace(ratios, asked=better), name
-    progress(len(names) + 1, len(names) + 1)
+    listen.progress("trials", len(names) + 1, len(names) + 1)
     return replace(ratios, tried=tuple(Trial(name, value, name == best) for name, value in tried.items()))
 
 
 def improved(trials: Trials, allocation: TriedAllocation, asked: dict[str, float]) -> dict[str, float] | None:
     """What the allocation makes of the best ratios; None where it leaves them."""
-    sizes = {f"{trials.stream.path_of(i)}.{m.name}": m.rows * m.columns for i, ms in trials.matrices.items() for m in ms}
+    work, sizes = trials.work, trials.work.sizes
     step = max(1, round(STEP * float(torch.tensor(list(sizes.values()), dtype=torch.float64).median())))
     ratios = {name: reachable(asked[name], size, step) for name, size in sizes.items()}
     room = {name: (min(steps), max(steps)) for name, steps in ratios.items() if len(steps) > 1}
 
     def fitness(candidates: list[dict[str, int]], windows: int) -> list[float]:
-        return assembled(trials, variants, dense, candidates, windows)
+        return assembled(work, variants, dense, candidates, windows)
 
-    with trials.stream.trial():
-        dense = after_blocks(trials.stream, trials.windows_NL)  # nothing is pruned yet
+    with work.stream.trial():
+        dense = after_blocks(work.stream, work.windows_NL)  # nothing is pruned yet
         weights = sum(sizes[name] * len(steps) for name, steps in ratios.items())
-        variants = Variants(ratios, place_hidden(4 * weights, torch.device("cpu"), trials.stream.scratch))
-        trials.pruned(asked, variants)
+        variants = Variants(ratios, place_hidden(4 * weights, torch.device("cpu"), work.stream.scratch))
+        trials.prune(asked, variants)
         steps = allocation.improve(room, fitness)
     return None if steps is None else asked | {name: ratios[name][k] for name, k in steps.items()}
 
@@ -123,17 +108,15 @@ def reachable(ratio: float, size: int, step: int) -> dict[int, float]:
     return {k: r for k, r in near.items() if k == 0 or (0 <= r < 1 and abs(r - ratio) <= FARTHEST)}
 
 
-def assembled(trials: Trials, variants: Variants, dense: Flow, candidates: list[dict[str, int]], windows: int) -> list[float]:
+def assembled(work: Work, variants: Variants, dense: Flow, candidates: list[dict[str, int]], windows: int) -> list[float]:
     """Divergence of models put together from variants of their matrices, on the first windows. Each block is loaded once for all of them."""
-    stream = trials.stream
-    ids_NL = trials.windows_NL[:windows]
-    first = Flow(stream, ids_NL)
+    first = Flow(work.stream, work.windows_NL[:windows])
     flows = [first, *(first.twin() for _ in candidates[1:])]
-    for index in range(len(stream.names)):
-        with stream.block(index) as block:
+    for index in range(len(work.stream.names)):
+        with work.stream.block(index) as block:
             for flow, candidate in zip(flows, candidates, strict=True):
-                for m in trials.matrices.get(index, []):
-                    name = f"{stream.path_of(index)}.{m.name}"
+                for m in work.matrices.get(index, []):
+                    name = work.name_of(index, m)
                     m.view(block).copy_(variants.found[name, candidate.get(name, 0)])
                 flow.through(index, block)
     return divergences(dense, flows)
@@ -149,47 +132,45 @@ class Decision:
 
 
 def decide(
-    stream: Stream,
-    calibration: Windows,
-    held: Windows | None,
-    plan: Plan,
-    matrices: dict[int, list[Matrix]],
-    gradients: LossGradients | None,
-    most_increase: float | None = None,
-    frontier: tuple[Step, ...] = (),
-    on_step: Callable[[Step], None] = lambda step: None,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    work: Work, held: Windows | None, most_increase: float | None = None, frontier: tuple[Step, ...] = (), listen: Listener = SILENT
 ) -> Decision:
     """The plan's ratios; with ``most_increase``, the largest sparsity whose perplexity on the held windows is no more than this above the dense one.
 
     frontier: steps that are known already. Raises RequestError when not even little sparsity stays within the increase.
     """
-    ids_NL = calibration.ids_NL
-    measured = measure(stream, ids_NL, plan, matrices, gradients, partial(progress, "allocation"))
+    measured = measure(work, listen)
     if most_increase is None:
-        return Decision(plan.sparsity, choose(stream, calibration, held, plan, matrices, gradients, measured, partial(progress, "trials")))
+        return Decision(work.plan.sparsity, choose(work, held, measured, listen))
     if held is None:
         raise RequestError("a budget of perplexity with a single calibration window", "calibrate on more")
     steps = list(frontier)
-    dense = perplexity(stream, held).value
+    dense = perplexity(work.stream, held).value
 
     def increase_at(sparsity: float) -> float:
         known = [step for step in steps if step.sparsity == sparsity]
         if not known:
-            at = replace(plan, sparsity=sparsity, accept_damage=True)  # a destroyed block shows in the perplexity
-            with stream.trial():
-                prune(stream, ids_NL, at, matrices, gradients, share(stream, at, matrices, measured).asked)
-                value = perplexity(stream, held).value
+            value = perplexity_at(work, held, measured, sparsity)
             known = [Step(sparsity, value, value / dense - 1)]
             steps.extend(known)
-            on_step(known[0])
-        progress("budget", len(steps), max(len(steps), MOST_TRIALS))
+            listen.on_step(known[0])
+        listen.progress("budget", len(steps), max(len(steps), MOST_TRIALS))
         return known[0].increase
 
-    sparsity = sparsest(increase_at, most_increase, plan.sparsity)
+    sparsity = sparsest(increase_at, most_increase, work.plan.sparsity)
     if not sparsity:
-        raise RequestError(f"max-ppl-increase {most_increase:.1%}: {min(s.increase for s in steps):.1%} is the least that was reached", "allow more")
-    return Decision(sparsity, share(stream, replace(plan, sparsity=sparsity), matrices, measured), tuple(sorted(steps, key=lambda s: s.sparsity)))
+        raise RequestError(
+            f"max-ppl-increase {most_increase:.1%}: {min(step.increase for step in steps):.1%} is the least that was reached", "allow more"
+        )
+    ratios = share(replace(work, plan=replace(work.plan, sparsity=sparsity)), measured)
+    return Decision(sparsity, ratios, tuple(sorted(steps, key=lambda step: step.sparsity)))
+
+
+def perplexity_at(work: Work, held: Windows, measured: Measured, sparsity: float) -> float:
+    """Of the model pruned to a sparsity, and forgotten again. A destroyed block shows in the perplexity."""
+    at = replace(work, plan=replace(work.plan, sparsity=sparsity, accept_damage=True))
+    with at.stream.trial():
+        prune(at.stream, at.windows_NL, fine_pruner(at, share(at, measured).asked), {}, SILENT)
+        return perplexity(at.stream, held).value
 
 
 def sparsest(increase_at: Callable[[float], float], limit: float, most: float) -> float:

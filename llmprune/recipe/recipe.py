@@ -36,7 +36,8 @@ from llmprune.recipe.user_criterion import UserCriterion
 from llmprune.recipe.values import read_bytes, read_count, read_share
 
 if TYPE_CHECKING:
-    from llmprune.types import Plan
+    from llmprune.pruners.plan import Plan
+
 
 BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
@@ -258,13 +259,14 @@ class Recipe(BaseModel):
         """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
         pattern is a structured one.
         """
-        from llmprune.types import Plan
+        from llmprune.pruners.plan import Plan
 
         parts = self.parts
         solver, reconstruct = split_solver(parts.solver)
         return Plan(
             criterion=self._criterion(parts.criterion),
-            pattern=structure or build_pattern(self.pattern, parts.group),
+            pattern=None if structure else build_pattern(self.pattern, parts.group),
+            structure=structure,
             solver=build("solvers", solver),
             reconstruct=build("solvers", reconstruct) if reconstruct else None,
             allocation=build("allocation", parts.allocation, **self._allocation_options()),

@@ -18,6 +18,7 @@ from llmprune.methods import trait
 from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
+from llmprune.pruners.plan import Plan
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS
 from llmprune.statistics.stages import GRAM_SHARE
@@ -25,8 +26,6 @@ from llmprune.stream.flow import TOKENS_PER_BATCH
 from llmprune.stream.hidden import memory_of
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
-from llmprune.structured.structure import Structure
-from llmprune.types import Plan
 
 FLOAT = 4
 STEADY = 60 << 20  # threads, buffers of the libraries' products, the run's own small objects
@@ -83,8 +82,8 @@ def in_units(size: int) -> str:
 
 def footprint(stream: Stream, plan: Plan, matrices: dict[int, list[Matrix]], data: RunData) -> Footprint:
     """The plan of a run that starts now."""
-    if isinstance(plan.pattern, Structure) and plan.asymmetric:  # what loses nothing makes up for the others
-        matrices = {i: plan.pattern.repaired(i, block) for i, block in enumerate(stream.walk.blocks)}
+    if plan.structure is not None and plan.asymmetric:  # what loses nothing makes up for the others
+        matrices = {i: plan.structure.repaired(i, block) for i, block in enumerate(stream.walk.blocks)}
     return _Estimate(stream, plan, matrices, data, memory_of(stream.device_of(0))).footprint()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.layers import layers_to_drop
+from llmprune.pruners.plan import Plan
 from llmprune.pruners.rotation import check_rotation
 from llmprune.ratios.latency import sparsity_for
 from llmprune.recipe.recipe import Recipe
@@ -20,8 +20,8 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.selected import selected
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
-from llmprune.structured.structure import Structure, structure_of
-from llmprune.types import Plan
+from llmprune.structured.structure import structure_of
+from llmprune.types import Listener
 
 
 def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
@@ -29,7 +29,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
     if not recipe.structured:
         plan, matrices = recipe.plan(), selected(stream, selection)
         check_outside(stream, selection)
-        check_matrices(matrices, stream, plan.pattern)
+        check_matrices(matrices, stream, plan)
         return plan, matrices
     if isinstance(stream, WholeStream):
         raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "take an unstructured or N:M pattern")
@@ -54,7 +54,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
 
 def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], source: Source | None = None) -> Plan:
     """The plan with the sparsity that a budget of parameters or bytes means."""
-    structure = plan.pattern if isinstance(plan.pattern, Structure) else None
+    structure = plan.structure
     room = structure.weights if structure else sum(m.rows * m.columns for ms in matrices.values() for m in ms)
     if recipe.target_params:
         plan = replace(plan, sparsity=share_for("target_params", recipe.target_params, count_parameters(stream.walk.model), room))
@@ -68,9 +68,9 @@ def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, 
     return plan
 
 
-def with_latency(recipe: Recipe, plan: Plan, stream: Stream, ids_NL: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
+def with_latency(recipe: Recipe, plan: Plan, stream: Stream, ids_NL: Tensor, listen: Listener) -> Plan:
     """The plan with the sparsity that a budget of time means on this machine, which is measured."""
-    if recipe.target_latency_ratio is None or not isinstance(plan.pattern, Structure):
+    if recipe.target_latency_ratio is None or plan.structure is None:
         return plan
-    sparsity = sparsity_for(Reshaped(stream, plan.pattern), ids_NL, recipe.target_latency_ratio, progress)
+    sparsity = sparsity_for(Reshaped(stream, plan.structure), ids_NL, recipe.target_latency_ratio, listen)
     return replace(plan, sparsity=sparsity)

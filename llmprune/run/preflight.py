@@ -17,11 +17,10 @@ from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
+from llmprune.pruners.plan import Plan, Work
 from llmprune.ratios.measured import allocations, is_tried, share
 from llmprune.stream.hidden import memory_of
 from llmprune.stream.stream import Stream
-from llmprune.structured.structure import Structure
-from llmprune.types import Pattern, Plan
 
 PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blocks, about
 
@@ -86,10 +85,12 @@ def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> N
         raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space, or choose another --output")
 
 
-def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, pattern: Pattern) -> None:
+def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, plan: Plan) -> None:
     """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
-    if not any(matrices.values()) and not isinstance(pattern, Structure):
+    if not any(matrices.values()):
         raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
+    pattern = plan.pattern
+    assert pattern is not None
     unfit = [(i, m) for i, ms in matrices.items() for m in ms if m.columns % pattern.unit or m.rows % pattern.tall]
     bad = [f"{stream.path_of(i)}.{m.name} [{m.rows}, {m.columns}]" for i, m in unfit]
     if bad:
@@ -137,7 +138,7 @@ def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
     """An allocation that looks at nothing can be tried out at once."""
     for name, allocation in allocations(plan).items():
         if allocation.looks_at == "nothing":
-            share(stream, plan, matrices, {}, name)
+            share(Work(stream, torch.empty(0), plan, matrices), {}, name)  # no window is looked at
 
 
 def share_for(name: str, target: int, total: int, room: int) -> float:

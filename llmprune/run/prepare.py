@@ -23,6 +23,7 @@ from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.pruners.plan import Plan, Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.results import Calibration, Environment, Origin
 from llmprune.run.memory import Footprint, footprint
@@ -32,8 +33,6 @@ from llmprune.run.windows import find_texts, gather_windows
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.whole import WholeStream
-from llmprune.structured.structure import Structure
-from llmprune.types import Plan
 
 
 @dataclass
@@ -50,6 +49,10 @@ class Job:
     output: Path
     overwrite: bool
     restart: bool
+
+    @property
+    def work(self) -> Work:
+        return Work(self.stream, self.data.calibration.ids_NL, self.plan, self.matrices)
 
     @property
     def writes_again(self) -> bool:
@@ -79,7 +82,7 @@ class Job:
         recipe = self.recipe.resolved()
         goal = f"{self.recipe.max_ppl_increase:.3g} more perplexity" if self.recipe.max_ppl_increase else f"{self.plan.sparsity:.6g}"
         matrices = [m for ms in self.matrices.values() for m in ms]
-        structure = self.plan.pattern if isinstance(self.plan.pattern, Structure) else None
+        structure = self.plan.structure
         weights = structure.weights if structure else sum(m.rows * m.columns for m in matrices)
         indices = range(len(self.stream.names)) if structure else self.matrices
         places = [self.stream.skeleton.get_submodule(self.stream.path_of(i)) for i in indices]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,19 +24,21 @@ from llmprune.engine import prune
 from llmprune.errors import RequestError
 from llmprune.evaluation.beside import Dense, dense_passes, pruned_pass
 from llmprune.maths.linalg import few_tokens, shrink
-from llmprune.pruners.weights import prune_matrix
-from llmprune.ratios.measured import Measured, dense_gradients, is_tried, measure, needs_of, survey
+from llmprune.pruners.choice import fine_pruner
+from llmprune.pruners.matrix import prune_matrix
+from llmprune.pruners.plan import Plan, Work
+from llmprune.ratios.measured import Measured, Ratios, dense_gradients, is_tried, measure, needs_of, survey
+from llmprune.ratios.trials import choose
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.fields import typed
 from llmprune.report.frontier import SWEEP, SweepReport, SweepRow, draw, markdown
 from llmprune.results import Origin, Row
-from llmprune.run.job import Progress, quiet, ratios_of
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, prepare
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
-from llmprune.types import Plan, Stat
+from llmprune.types import SILENT, Listener, Stat
 
 
 @dataclass
@@ -63,7 +64,7 @@ def prepare_sweep(
     rows = []
     for recipe in asked:
         plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
-        check_matrices(job.matrices, job.stream, plan.pattern)
+        check_matrices(job.matrices, job.stream, plan)
         check_plan(plan, job.stream, job.matrices, job.stream.dtype)
         rows.append((recipe, plan))
     if quick:
@@ -85,7 +86,7 @@ def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
         raise RequestError("quick sweep with a pruned head", "leave the head out with --skip, or leave --quick out")
 
 
-def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
+def run_sweep(sweep: Sweep, listen: Listener = SILENT) -> SweepReport:
     """Every row that an interrupted sweep of the same request has not finished. The output appears whole, or not at all."""
     job = sweep.job
     identity = job.identity | {"recipe": [recipe.resolved() for recipe, _ in sweep.rows], "quick": sweep.quick}
@@ -93,13 +94,13 @@ def run_sweep(sweep: Sweep, progress: Progress = quiet) -> SweepReport:
     try:
         job.stream.scratch = journal.folder
         head = len(job.stream.names) in job.matrices
-        dense = dense_passes(job.stream, job.data.evaluation, head, journal, partial(progress, "perplexity, dense"))
+        dense = dense_passes(job.stream, job.data.evaluation, head, journal, listen)
         missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
-        shared = Shared(sweep, progress)
+        shared = Shared(sweep, listen)
         made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, shared)
         for number, row in zip(missing, made, strict=True):
             journal.write(f"row-{number:05d}", asdict(row))
-            progress("sweep", number + 1, len(sweep.rows))
+            listen.progress("sweep", number + 1, len(sweep.rows))
         rows = [typed(SweepRow, journal.read(f"row-{number:05d}")) for number in range(len(sweep.rows))]
         source = Origin(job.source.name, job.source.revision, job.source.hashes)
         values = tuple(one.perplexity for one in dense)
@@ -122,8 +123,8 @@ def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
 class Shared:
     """What the rows have in common, made when the first of them needs it."""
 
-    def __init__(self, sweep: Sweep, progress: Progress) -> None:
-        self._sweep, self._progress = sweep, progress
+    def __init__(self, sweep: Sweep, listen: Listener) -> None:
+        self._sweep, self._listen = sweep, listen
         self._gradients: LossGradients | None = None
         self._measured: dict[Any, Measured] = {}
 
@@ -131,16 +132,22 @@ class Shared:
         if self._gradients is None:
             job = self._sweep.job
             needs = frozenset().union(*(needs_of(plan) for _, plan in self._sweep.rows))
-            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, partial(self._progress, "gradients"))
+            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, self._listen)
         return self._gradients
 
+    def work(self, plan: Plan) -> Work:
+        """A row's."""
+        return replace(self._sweep.job.work, plan=plan, gradients=self.gradients())
+
+    def ratios(self, plan: Plan) -> Ratios:
+        """What each matrix gives up by a plan."""
+        return choose(self.work(plan), self._sweep.job.data.held, self.measured(plan), self._listen)
+
     def measured(self, plan: Plan) -> Measured:
-        """Of a plan's allocation; it does not hang on the sparsity."""
+        """Of a plan's allocation; the sparsity does not matter."""
         key = replace(plan, sparsity=0.0)
         if key not in self._measured:
-            job = self._sweep.job
-            step = partial(self._progress, "allocation")
-            self._measured[key] = measure(job.stream, job.data.calibration.ids_NL, plan, job.matrices, self.gradients(), step)
+            self._measured[key] = measure(self.work(plan), self._listen)
         return self._measured[key]
 
 
@@ -152,11 +159,11 @@ def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], sh
 
 def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
     """Prune, measure, forget."""
-    gradients, measured = shared.gradients(), shared.measured(plan)
+    shared.measured(plan)
     began = perf_counter()
-    ratios = ratios_of(job, plan, measured, gradients)
+    work, asked = shared.work(plan), shared.ratios(plan).asked
     with job.stream.trial():
-        blocks = prune(job.stream, job.data.calibration.ids_NL, plan, job.matrices, gradients, ratios.asked)
+        blocks = prune(work.stream, work.windows_NL, fine_pruner(work, asked), {}, SILENT)
         return row_of(recipe, plan, dense, [row for block in blocks for row in block.rows], perf_counter() - began)
 
 
@@ -173,7 +180,7 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], sh
     """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
     stream, gradients = job.stream, shared.gradients()
     assert isinstance(stream, CheckpointStream)
-    ratios = [ratios_of(job, plan, shared.measured(plan), gradients) for _, plan in rows]
+    ratios = [shared.ratios(plan) for _, plan in rows]
     drafts, found, seconds = [stream.draft() for _ in rows], [[] for _ in rows], [0.0] * len(rows)  # type: ignore[var-annotated]
     needs = frozenset[Stat]().union(*(plan.needs for _, plan in rows))
     flow = Flow(stream, job.data.calibration.ids_NL)

@@ -23,7 +23,7 @@ from llmprune.statistics.gradient_taps import PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
-from llmprune.types import STATISTICS, Stat, Stats, statistics_of
+from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, statistics_of
 
 GRADIENTS = statistics_of("loss", "window losses")
 
@@ -77,13 +77,13 @@ def loss_gradients(
     windows_NL: Tensor,
     matrices: dict[int, list[Matrix]],
     needs: frozenset[Stat],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    listen: Listener = SILENT,
 ) -> LossGradients:
     """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
     been pruned yet (a stream that has a sink reads finished blocks from there).
 
-    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats defines each. ``progress`` is called with (blocks done, twice the
-    number of blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and the inputs of the blocks
+    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats defines each. ``listen`` hears of (blocks done, twice the number of
+    blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and the inputs of the blocks
     unless they are kept in a file.
     Raises StoppedError when a gradient is not finite.
     """
@@ -94,7 +94,7 @@ def loss_gradients(
     result = LossGradients(stream, matrices, needs, len(windows_NL))
     shared = Shared()
     blocks = len(stream.names)
-    entered = forward(flow, shared, lambda done: progress(done, 2 * blocks))
+    entered = forward(flow, shared, listen)
     result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs))
     for index in reversed(range(blocks)):
         with stream.block(index) as block, frozen(block):
@@ -104,11 +104,11 @@ def loss_gradients(
                 taps.next_batch()
             taps.close()
         result.put(index, taps)
-        progress(2 * blocks - index, 2 * blocks)
+        listen.progress("gradients", 2 * blocks - index, 2 * blocks)
     return result
 
 
-def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> MemoryHidden | FileHidden:
+def forward(flow: Flow, shared: Shared, listen: Listener) -> MemoryHidden | FileHidden:
     """The input of each block, by (block, micro-batch). The output of the last one is left in ``flow.hidden``."""
     blocks = len(flow.stream.names)
     # it may take half of the memory: place_hidden reckons with two generations
@@ -120,7 +120,7 @@ def forward(flow: Flow, shared: Shared, progress: Callable[[int], None]) -> Memo
                 with shared.written(index, flow.calls[batch][index]):
                     flow.outputs[batch] = flow.run(index, block, batch)
         flow.advance()
-        progress(index + 1)
+        listen.progress("gradients", index + 1, 2 * blocks)
     return entered
 
 

@@ -25,7 +25,7 @@ from llmprune.statistics.sums import Reached, Watch, accumulate_input, finish
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden, memory_of, place_hidden
-from llmprune.types import Plan, Stat, Stats
+from llmprune.types import Stat, Stats
 
 MOST_THREADS = 256
 GRAM_SHARE = 4  # Gram matrices that are held together take at most one part in so many of what is free
@@ -98,7 +98,7 @@ def stage_by_stage(
     index: int,
     block: nn.Module,
     matrices: list[Matrix],
-    plan: Plan,
+    needs: frozenset[Stat],
     clock: Clock,
     reordered: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
@@ -110,9 +110,9 @@ def stage_by_stage(
     """
     straight = record_straight(dense, index, block, matrices)
     if straight:
-        yield from straight_stages(flow, index, block, *straight, plan, clock, reordered)
+        yield from straight_stages(flow, index, block, *straight, needs, clock, reordered)
     else:
-        yield from marked_stages(flow, dense, index, block, matrices, plan, clock)
+        yield from marked_stages(flow, dense, index, block, matrices, needs, clock)
 
 
 class Kept:
@@ -180,7 +180,7 @@ def record_straight(dense: Flow, index: int, block: nn.Module, matrices: list[Ma
 
 
 def straight_stages(
-    flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, plan: Plan, clock: Clock, reordered: Mapping[str, Tensor]
+    flow: Flow, index: int, block: nn.Module, program: Program, kept: Kept, needs: frozenset[Stat], clock: Clock, reordered: Mapping[str, Tensor]
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
     products = Products(block, [m for stage in program.stages for m in stage])
     passages: list[Passage] = []
@@ -193,7 +193,7 @@ def straight_stages(
             for batch, passage in enumerate(passages):
                 value, ours = passage.to(number)
                 clock.lap("forward")
-                accumulate_input(stats, value, plan.needs)
+                accumulate_input(stats, value, needs)
                 accumulate_cross(stats, value, kept.get("input", number, batch))
                 for name, partner in ours.items():
                     accumulate_partner(partners, name, value, partner, kept.get("partner", name, batch))
@@ -232,7 +232,7 @@ def all_can_wait(flow: Flow, index: int, kept: Kept) -> bool:
 
 
 def marked_stages(
-    flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], plan: Plan, clock: Clock
+    flow: Flow, dense: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock
 ) -> Generator[tuple[list[Matrix], dict[str, Stats]], None, None]:
     kept, calls = record_marked(dense, index, block, matrices)
     grouped, in_order = stages(calls, matrices)
@@ -240,10 +240,10 @@ def marked_stages(
         behind = [m for later in grouped[number + 1 :] for m in later] if in_order else []
         # matrices that share an input stay together; experts never do
         alone = [m for m in stage if m.expert is not None]
-        parts = fitting(alone, plan.needs, flow.stream.device_of(index))
+        parts = fitting(alone, needs, flow.stream.device_of(index))
         rest = [m for m in stage if m.expert is None]
         for part in [stage] if len(parts) == 1 else [*([rest] if rest else []), *parts]:
-            yield part, watch_stage(flow, index, block, part, behind, plan, kept, clock)
+            yield part, watch_stage(flow, index, block, part, behind, needs, kept, clock)
     for batch in range(len(flow)):
         flow.outputs[batch] = flow.run(index, block, batch)
 
@@ -273,11 +273,11 @@ def followed(flow: Flow, index: int, block: nn.Module, batch: int, watching: Wat
 
 
 def watch_stage(
-    flow: Flow, index: int, block: nn.Module, stage: list[Matrix], behind: list[Matrix], plan: Plan, kept: Kept, clock: Clock
+    flow: Flow, index: int, block: nn.Module, stage: list[Matrix], behind: list[Matrix], needs: frozenset[Stat], kept: Kept, clock: Clock
 ) -> dict[str, Stats]:
     """Run the pruned path up to the matrices ``behind`` the stage; the stage's sums, including those with the dense path."""
     follow = Follow()
-    watching = Watch(block, stage, plan.needs, follow, until=behind)
+    watching = Watch(block, stage, needs, follow, until=behind)
     partners: dict[str, Tensor] = {}
     for batch in range(len(flow)):
         with suppress(Reached):

@@ -43,8 +43,8 @@ def with_mappings(call: Call, own: dict[int, Any]) -> Call:
 class Flow:
     """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
 
-    def __init__(self, stream: Stream, windows_NL: Tensor, size: int | None = None) -> None:
-        """size: windows of a micro-batch, else as many as are fast on the device."""
+    def __init__(self, stream: Stream, windows_NL: Tensor, size: int | None = None, dense: bool = False) -> None:
+        """size: windows of a micro-batch, else as many as are fast on the device. dense: with all residual channels, whatever the stream drops."""
         device = stream.device_of(0)
         size = size or max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
         self.stream = stream
@@ -55,7 +55,7 @@ class Flow:
         with stream.outer():
             for j, ids_NL in enumerate(self.ids):
                 hidden_NLD, calls = stream.walk.record(ids_NL.to(device))
-                if stream.width is not None:
+                if stream.width is not None and not dense:
                     places = stream.width.to(device)
                     hidden_NLD = torch.zeros_like(hidden_NLD).index_copy_(-1, places, hidden_NLD[..., places])
                 if not stores:
@@ -67,6 +67,12 @@ class Flow:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def dense_twin(self) -> Flow:
+        """A second flow of the same windows for the dense model."""
+        if self.stream.width is None:
+            return self.twin()
+        return Flow(self.stream, torch.cat(self.ids), len(self.ids[0]), dense=True)
 
     def twin(self) -> Flow:
         """A second flow of the same windows, with hidden states of its own; so too what blocks leave in their calls for blocks behind them."""

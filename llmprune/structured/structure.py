@@ -1,4 +1,4 @@
-"""What a structured run cuts: the spaces of every block that its pattern names, as a pattern of the matrices that read their units."""
+"""What a structured run cuts: the spaces of every block that it names, and the matrices that read their units."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Cuttable:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """The pattern of a structured run. ``cut`` holds what may be cut by the full name of its reader, or of the space where none reads it."""
+    """What a structured run may cut. ``cut`` holds what may be cut by the full name of its reader, or of the space where none reads it."""
 
     name: str  # as it was asked for
     patterns: tuple[str, ...]
@@ -60,10 +60,6 @@ class Structure:
     others: tuple[tuple[str, ...], ...]  # of each block, matrices that lose no units, by their names in it
     outer: Space | None = None  # the residual channels outside the blocks, where the width is cut
     outside: int = 0  # numbers that they hold there
-    unit: int = 1
-    tall: int = 1
-    local: bool = False
-    levels: tuple[float, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -86,15 +82,10 @@ class Structure:
             counts[c.space.pattern] = counts.get(c.space.pattern, 0) + c.space.units
         return " and ".join(f"{count:,} {pattern}" for pattern, count in counts.items())
 
-    def at(self, ratio: float, matrix: str) -> Units:
+    def units_of(self, matrix: str) -> Units:
+        """The units of a reader, as a pattern of its columns."""
         space = self.cut[matrix].space
         return Units(space.readers[0].columns_UK, space.groups, space.least)
-
-    def dropped(self, rows: int, columns: int, sparsity: float) -> int:
-        raise AssertionError("each matrix has units of its own")
-
-    def project(self, score_RC: Tensor, drop: int) -> Tensor:
-        raise AssertionError("each matrix has units of its own")
 
     def readers(self, index: int, block: nn.Module) -> list[Matrix]:
         """The matrices of a block that read units that may go."""
@@ -128,10 +119,10 @@ class Structure:
         (count,) = {round(c.kept(asked[name])) for name, c in self.cut.items()}
         return count
 
-    def told(self, row: Row, keep_RC: Tensor) -> Row:
-        """A reader's row with what has become of its units."""
+    def with_units(self, row: Row, keep_RC: Tensor) -> Row:
+        """A reader's row with the units that it keeps."""
         cut = self.cut[row.matrix]
-        return replace(row, what=cut.space.pattern, units=cut.space.units, kept=self.at(row.asked, row.matrix).kept(keep_RC), parameters=cut.size)
+        return replace(row, what=cut.space.pattern, units=cut.space.units, kept=self.units_of(row.matrix).kept(keep_RC), parameters=cut.size)
 
     def mask(self, index: int, block: nn.Module, keeps: Keeps) -> list[str]:
         """Zero everything else that goes with the dropped units; names of the parameters that this has changed."""

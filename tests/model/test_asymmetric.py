@@ -21,6 +21,7 @@ from llmprune.maths.linalg import damped
 from llmprune.model.blocks import Call
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
+from llmprune.pruners.plan import Plan
 from llmprune.solvers.admm import ADMM
 from llmprune.statistics import stages as statistics
 from llmprune.statistics.stages import stage_by_stage
@@ -28,7 +29,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.selected import selected
-from llmprune.types import Plan, Stats
+from llmprune.types import Stats
 
 IDS_NL = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 PLAN = Plan(None, Unstructured(), ADMM(), Uniform(), 0.5, asymmetric=True)

@@ -29,6 +29,7 @@ from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
+from llmprune.pruners.plan import Plan
 from llmprune.results import BlockReport
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.sparsegpt import SparseGPT
@@ -40,7 +41,7 @@ from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
-from llmprune.types import Plan, Stat
+from llmprune.types import Stat
 
 CPU = torch.device("cpu")
 CANNOT_WALK = r"hidden states change between the blocks|shared with"

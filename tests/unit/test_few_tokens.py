@@ -21,11 +21,12 @@ from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.linalg import CORRELATED, PSEUDO_TOKENS, TRUSTED, drawn_to_mean, shrink
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.pruners import weights
+from llmprune.pruners.plan import Plan
 from llmprune.solvers.admm import ADMM
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.refit import Refit
 from llmprune.solvers.sparsegpt import SparseGPT
-from llmprune.types import Plan, Stats
+from llmprune.types import Stats
 
 R, C = 24, 32
 

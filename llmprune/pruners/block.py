@@ -1,18 +1,68 @@
-"""Run a pruned block again: the error of its output, and the inputs of the next block."""
+"""What every block pruner promises, and how the loop takes both paths on to the next block.
+
+Two flows of hidden states pass through the model: the pruned path, which has come through the pruned blocks, and the dense path beside it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import StoppedError
+from llmprune.results import BlockReport, Row
+from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
-from llmprune.types import Plan
+from llmprune.types import Listener
 
 BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """What a pruner has done to a block. stored: the parameters that have to be written; changed: those of them that no row speaks of. outputs:
+    (unpruned, pruned) outputs of every micro-batch, made while they are read; when all have been read, both paths enter the next block.
+    """
+
+    rows: Sequence[Row]
+    stored: Sequence[str]
+    changed: Sequence[str]
+    outputs: Iterable[tuple[Tensor, Tensor]]
+
+
+class BlockPruner(Protocol):
+    """Prunes a model block by block (``llmprune.engine.prune``)."""
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Numbers of the blocks that are visited, in order; the number after the last block is the head's."""
+        ...
+
+    @property
+    def wants_dense(self) -> bool:
+        """Whether the dense path runs beside the pruned one."""
+        ...
+
+    @property
+    def accept_damage(self) -> bool:
+        """Whether a destroyed output stops the run."""
+        ...
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        """A block that an interrupted run has pruned: the next ones see it as the report says."""
+        ...
+
+    def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
+        """Prune one loaded block in place. The hidden states that enter it wait in ``flow.hidden`` and ``dense.hidden``."""
+        ...
+
+    def finish(self, dense: Flow | None, listen: Listener) -> None:
+        """What is done to the whole model once every block is pruned. dense: the dense path behind the last block."""
+        ...
 
 
 def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
@@ -26,8 +76,11 @@ def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
         flow.through(index, block)
 
 
-def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, plan: Plan) -> float:
-    """Relative squared error over (unpruned, pruned) outputs. Raises StoppedError when it is not finite, or destroys what goes on."""
+def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, accept_damage: bool) -> float:
+    """Relative squared error over (unpruned, pruned) outputs; 0 where there are none.
+
+    Raises StoppedError when it is not finite, or above 1: the output is destroyed.
+    """
     wrong = total = 0.0
     for dense, pruned in pairs:
         total += float(dense.float().square().sum(dtype=torch.float64))
@@ -35,7 +88,7 @@ def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, plan: Plan) 
     error = wrong / total if total else 0.0
     if not math.isfinite(error):
         raise StoppedError(f"{name}: its output is not finite", "compute in --dtype float32")
-    if error > BLOWN_UP and not plan.accept_damage:
+    if error > BLOWN_UP and not accept_damage:
         raise StoppedError(
             f"{name}: relative output error {error:.3g} after pruning, above {BLOWN_UP:g}",
             "ask for less sparsity or a better method; --accept-damage goes on",

@@ -1,0 +1,114 @@
+"""A run on a model in memory: pruned in place, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.data.windows import RunData, read_windows
+from llmprune.errors import RequestError
+from llmprune.export.live import slice_model
+from llmprune.export.save import cuts, kept_layers
+from llmprune.model.matrices import Selection
+from llmprune.model.skeleton import count_parameters
+from llmprune.pruners.plan import Work
+from llmprune.recipe.recipe import Recipe
+from llmprune.report.result import Report
+from llmprune.results import Origin, Polished
+from llmprune.run.planning import planned, with_budget
+from llmprune.run.preflight import check_ids, check_length, check_plan
+from llmprune.run.prepare import describe, environment
+from llmprune.run.pruning import Forgetful, decided, prune_blocks, with_gradients
+from llmprune.run.windows import DEFAULT_SAMPLES, default_length, given_windows
+from llmprune.stream.live import LiveStream
+from llmprune.stream.reshaped import Reshaped
+from llmprune.types import Listener
+
+OF_A_CHECKPOINT = ("output", "push", "eval", "rotate", "device", "dtype", "revision")  # options that a model in memory cannot obey
+
+
+def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any, listen: Listener) -> Report:
+    """Prune a transformers model in place. given: calibration token ids [N, L]; tokenizer: of a model that is calibrated on text.
+
+    Raises RequestError for options that a model in memory cannot obey, and as the run of a checkpoint does.
+    """
+    check_options(recipe)
+    with as_for_inference(model):
+        stream = LiveStream(model)
+        plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
+        plan = with_budget(recipe, plan, stream, matrices)
+        check_plan(plan, stream, matrices, model.dtype)
+        data, records = live_windows(model, recipe, given, tokenizer), Forgetful()
+        work = with_gradients(Work(stream, data.calibration.ids_NL, plan, matrices), listen)
+        decision = decided(recipe, work, data, records, listen)
+        polished: list[Polished] = []
+        hearing = replace(
+            listen,
+            on_block=lambda index, report, hashes: listen.progress("prune", index + 1, len(matrices)),
+            on_polish=lambda done, hashes: polished.append(done),
+        )
+        blocks, shown = prune_blocks(recipe, work, decision, records, hearing)
+    smaller = None
+    if isinstance(shown, Reshaped):
+        smaller = slice_model(model, cuts(shown.structure, blocks, recipe.pad), kept_layers(shown))
+    return Report(
+        recipe=recipe.resolved(),
+        source=Origin(type(model).__name__, None, {}),
+        calibration=describe(data.calibration),
+        blocks=tuple(blocks),
+        perplexity=(),
+        parameters=count_parameters(model),
+        model=smaller,
+        polish=polished[0] if polished else None,
+        asked=decision.sparsity,
+        reasons=decision.ratios.reasons,
+        tried=decision.ratios.tried,
+        frontier=decision.frontier,
+        environment=environment(model.device, model.dtype, block_by_block=False),
+    )
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises RequestError for options that are about a checkpoint."""
+    asked = [name for name in OF_A_CHECKPOINT if getattr(recipe, name) != type(recipe).model_fields[name].get_default(call_default_factory=True)]
+    if asked:
+        raise RequestError(f"{asked[0]} with a model in memory", f"leave {asked[0]} out, or prune the model's checkpoint, with output=...")
+
+
+def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
+    """The calibration windows: token ids as given, or cut from a text."""
+    length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
+    check_length(length, model.config)
+    if given is None:
+        if tokenizer is None or recipe.calibration is None:
+            raise RequestError(
+                "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
+            )
+        samples = recipe.samples or DEFAULT_SAMPLES
+        draw = recipe.seed if recipe.shuffle else None
+        given = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples).ids_NL
+    data = given_windows(recipe, given)
+    check_ids(data.calibration, model)
+    return data
+
+
+@contextmanager
+def as_for_inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients, with one product an expert so that each can be watched; all as before afterwards."""
+    experts, modes = model.config._experts_implementation, {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.set_experts_implementation(experts)
+        model.train(modes[model])
+        for module, training in modes.items():  # some may be frozen in evaluation mode
+            module.training = training
