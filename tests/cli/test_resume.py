@@ -19,6 +19,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
+from llmprune.types import Listener
 
 ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
 
@@ -38,7 +39,7 @@ def run_until(step: str, block: int, **ask: object) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        run(prepare(read_recipe(None, ASK | ask)), progress)
+        run(prepare(read_recipe(None, ASK | ask)), Listener(progress=progress))
     assert not Path("out").exists()
 
 

@@ -17,6 +17,7 @@ import llmprune
 from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
+from llmprune.types import Listener
 
 UNSTRUCTURED = TINY | {"method": "wanda", "sparsity": 0.5}
 GROUPS = TINY | {"method": "sparsegpt", "pattern": "2:4"}
@@ -63,7 +64,7 @@ def stopped(root: Path, ask: dict[str, Any]) -> tuple[list[str], dict[str, objec
             raise Stop
 
     with pytest.raises(Stop):
-        run(prepare(read_recipe(None, ask)), progress)
+        run(prepare(read_recipe(None, ask)), Listener(progress=progress))
     shutil.move("out.partial", "stopped")
     files = sorted(p.relative_to("stopped").as_posix() for p in Path("stopped").rglob("*") if p.is_file())
     return files, contents(Path("whole"))
@@ -149,4 +150,6 @@ def test_given_token_ids_are_those_that_are_used(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(prepare(read_recipe(None, ask), ids_NL), progress)
     with pytest.raises(llmprune.LlmpruneError, match="started with another calibration"):
+        run(prepare(read_recipe(None, ask), ids_NL), Listener(progress=progress))
+    with pytest.raises(llmprune.LlmpruneError, match="begun with another calibration"):
         llmprune.prune(**ask, calibration=ids_NL + 1)

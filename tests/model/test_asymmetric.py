@@ -58,7 +58,7 @@ def test_stages_follow_what_feeds_what(tmp_path, family, expected):
     flow = Flow(stream, IDS_NL)
     matrices = selected(stream, Selection())[0]
     with stream.block(0) as block:
-        found = [stage for stage, _ in stage_by_stage(flow, flow.twin(), 0, block, matrices, PLAN, Clock())]
+        found = [stage for stage, _ in stage_by_stage(flow, flow.twin(), 0, block, matrices, PLAN.needs, Clock())]
     names = [list(dict.fromkeys(m.parameter.removesuffix(".weight").rpartition(".")[2] for m in stage)) for stage in found]
     assert names == expected
     assert sorted(m.name for stage in found for m in stage) == sorted(m.name for m in matrices)
@@ -75,7 +75,7 @@ def test_statistics_of_both_paths_equal_those_of_hooks(tmp_path):
     matrices = selected(stream, Selection())[0]
     with stream.block(0) as block:
         stats = {}
-        for _, statistics in stage_by_stage(flow, dense, 0, block, matrices, PLAN, Clock()):
+        for _, statistics in stage_by_stage(flow, dense, 0, block, matrices, PLAN.needs, Clock()):
             stats |= statistics
         inputs = {}
         for path, which in (("pruned", flow), ("dense", dense)):
@@ -176,7 +176,7 @@ def test_a_block_that_runs_otherwise_is_followed_mark_by_mark(signs):
         path.outputs = {}
         paths.append(path)
     dense, flow = paths
-    found = dict(zip(("first", "second"), stage_by_stage(flow, dense, 0, block, block_matrices(block), PLAN, Clock()), strict=True))
+    found = dict(zip(("first", "second"), stage_by_stage(flow, dense, 0, block, block_matrices(block), PLAN.needs, Clock()), strict=True))
     assert [[m.name for m in stage] for stage, _ in found.values()] == [["first.weight"], ["second.weight"]]
     middle = [[block.first(p.hidden[i]) + (p.hidden[i][0, 0, 0] > 0) for i in range(len(hidden))] for p in (dense, flow)]
     dense_TC, pruned_TC = (torch.cat([m.flatten(0, 1) for m in side]) for side in middle)

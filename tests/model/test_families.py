@@ -29,7 +29,9 @@ from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
-from llmprune.pruners.plan import Plan
+from llmprune.pruners.block import BlockPruner
+from llmprune.pruners.choice import fine_pruner
+from llmprune.pruners.plan import Plan, Work
 from llmprune.results import BlockReport
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.sparsegpt import SparseGPT
@@ -41,7 +43,7 @@ from llmprune.stream.flow import Flow
 from llmprune.stream.hidden import FileHidden, MemoryHidden
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
-from llmprune.types import Stat
+from llmprune.types import SILENT, Stat
 
 CPU = torch.device("cpu")
 CANNOT_WALK = r"hidden states change between the blocks|shared with"
@@ -90,12 +92,18 @@ def open_stream(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointS
     return CheckpointStream(open_folder(folder, folder.name), dtype, CPU)
 
 
+def by(plan: Plan, stream: Any) -> BlockPruner:
+    """The plan's pruner of all matrices, each at the plan's sparsity."""
+    work = Work(stream, WINDOWS_NL, plan, selected(stream, Selection()))
+    return fine_pruner(work, dict.fromkeys(work.sizes, plan.sparsity))
+
+
 def prune_to(folder: Path, output: Path, plan: Plan) -> tuple[CheckpointStream, Sink, list[BlockReport]]:
     stream = open_stream(folder)
     sink = Sink(output, stream.source)
     sink.lay_out()
     stream.write_to(sink)
-    reports = prune(stream, WINDOWS_NL, plan, selected(stream, Selection()))
+    reports = prune(stream, WINDOWS_NL, by(plan, stream), {}, SILENT)
     sink.finish()
     return stream, sink, reports
 
@@ -318,7 +326,7 @@ def test_live_model_equals_checkpoint(saved: Callable[..., Path], tmp_path: Path
     model = plain(folder)
     model.set_experts_implementation("eager")
     stream = LiveStream(model)
-    assert prune(stream, WINDOWS_NL, PLANS["sparsegpt"], selected(stream, Selection())) == reports
+    assert prune(stream, WINDOWS_NL, by(PLANS["sparsegpt"], stream), {}, SILENT) == reports
     for (name, live), stored in zip(model.named_parameters(), plain(tmp_path / "out").parameters(), strict=True):
         assert torch.equal(live, stored), name
 

@@ -30,7 +30,7 @@ from llmprune.stream.hidden import FileHidden
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
 from llmprune.stream.stream import Stream
-from llmprune.types import Stat, Stats
+from llmprune.types import Listener, Stat, Stats
 
 CPU = torch.device("cpu")
 WINDOWS_NL = tiny_windows(5, 16)
@@ -242,7 +242,9 @@ def test_one_window_is_enough_for_the_first() -> None:
 def test_progress_counts_both_ways() -> None:
     stream = LiveStream(live("llama"))
     seen: list[tuple[int, int]] = []
-    loss_gradients(stream, WINDOWS_NL, selected(stream, EVERYTHING), frozenset({"grad"}), lambda done, total: seen.append((done, total)))
+    loss_gradients(
+        stream, WINDOWS_NL, selected(stream, EVERYTHING), frozenset({"grad"}), Listener(progress=lambda step, done, total: seen.append((done, total)))
+    )
     assert seen == [(i + 1, 6) for i in range(6)]
 
 

@@ -16,6 +16,7 @@ from llmprune.export.save import ALIKE
 from llmprune.pruners.rotation import check_rotation, rotate
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.structured.spaces import refusal
+from llmprune.types import SILENT
 
 IDS = tiny_windows(8, 24)
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_a_rotated_model_is_the_same_model(family, tmp_path):
     model.save_pretrained(tmp_path / "model")
     stream = CheckpointStream(open_folder(tmp_path / "model", "model"), torch.float32, CPU)
     (tmp_path / "rotated").mkdir()
-    rotate(stream, IDS, tmp_path / "rotated", lambda done, total: None)
+    rotate(stream, IDS, tmp_path / "rotated", SILENT)
     turned = reloaded(tmp_path / "rotated")
     assert difference(logits(model), logits(turned)) < ALIKE[torch.float32]  # turning rounds every weight once
     before, after = (m.get_input_embeddings().weight.detach() for m in (model, turned))

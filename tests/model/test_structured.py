@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 import llmprune.export.save
-import llmprune.pruners.coarse
+import llmprune.pruners.layers
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import PromiseError, RequestError
 from llmprune.evaluation.divergence import after_blocks
@@ -354,7 +354,7 @@ def test_rows_and_columns_of_one_matrix_are_zeroed(pattern, dim, tmp_path):
 def test_layers_that_stay_make_up_for_those_that_go(tmp_path, monkeypatch):
     """On the calibration windows the repaired model is nearer to the uncut one."""
     model = stored("qwen3", tmp_path / "model", num_hidden_layers=4)
-    monkeypatch.setattr(llmprune.pruners.coarse, "choose_layers", lambda *about: {0: 0.0})
+    monkeypatch.setattr(llmprune.pruners.layers, "choose_layers", lambda *about: {0: 0.0})
     apart = []
     for target in ("symmetric", None):
         report = cut(tmp_path / "model", "layers", 0.25, target=target, overwrite=True)

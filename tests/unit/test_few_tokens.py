@@ -20,13 +20,13 @@ from llmprune.criteria.wanda import Wanda
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.linalg import CORRELATED, PSEUDO_TOKENS, TRUSTED, drawn_to_mean, shrink
 from llmprune.patterns.unstructured import Unstructured
-from llmprune.pruners import weights
+from llmprune.pruners.matrix import solve
 from llmprune.pruners.plan import Plan
 from llmprune.solvers.admm import ADMM
 from llmprune.solvers.mask_only import MaskOnly
 from llmprune.solvers.refit import Refit
 from llmprune.solvers.sparsegpt import SparseGPT
-from llmprune.types import Stats
+from llmprune.types import Pruned, Stats
 
 R, C = 24, 32
 
@@ -37,6 +37,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def seen(value_TC: Tensor) -> Stats:
     return Stats(tokens=len(value_TC), gram_CC=value_TC.T @ value_TC, input_sq_C=value_TC.square().sum(0))
+
+
+def half(weight_RC: torch.Tensor, stats: Stats, plan: Plan) -> Pruned:
+    assert plan.pattern is not None
+    return solve(weight_RC, stats, plan, plan.pattern, R * C // 2)
 
 
 def plan_of(criterion: Any, solver: Any, ours: bool = True) -> Plan:
@@ -97,7 +102,7 @@ def test_norms_of_few_tokens_are_drawn_to_their_mean() -> None:
     torch.testing.assert_close(drawn_to_mean(value_TC.square().sum(0), 4), wanted_C)
     weight_RC = random(R, C, seed=1)
     kept = (weight_RC.abs() * wanted_C.sqrt()).argsort(dim=1).argsort(dim=1) >= C // 2
-    assert weights.solve(weight_RC, seen(value_TC), plan_of(Wanda(), MaskOnly()), R * C // 2).keep_RC.equal(kept)
+    assert half(weight_RC, seen(value_TC), plan_of(Wanda(), MaskOnly())).keep_RC.equal(kept)
 
 
 def test_an_input_that_was_always_zero_goes_first() -> None:
@@ -106,8 +111,8 @@ def test_an_input_that_was_always_zero_goes_first() -> None:
     value_TC[:, 5] = 0
     weight_RC[:, 5] *= 100
     plan = plan_of(Wanda(), MaskOnly())
-    assert not weights.solve(weight_RC, seen(value_TC), plan, R * C // 2).keep_RC[:, 5].any()
-    assert weights.solve(weight_RC, seen(value_TC[:8]), plan, R * C // 2).keep_RC[:, 5].all()
+    assert not half(weight_RC, seen(value_TC), plan).keep_RC[:, 5].any()
+    assert half(weight_RC, seen(value_TC[:8]), plan).keep_RC[:, 5].all()
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM(), Refit()], ids=["sparsegpt", "admm", "refit"])
@@ -116,7 +121,7 @@ def test_what_is_lost_is_counted_by_the_sums(solver: Any) -> None:
     value_TC, weight_RC = random(2 * C, C), random(R, C, seed=1)
     stats = seen(value_TC)
     shrink([stats], ours=True)
-    pruned = weights.solve(weight_RC, stats, plan_of(Wanda() if isinstance(solver, Refit) else None, solver), R * C // 2)
+    pruned = half(weight_RC, stats, plan_of(Wanda() if isinstance(solver, Refit) else None, solver))
     assert stats.shrunk > 1
     assert pruned.lost == pytest.approx(float(((pruned.weight_RC - weight_RC) @ value_TC.T).square().sum()), rel=1e-6)
 
@@ -134,7 +139,7 @@ def test_a_repair_that_would_fit_the_sample_is_held_back(solver: Any) -> None:
             weight_RC, stats = random(R, C, seed=seed).float(), seen(random(C, C, seed=100 + seed).float())
             if shrunk:
                 shrink([stats], ours=True)
-            pruned_RC = weights.solve(weight_RC, stats, plan, R * C // 2).weight_RC
+            pruned_RC = half(weight_RC, stats, plan).weight_RC
             total += float(((pruned_RC - weight_RC) @ other_TC.T).square().sum() / (weight_RC @ other_TC.T).square().sum())
         return total / 8
 
@@ -154,7 +159,7 @@ def test_a_repair_that_would_fit_the_sample_is_held_back(solver: Any) -> None:
 def test_few_tokens_are_noted(plan: Plan, says: str) -> None:
     stats = seen(random(8, C).float())
     shrink([stats], plan.ours)
-    assert weights.solve(random(R, C).float(), stats, plan, R * C // 2).notes == ((says,) if says else ())
+    assert half(random(R, C).float(), stats, plan).notes == ((says,) if says else ())
 
 
 @pytest.mark.parametrize("method", [{"quality": "balanced"}, {"quality": "fast"}, {"method": "wanda"}, {"method": "sparsegpt"}], ids=str)
