@@ -148,7 +148,6 @@ def test_given_token_ids_are_those_that_are_used(tmp_path, monkeypatch):
             raise Stop
 
     with pytest.raises(Stop):
-        run(prepare(read_recipe(None, ask), ids_NL), progress)
-    with pytest.raises(llmprune.LlmpruneError, match="started with another calibration"):
         run(prepare(read_recipe(None, ask), ids_NL), Listener(progress=progress))
+    with pytest.raises(llmprune.LlmpruneError, match="started with another calibration"):
         llmprune.prune(**ask, calibration=ids_NL + 1)
