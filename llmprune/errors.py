@@ -1,4 +1,4 @@
-"""Expected failures. Every message says what, where, the values; the hint says the remedy."""
+"""Expected failures. A message says what failed, where, and the values; the hint gives the remedy."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 
 
 def at_home(text: object) -> str:
-    """What is printed, with the home folder, which names its owner, as ~: output is shown to others."""
+    """A text to print, with the home folder as ~, since its name identifies the user and output is shown to others."""
     home = os.path.expanduser("~")  # noqa: PTH111  it gives an answer where there is no home
     return str(text).replace(home, "~") if len(home) > 1 else str(text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, at least its kind."""
+    """The first line of a library's error, or at least its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or a device: nothing is wrong then with what was asked for."""
+    """Whether memory ran out, on the machine or a device: then nothing is wrong with the request."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in first_line(error).lower())
 
 
 def _in_a_line(text: str) -> str:
-    """With escapes for what a terminal would act on: names and values in a message may be a stranger's."""
+    """With control characters escaped: names and values in a message may come from untrusted files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -43,13 +43,13 @@ class RequestError(LlmpruneError):
 
 
 class StoppedError(LlmpruneError):
-    """A run had to stop in the middle; the same command goes on from the last finished block."""
+    """A run had to stop in the middle; the same command resumes after the last finished block."""
 
     exit_code = 3
 
 
 class PromiseError(LlmpruneError):
-    """A checked promise does not hold, such as a group that breaks 2:4."""
+    """A checked promise does not hold, such as 2:4 in every group."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""What a run finds, in words that travel between folders: rows of matrices, reports of blocks, perplexities, what was tried, saved, published."""
+"""What a run finds, as values for all folders: rows of matrices, reports of blocks, perplexities, what was tried, saved, published."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 
 def _without_defaults(part: Origin | Calibration) -> dict[str, Any]:
-    """As JSON; a field that says nothing is left out."""
+    """As JSON; empty fields are left out."""
     silent = {field.name for field in fields(part) if getattr(part, field.name) == field.default}
     return {name: value for name, value in asdict(part).items() if name not in silent}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run has pruned. files: sha256 of those that hold weights; bytes: of its plain weights; both unknown of a live model."""
+    """The checkpoint that a run has pruned. files: sha256 of the weight files; bytes: of its plain weights; both unknown for a live model."""
 
     name: str
     revision: str | None
     files: dict[str, str]
     bytes: int | None = None
-    quantised: str | None = None  # by which method, where its weights were stored so
-    left_behind: tuple[str, ...] = ()  # files that are not copied since they are too large
+    quantised: str | None = None  # its quantisation method, if its weights were quantised
+    left_behind: tuple[str, ...] = ()  # files that are too large to be copied
 
     def to_json(self) -> dict[str, Any]:
         return _without_defaults(self)
@@ -37,7 +37,7 @@ class Calibration:
     window: int  # tokens of each
     tokens: int
     sha256: str  # of all token ids
-    drawn_from: str = ""  # among how many, by which seed; empty for the first windows
+    drawn_from: str = ""  # among how many they were drawn, by which seed; empty for the first windows
 
     def to_json(self) -> dict[str, Any]:
         return _without_defaults(self)
@@ -54,7 +54,7 @@ class Environment:
     block_by_block: bool  # whether one block was in memory at a time, and not the whole model
 
     def to_json(self) -> dict[str, Any]:
-        """In one level: the versions beside the rest."""
+        """Flattened: the versions beside the rest."""
         machine = asdict(self)
         return machine.pop("versions") | machine
 
@@ -73,13 +73,13 @@ class Row:
     notes: tuple[str, ...] = ()
     saliency: tuple[float, float] | None = None  # share that N:M can hold, in the source's order of input channels and in the one chosen
     what: str = ""  # units of a structured pattern: its name
-    units: int | None = None  # that could go
-    kept: tuple[int, ...] | None = None  # numbers of the units that stay
-    parameters: int = 0  # that all units hold, in whatever writes and reads them
+    units: int | None = None  # that could be dropped
+    kept: tuple[int, ...] | None = None  # numbers of the kept units
+    parameters: int = 0  # of all units, in every tensor that writes or reads them
 
     @property
     def size(self) -> int:
-        """What its sparsity is a share of."""
+        """The base of its sparsity."""
         return self.parameters if self.kept is not None else self.rows * self.columns
 
     @property
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block: its rows, the relative squared error of its output, and what else a repair has changed in it."""
+    """What happened to one block: its rows, the relative squared error of its output, and the other tensors that a repair changed in it."""
 
     block: str
     output_error: float
@@ -106,12 +106,12 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Polished:
-    """What whole-model distillation has done: mean KL(dense || pruned) on the calibration windows, in nats a token, before and after."""
+    """What whole-model distillation has done: mean KL(dense || pruned) on the calibration windows, in nats per token, before and after."""
 
     steps: int
     divergence_before: float
     divergence_after: float
-    changed: tuple[str, ...]  # full names of the tensors that it has changed
+    changed: tuple[str, ...]  # full names of the tensors that it changed
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Smaller:
 
     pattern: str
     patterns: tuple[str, ...]
-    layers: tuple[int, ...]  # numbers in the source of the blocks that stay
+    layers: tuple[int, ...]  # numbers in the source of the kept blocks
     parameters: int
     bytes: int
     difference: float | None
@@ -148,7 +148,7 @@ class Smaller:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the dense and the pruned model write after a prompt."""
+    """How the dense and the pruned model continue a prompt."""
 
     prompt: str
     tokens: int  # that each of them writes
@@ -158,17 +158,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class NoSample:
-    """Why there is none."""
+    """Why there is no sample."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and bytes of one process; None where nobody has measured them."""
+    """Seconds and bytes of one process; None where they were not measured."""
 
     seconds: float | None = None
-    resumed_blocks: int = 0  # that an earlier process had finished
+    resumed_blocks: int = 0  # finished by an earlier process
     peak_memory: int | None = None  # of the whole process, libraries included
     planned_memory: int | None = None  # for the run, libraries not included
 
@@ -187,7 +187,7 @@ class Perplexity:
 
     @property
     def definition(self) -> str:
-        """What it is measured over, besides the data set."""
+        """Its definition, besides the data set."""
         return f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
 
     def __str__(self) -> str:
@@ -217,7 +217,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation set says of a run: both perplexities, by the same definition, and how far the predictions behind them have moved."""
+    """A run measured on one evaluation set: both perplexities, by the same definition, and the divergence of the predictions behind them."""
 
     dense: Perplexity
     pruned: Perplexity
@@ -250,7 +250,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push has done, or would do: ``commit`` is None where nothing was written."""
+    """What a push has done, or would do: ``commit`` is None if nothing was written."""
 
     repo: str
     url: str

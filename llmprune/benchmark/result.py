@@ -13,10 +13,10 @@ from llmprune.checkpoint.files import FORMAT
 
 @dataclass(frozen=True)
 class Figures:
-    """One model. Rates are tokens a second over all sequences of the batch, times are seconds, sizes are bytes.
+    """One model. Rates are tokens per second over all sequences of the batch, times are seconds, sizes are bytes.
 
-    ``first_token`` is from the prompt to the first token known; ``peak_memory`` is the most in use during laps, weights included and
-    libraries not (None where it cannot be told); ``kv_cache`` is what the cache holds after the prompt.
+    ``first_token`` is from the prompt to the first token known; ``peak_memory`` is the peak during laps, weights included and
+    libraries not (None where it is unknown); ``kv_cache`` is what the cache holds after the prompt.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Bench:
 
 
 def compared(model: Figures, laps: Sequence[Lap], reference: Figures, theirs: Sequence[Lap]) -> Compared:
-    """A model beside the reference; ``laps`` and ``theirs`` were run by turns, so each pair met the same load."""
+    """A model beside the reference; ``laps`` and ``theirs`` were run by turns, so each pair ran under the same load."""
     pairs = list(zip(laps, theirs, strict=True))
     memory = model.peak_memory / reference.peak_memory if model.peak_memory and reference.peak_memory else None
     return Compared(

@@ -1,6 +1,6 @@
 """``bench``: the speed, memory and size of a checkpoint, beside the dense one it came from, in one run.
 
-Every model lives in a process of its own; their laps take turns, so that a drift of the machine's load meets all of them alike.
+Every model is in a separate process; their laps take turns, so that a drift of the machine's load affects all of them alike.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from llmprune.model.skeleton import UNBUILDABLE
 from llmprune.stream.devices import choose_device
 
 DEFAULT_PROMPT = 512
-COMPILED_WARM_UP = 3  # rounds: a cache of fixed size is set up in the first, so torch.compile comes back to it once more
-QUIET = 0.5  # processes that ran on average in the minute before
+COMPILED_WARM_UP = 3  # rounds: a cache of fixed size is set up in the first, so torch.compile compiles once more
+QUIET = 0.5  # average number of running processes in the last minute
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 ROOT = Path(llmprune.__file__).parent.parent
 
@@ -69,10 +69,10 @@ def bench(
 ) -> Bench:
     """Measure a checkpoint, by turns with ``against`` where given, as plain transformers loads and runs them.
 
-    model, against: alias, folder or Hub id. prompt_length: tokens; by default 512, or what the models' positions leave. new_tokens: decoded
-    after the first one. repeat: rounds that count, after one that warms up (three with compile). threads: as torch has it by default.
-    dtype: the checkpoint's own by default. trust_remote_code: run the model code that the checkpoint brings along.
-    Raises RequestError before any load when the request cannot be met, StoppedError when a model does not get through.
+    model, against: alias, folder or Hub id. prompt_length: tokens; by default 512, or as many as the models' positions allow. new_tokens: decoded
+    after the first one. repeat: measured rounds, after one warm-up round (three with compile). threads: torch's default.
+    dtype: the checkpoint's own by default. trust_remote_code: run the model code that comes with the checkpoint.
+    Raises RequestError before any load when the request cannot be met, StoppedError when a model fails.
     """
     _check_counts(new_tokens=new_tokens, batch=batch, repeat=repeat, **({"prompt_length": prompt_length} if prompt_length is not None else {}))
     _check_counts(**({"threads": threads} if threads is not None else {}))
@@ -92,7 +92,7 @@ def bench(
 def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], progress: Callable[[str, int, int], None]) -> Bench:
     reason = why_not(torch.device(task.device))
     with ExitStack() as stack:
-        processes = [stack.enter_context(_process()) for _ in entrants]  # they import side by side, and load after each other
+        processes = [stack.enter_context(_process()) for _ in entrants]  # they import at the same time, and load one after another
         workers = [_loaded(p, e, task) for p, e in zip(processes, entrants, strict=True)]
         last = workers[-1]
         if reason is None and last.facts["two_of_four"]:
@@ -107,7 +107,7 @@ def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], pro
     if reason is None and len(workers) == len(entrants):
         reason = f"2:4 kernels: no nn.Linear of {last.entrant.source.name} keeps 2:4"
     notes += [reason] if reason else []
-    notes += [] if all(p["loading_apart"] for p in peaks) else ["peak memory has the loading in it: this system does not tell them apart"]
+    notes += [] if all(p["loading_apart"] for p in peaks) else ["peak memory includes the loading: this system does not separate them"]
     models = tuple(_measured(w, lap, peak["bytes"]) for w, lap, peak in zip(workers, laps, peaks, strict=True))
     ratios = tuple(compared(m, mine, models[0], laps[0]) for m, mine in zip(models[1:], laps[1:], strict=True))
     kernels = tuple(Kernel(**_spreads(k)) for w in workers for k in w.facts.get("kernels", []))
@@ -115,7 +115,7 @@ def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], pro
 
 
 def _load_note(device: torch.device) -> list[str]:
-    """Threads that wait for each other lose more than their share to other processes: figures of a busy machine say so."""
+    """Threads that wait for each other suffer most from other processes: figures of a busy machine carry this note."""
     load = psutil.getloadavg()[0]
     busy = device.type == "cpu" and load > QUIET
     remedy = "measure again on a quiet one, or with OMP_WAIT_POLICY=passive, so that waiting threads do not spin"
@@ -133,7 +133,7 @@ def _entrant(name: str, role: str, dtype: str, device: torch.device, trust: bool
     kind = source.config.get("model_type")
     own_code = "AutoModelForCausalLM" in (source.config.get("auto_map") or {})
     if own_code and not trust and (kind not in CONFIG_MAPPING or "per_layer_config" in source.config):
-        raise RequestError(f"{source.name}: brings its own model code, which is not run unasked", "read it, then add --trust-remote-code")
+        raise RequestError(f"{source.name}: comes with its own model code, which is not run without consent", "read it, then add --trust-remote-code")
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
     except (*UNBUILDABLE, OSError) as error:
@@ -145,7 +145,7 @@ def _entrant(name: str, role: str, dtype: str, device: torch.device, trust: bool
 
 
 def _dtype(asked: str, config: Any, source: Source, device: torch.device, notes: list[str]) -> str:
-    """The name of the dtype to run in: the one asked for, else the checkpoint's own; never float16 on CPU, where its products crawl."""
+    """The name of the dtype to run in: the one asked for, else the checkpoint's own; never float16 on CPU, where its products are very slow."""
     if asked == "float16" and device.type == "cpu":
         raise RequestError("dtype float16 on CPU: its products are 5 to 60 times slower there", "give --dtype float32 or bfloat16")
     if asked != "auto":
@@ -194,7 +194,7 @@ class _Worker:
 
 @contextmanager
 def _process() -> Iterator[subprocess.Popen[str]]:
-    """A process that waits for its task; it ends with the block."""
+    """A process that waits for its task; it ends with the ``with`` block."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     words = [sys.executable, "-P", "-m", "llmprune.benchmark.worker"]
@@ -213,7 +213,7 @@ def _loaded(process: subprocess.Popen[str], entrant: Entrant, task: Task) -> _Wo
 
 
 def _ask(process: subprocess.Popen[str], line: str, name: str) -> Any:
-    """One line to a worker, one back. Raises what the worker was refused, or StoppedError when it is gone."""
+    """One line to a worker, one back. Raises the worker's refusal, or StoppedError when it has died."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -222,7 +222,7 @@ def _ask(process: subprocess.Popen[str], line: str, name: str) -> Any:
     except BrokenPipeError:
         answer = None
     if answer is None:
-        hint = "a code of -9 mostly means that memory ran out: use a smaller --batch or a shorter --prompt-length"
+        hint = "a code of -9 usually means that memory ran out: use a smaller --batch or a shorter --prompt-length"
         raise StoppedError(f"{name}: its process ended with code {process.wait()}", hint)
     if "error" in answer:
         kind: type[LlmpruneError] = RequestError if answer["code"] == RequestError.exit_code else StoppedError

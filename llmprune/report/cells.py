@@ -9,7 +9,7 @@ from llmprune.results import Divergence, Perplexity
 
 @dataclass(frozen=True)
 class Cell:
-    """``value`` is the number as llmprune.json has it (or the sum or share that its rows mean); None for a text."""
+    """``value`` is the number as llmprune.json has it (or a sum or share over its rows); None for a text."""
 
     text: str
     value: float | int | None = None
@@ -17,7 +17,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Rows of cells under their heads. ``note`` says what the numbers are."""
+    """Rows of cells under their heads. ``note`` defines the numbers."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]

@@ -1,4 +1,4 @@
-"""Several results side by side: of runs, of sweeps, or of both. Perplexities stand in one column only where they have one definition."""
+"""Several results side by side: of runs, of sweeps, or of both. Perplexities share a column only if they have the same definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmprune.results import Divergence, Perplexity, Sample
 
 @dataclass(frozen=True)
 class Found:
-    """What one evaluation set says of one result."""
+    """One result measured on one evaluation set."""
 
     perplexity: float
     kl: float
@@ -28,8 +28,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Result:
-    """One pruned model. ``found`` and ``dense`` are by the definition of the numbers; ``left``: parameters that are neither zero nor gone, None where
-    nobody counted; ``report``: of a run.
+    """One pruned model. ``found`` and ``dense`` are by the definition of the numbers; ``left``: parameters neither zero nor removed, None where they
+    were not counted; ``report``: of a run.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Result:
 
 
 def results(paths: Sequence[Path]) -> list[Result]:
-    """Of all results. Raises RequestError for what is none."""
+    """The entries of all results. Raises RequestError for anything that is not a result."""
     return _distinct([result for path in paths for result in _results(path)])
 
 
@@ -73,7 +73,7 @@ def _found(perplexity: Perplexity, divergence: Divergence) -> tuple[str, Found]:
 
 
 def _distinct(found: list[Result]) -> list[Result]:
-    """Folders may have one last name."""
+    """Distinct names: folders may share their last name."""
     seen: dict[str, int] = {}
     named = []
     for result in found:
@@ -87,8 +87,8 @@ def definitions(found: Sequence[Result]) -> list[str]:
 
 
 def best(found: Sequence[Result], by: str) -> set[str]:
-    """Names of those that nothing beats: no other one is as small and as good, and better in one of the two. Small is said in parameters that are
-    left, where all have them: what a sparsity is a share of differs between patterns.
+    """Names of those on the Pareto front: no other one is as small and as good, and better in one of the two. Size is the number of remaining
+    parameters, where all have it: the base of a sparsity differs between patterns.
     """
     counted = _all_counted(found)
     points = [(e.name, (e.left or 0) if counted else -e.sparsity, e.found[by].perplexity) for e in found if by in e.found]
@@ -100,7 +100,7 @@ def _all_counted(found: Sequence[Result]) -> bool:
 
 
 def compared(found: Sequence[Result]) -> PageTable:
-    """One row a result; of each definition the perplexity, the mean KL, the share of equal likeliest tokens."""
+    """One row per result; for each definition the perplexity, the mean KL, the share of equal likeliest tokens."""
     names = definitions(found)
     marks = ["" if len(names) == 1 else f" [{number}]" for number in range(1, len(names) + 1)]
     front = best(found, names[0]) if names else set()
@@ -124,17 +124,17 @@ def _dense_row(found: Sequence[Result], names: Sequence[str]) -> tuple[Cell, ...
 
 
 def remarks(found: Sequence[Result]) -> list[str]:
-    """What has to be said with the table."""
+    """The remarks below the table."""
     names = definitions(found)
     said = [f"perplexity{f' [{n}]' if len(names) > 1 else ''}: {name}" for n, name in enumerate(names, 1)]
     if len({result.source for result in found}) > 1:
         said.append("These are results of different models: " + ", ".join(sorted({result.source[0] for result in found})) + ".")
     if names:
-        how = "has as few parameters left" if _all_counted(found) else "is as sparse"
+        how = "has as few remaining parameters" if _all_counted(found) else "is as sparse"
         said.append(f"Best: no other result {how} and predicts as well, and is better in one of the two" + (", by [1]." if len(names) > 1 else "."))
     said.append("Mean KL(dense || pruned) in nats; top-1: the share of predictions whose likeliest token is the dense model's.")
-    said.append("Left: parameters of the whole model that are neither zero nor gone.")
-    said.append("Sparsity: the share of the pruned matrices that has gone; of a structured pattern, of what its units hold.")
+    said.append("Left: parameters of the whole model that are neither zero nor removed.")
+    said.append("Sparsity: the dropped share of the pruned matrices; for a structured pattern, of its units' parameters.")
     return said
 
 
@@ -146,12 +146,12 @@ def sections(found: Sequence[Result]) -> Iterator[Section]:
     if runs:
         errors = {name: [(float(n), b.output_error) for n, b in enumerate(report.blocks)] for name, report in runs}
         picture = curves("errors", "Relative output error by block", errors, ("block", "relative error"), whole=True)
-        yield Section("errors", "Error by block", ("Relative squared error of what leaves each block.",), picture, _by_block(runs))
+        yield Section("errors", "Error by block", ("Relative squared error of each block's output.",), picture, _by_block(runs))
         yield _sparsities(runs)
     samples = [(name, report.sample) for name, report in runs if isinstance(report.sample, Sample)]
     if samples:
         first = samples[0][1]
-        said = f"After “{first.prompt}”, always by the likeliest token. One sample measures nothing."
+        said = f"After “{first.prompt}”, greedily. One sample measures nothing."
         texts = (("dense", first.dense.strip()), *((name, sample.pruned.strip()) for name, sample in samples))
         yield Section("sample", "A sample of text", (said,), texts=texts)
 

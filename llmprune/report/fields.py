@@ -1,4 +1,4 @@
-"""A JSON file as typed values: what is missing or of another type is refused in one line."""
+"""A JSON file as typed values: a missing field, or one of another type, is refused in one line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def typed(kind: Any, value: Any) -> Any:
-    """A JSON value as what its type says, such as a frozen dataclass. Raises ValidationError: 3 is a float, but "3" is not."""
+    """A JSON value converted to a type, such as a frozen dataclass. Raises ValidationError: 3 is a float, but "3" is not."""
     return _adapter(kind).validate_json(json.dumps(value), strict=True)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The content of a file of a format that is known. name: of the file; what: it ought to be, for hints."""
+    """The content of a file of a known format. name: of the file; what: the kind of file expected, for hints."""
 
     content: Mapping[str, Any]
     name: str
@@ -36,7 +36,7 @@ class Fields:
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, Mapping):
-            raise self.refusal("holds no JSON object")
+            raise self.refusal("is not a JSON object")
         check_format(self.content, self.name)
 
     def get(self, path: str, kind: Any, default: Any = REQUIRED) -> Any:

@@ -18,7 +18,7 @@ SWEEP = "sweep.json"
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One pruning: what was asked, the share of exact zeros that came out, and what each evaluation set says of it."""
+    """One pruning: what was asked, the share of exact zeros that came out, and its figures on each evaluation set."""
 
     method: str
     pattern: str
@@ -26,7 +26,7 @@ class SweepRow:
     sparsity: float
     perplexity: tuple[Perplexity, ...]
     divergence: tuple[Divergence, ...]  # from the dense model, on the same windows
-    seconds: float = field(compare=False)  # of the pruning, without what is shared
+    seconds: float = field(compare=False)  # of the pruning, without shared work
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SweepReport:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], name: str, output: Path) -> SweepReport:
-        """What ``to_json`` has made. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
+        """Reads the result of ``to_json``. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
         fields = Fields(content, name, "a sweep's sweep.json")
         get = fields.get
         return cls(
@@ -63,11 +63,11 @@ class SweepReport:
         )
 
 
-QUICK = "quick: by the dense model's statistics; a run of its own goes by those of the pruned model and comes out better"
+QUICK = "quick: by the dense model's statistics; a separate run uses those of the pruned model and gives better results"
 
 
 def markdown(report: SweepReport) -> str:
-    """One line a row, each number under its definition."""
+    """One line per row, each number under its definition."""
     lines = [f"# {report.source.name}: perplexity against sparsity", ""]
     for dense in report.dense:
         lines.append(f"- dense {dense.value:.4g} on {dense.dataset} ({dense.split}, {dense.definition})")
@@ -82,7 +82,7 @@ def markdown(report: SweepReport) -> str:
 
 
 def draw(report: SweepReport) -> bytes:
-    """An SVG: one curve a method and pattern, a picture an evaluation set, the dense model as a line."""
+    """An SVG: one curve per method and pattern, one plot per evaluation set, the dense model as a line."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "llmprune", "svg.fonttype": "none"}):

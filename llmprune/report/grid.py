@@ -1,4 +1,4 @@
-"""A report's matrices by layer and kind: what the heat map and the ratios are drawn from."""
+"""A report's matrices by layer and kind: the data of the heat map and of the ratios."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Grid:
 
     @property
     def ratios_differ(self) -> bool:
-        """Asked ratios of one run under a uniform allocation differ by less than a weight in a thousand."""
+        """Whether all ratios are equal: under a uniform allocation they differ by less than a thousandth."""
         ends = [end for group in self.groups.values() for end in group.asked]
         return bool(ends) and max(ends) - min(ends) > 1e-3
 
@@ -65,7 +65,7 @@ def kind_of(block: str, matrix: str) -> str:
 
 
 def short(names: tuple[str, ...]) -> list[str]:
-    """The fewest last components of each name that tell it from the others."""
+    """The fewest last components of each name that distinguish it from the others."""
     found = []
     for name in names:
         parts = name.split(".")

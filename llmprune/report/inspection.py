@@ -24,7 +24,7 @@ class Inspected:
     columns: int
     zeros: int
     patterns: tuple[str, ...]
-    broken: int | None  # groups that break the pattern asked about; None when nothing was asked
+    broken: int | None  # groups that break the pattern asked about; None when none was asked about
 
     @property
     def sparsity(self) -> float:

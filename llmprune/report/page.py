@@ -1,4 +1,4 @@
-"""report.html, and the page of a comparison: one file that needs nothing else, made from the content of llmprune.json (and of a
+"""report.html, and the page of a comparison: one self-contained file, made from the content of llmprune.json (and of a
 benchmark) alone."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmprune.report.sections import sections, tiles
 
 
 def page(report: Report, bench: Bench | None = None) -> str:
-    """The whole page. Equal runs give equal bytes but for the section ``timings``, as llmprune.json does but for the field of that name."""
+    """The whole page. Equal runs give equal bytes except for the section ``timings``, as in llmprune.json except for the field of that name."""
     recipe = report.recipe
     how = " · ".join(str(v) for v in (recipe["pattern"], recipe["method"] or recipe["quality"], f"{report.asked:.4g} sparsity") if v)
     return render(
@@ -38,7 +38,7 @@ def comparison(found: Sequence[Result]) -> str:
 
 
 def render(**content: Any) -> str:
-    """The template escapes every text; only pictures, which are made here, go in as they are."""
+    """The template escapes every text; only pictures, which are made here, are inserted as they are."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["picture"] = Markup

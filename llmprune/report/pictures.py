@@ -1,7 +1,7 @@
-"""Pictures of a page: SVG by matplotlib, to stand inside HTML. The same numbers give the same bytes.
+"""Pictures of a page: SVG by matplotlib, to be embedded in HTML. The same numbers give the same bytes.
 
-matplotlib knows no style sheets, so a picture is drawn in marker colours that become the page's own (light and dark) afterwards. One unit is one CSS
-pixel at the width of a phone.
+matplotlib has no style sheets, so a picture is drawn in marker colours that are replaced by the page's (light and dark) afterwards. One unit is one
+CSS pixel at the width of a phone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLOURS = {INK: "currentColor", LINE: "var(--line)"} | {marker: f"var(--c{n})" f
 STYLE: Any = {
     "svg.hashsalt": "llmprune",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a name is not mathematics
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -48,7 +48,7 @@ FAR = 5
 
 
 def heat_map(name: str, label: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
-    """Rows go down. None: no such cell. The colour runs from the least value to the greatest, in steps of 5 %: small differences look small."""
+    """Rows from top to bottom. None: no such cell. The colour runs from least to greatest in steps of 5 %: small differences look small."""
     known = [value for row in values for value in row if value is not None]
     low, high = int(min(known) * 20) / 20, -(-max(known) * 20 // 1) / 20
     if high - low < 0.05:  # all alike: in the middle
@@ -85,8 +85,8 @@ def curves(
     level: tuple[str, float] | None = None,
     whole: bool = False,
 ) -> str:
-    """One line a name. level: a horizontal line, such as the dense model's value. whole: x counts. Values that lie far apart are shown by their
-    logarithms.
+    """One line per name. level: a horizontal line, such as the dense model's value. whole: x is a count. Values of very different size get a
+    logarithmic axis.
     """
     values = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
     log = min(values) > 0 and max(values) >= FAR * min(values)
@@ -101,7 +101,7 @@ def curves(
         if level is not None:
             axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=level[0])
         axis.set(xlabel=axes[0], ylabel=axes[1], yscale="log" if log else "linear")
-        if log:  # by itself matplotlib writes powers as mathematics
+        if log:  # by default matplotlib writes powers as mathematics
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
@@ -116,7 +116,7 @@ def curves(
 
 
 def bars(name: str, label: str, values: dict[str, float], unit: str) -> str:
-    """One horizontal bar a name, the first on top."""
+    """One horizontal bar per name, the first on top."""
 
     def paint(axis: Axes) -> None:
         names = list(values)[::-1]
@@ -132,7 +132,7 @@ MARKERS = ("o", "s", "^")
 
 
 def draw(name: str, label: str, height: int, paint: Any) -> str:
-    """What ``paint`` puts into one pair of axes. name: of the picture, unique in its page. label: for those who cannot see it."""
+    """The SVG of what ``paint`` draws into one pair of axes. name: of the picture, unique in its page. label: for those who cannot see it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -148,7 +148,7 @@ def draw(name: str, label: str, height: int, paint: Any) -> str:
 
 
 def inlined(svg: str, name: str, label: str) -> str:
-    """A stand-alone SVG as part of a page: no prolog, no metadata, no style sheet; names of its own; the page's colours and fonts."""
+    """A stand-alone SVG as part of a page: no prolog, no metadata, no style sheet; unique names; the page's colours and fonts."""
     from html import escape
 
     body = svg[svg.index("<svg") :].strip()

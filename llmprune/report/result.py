@@ -42,7 +42,7 @@ SAID = ("pattern", "method", "quality", "criterion", "solver", "allocation")  # 
 class Report:
     """The outcome of a run. A notebook shows it as a small table, and so does rich; ``to_json`` has everything.
 
-    ``parameters`` counts the whole model. ``output`` is None for a live model. Equal are two reports of the same result, wherever it lies and
+    ``parameters`` counts the whole model. ``output`` is None for a live model. Two reports of the same result are equal, wherever it is and
     however long it took.
     """
 
@@ -56,10 +56,10 @@ class Report:
     environment: Environment
     output: Path | None = field(default=None, compare=False)
     polish: Polished | None = None
-    reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio rests on, where the allocation measured one
+    reasons: dict[str, float] = field(default_factory=dict)  # the number that a matrix's ratio is based on, where the allocation measured one
     tried: tuple[Trial, ...] = ()
     frontier: tuple[Step, ...] = ()
-    files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, but for the card and the reports
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, except the card and the reports
     tensors: dict[str, str] = field(default_factory=dict)  # sha256 of each tensor's bytes
     sample: Sample | NoSample | None = None
     smaller: Smaller | None = None  # of a structured pattern: what was saved, and how it was loaded again
@@ -113,7 +113,7 @@ class Report:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
         plain = asdict(replace(self, output=None, model=None))
         for block in plain["blocks"]:
-            del block["seconds"]  # they stand with the other timings
+            del block["seconds"]  # they are with the other timings
         for name in ("output", "model", *(() if self.tasks else ("tasks",))):
             del plain[name]
         counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
@@ -124,7 +124,7 @@ class Report:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], name: str = REPORT, output: Path | None = None) -> Report:
-        """What ``to_json`` has made. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
+        """Reads the result of ``to_json``. name: of the file, for messages; output: its folder. Raises RequestError for anything else."""
         fields = Fields(content, name, "a run's llmprune.json")
         get = fields.get
         for word in SAID:
@@ -156,12 +156,12 @@ def blocks_of(fields: Fields) -> tuple[BlockReport, ...]:
     """With the seconds that each of them took."""
     blocks, spent = fields.get("blocks", tuple[BlockReport, ...]), fields.get("timings.blocks", tuple[dict[str, float], ...])
     if len(blocks) != len(spent):
-        raise fields.refusal(f"timings of {len(spent)} blocks, and there are {len(blocks)}")
+        raise fields.refusal(f"timings of {len(spent)} blocks, but there are {len(blocks)}")
     return tuple(replace(block, seconds=seconds) for block, seconds in zip(blocks, spent, strict=True))
 
 
 def environment_of(fields: Fields) -> Environment:
-    """In one level there: the versions beside the rest."""
+    """Flattened there: the versions beside the rest."""
     machine = {key: fields.get(f"environment.{key}", kind, default) for key, (kind, default) in MACHINE.items()}
     versions = fields.get("environment", dict[str, str | int | bool])
     return Environment({key: str(value) for key, value in versions.items() if key not in MACHINE}, **machine)

@@ -27,7 +27,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """``picture`` is SVG of our own; everything else is text. A table behind a picture is folded away. ``texts``: heads and texts side by side."""
+    """``picture`` is trusted SVG; everything else is text. A table behind a picture is folded away. ``texts``: heads and texts side by side."""
 
     id: str
     title: str
@@ -91,14 +91,14 @@ def asked_and_got(report: Report) -> Section:
         ("calibration", say(windows)),
         ("sparsity asked, of the pruned matrices", percent(report.asked, 4)),
         ("sparsity got", percent(report.sparsity, 4)),
-        ("weights that have gone", count(report.zeros)),
+        ("dropped weights", count(report.zeros)),
         ("weights in pruned matrices", count(report.weights)),
     ]
     return Section("asked", "Asked and got", table=_pairs(rows))
 
 
 def quality(found: Sequence[Evaluation]) -> Section:
-    """A column a data set."""
+    """One column per data set."""
     rows = (
         (say("perplexity, dense"), *(number(pair.dense.value) for pair in found)),
         (say("perplexity, pruned"), *(number(pair.pruned.value) for pair in found)),
@@ -114,7 +114,7 @@ def quality(found: Sequence[Evaluation]) -> Section:
 
 
 def tasks(found: Sequence[TaskResult]) -> Section:
-    """A row a metric, with its standard error."""
+    """One row per metric, with its standard error."""
     rows = []
     for task in found:
         for key, value in task.metrics.items():
@@ -125,15 +125,15 @@ def tasks(found: Sequence[TaskResult]) -> Section:
                 how = (count(task.samples), count(task.shots), say(task.task_version), say(task.dtype), say(task.lm_eval))
                 rows.append((say(task.task), say(name), number(value), error, *how))
     heads = ("task", "metric", "value", "standard error", "questions", "few-shot", "version", "dtype", "lm-eval")
-    said = "Of the pruned model, by lm-evaluation-harness. Numbers of different versions, shots or questions are no numbers of one thing."
+    said = "Of the pruned model, by lm-evaluation-harness. Numbers of different versions, shots or questions are not comparable."
     return Section("tasks", "Tasks", (said,), table=PageTable(heads, tuple(rows)))
 
 
 def sparsity(grid: Grid) -> Section:
     values = [[_share(grid, block, kind) for kind in grid.kinds] for block in grid.blocks]
-    picture = heat_map("heat", "Share that has gone by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
+    picture = heat_map("heat", "Dropped share by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
     low, high = (end(v for row in values for v in row if v is not None) for end in (min, max))
-    said = f"Share that has gone of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
+    said = f"Dropped share of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
     heads = ("block", "matrices", "count", "weights", "gone", "sparsity", "asked", "squared error")
     rows = tuple(
         (
@@ -155,13 +155,13 @@ def sparsity(grid: Grid) -> Section:
 def errors(blocks: Sequence[BlockReport]) -> Section:
     points = [(float(n), b.output_error) for n, b in enumerate(blocks)]
     picture = curves("errors", "Relative output error by block", {"error": points}, ("block", "relative error"), whole=True)
-    said = "Squared error of what leaves each block over its squared size on the calibration windows, all blocks before it pruned too."
+    said = "Squared error of each block's output over its squared norm on the calibration windows, with all blocks before it pruned too."
     rows = tuple((say(b.block), number(b.output_error), say(", ".join(b.changed))) for b in blocks)
     return Section("errors", "Error by block", (said,), picture, PageTable(("block", "relative output error", "also changed"), rows))
 
 
 def ratios(report: Report, grid: Grid) -> Iterator[Section]:
-    """Only where the matrices differ in what they were asked for."""
+    """Only if the ratios of the matrices differ."""
     if not grid.ratios_differ:
         return
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -172,7 +172,7 @@ def ratios(report: Report, grid: Grid) -> Iterator[Section]:
     name = report.recipe["allocation"]
     said = f"What the allocation {name!r} asked of each matrix" + ("; of several experts, the middle of the range." if _several(grid) else ".")
     rows = tuple((say(row.matrix), percent(row.asked), number(report.reasons.get(row.matrix))) for row in report.rows if not _several(grid))
-    table = PageTable(("matrix", "ratio", "rests on"), rows, "The number that a ratio rests on is the allocation's own measure.") if rows else None
+    table = PageTable(("matrix", "ratio", "rests on"), rows, "The number that a ratio is based on is the allocation's own measure.") if rows else None
     yield Section("ratios", "Ratios", (said,), picture, table)
 
 
@@ -204,7 +204,7 @@ def polish(found: Polished) -> Section:
 def sample(found: Sample | NoSample) -> Section:
     if isinstance(found, NoSample):
         return Section("sample", "A sample of text", (f"None: {found.reason}.",))
-    said = f"Both models go on from “{found.prompt}” for {found.tokens} tokens, always by the likeliest. One sample measures nothing."
+    said = f"Both models continue “{found.prompt}” for {found.tokens} tokens, greedily. One sample measures nothing."
     return Section("sample", "A sample of text", (said,), texts=(("dense", found.dense.strip()), ("pruned", found.pruned.strip())))
 
 
@@ -212,7 +212,7 @@ def sizes(report: Report) -> Section:
     smaller = report.smaller
     rows = [
         ("parameters of the source", count(report.parameters)),
-        ("weights that have gone", count(report.zeros)),
+        ("dropped weights", count(report.zeros)),
         ("share of the model", percent(report.zeros / report.parameters)),
         ("weights of the source on disk", size(report.source.bytes)),
     ]
@@ -222,7 +222,7 @@ def sizes(report: Report) -> Section:
     rows += [("parameters saved", count(smaller.parameters)), ("weights on disk", size(smaller.bytes))]
     apart = smaller.difference
     rows += [("logits when loaded again, relative difference", say("not loaded") if apart is None else number(apart, 2))]
-    said = f"{smaller.pattern}: the saved model is smaller, and {len(smaller.layers)} blocks are left."
+    said = f"{smaller.pattern}: the saved model is smaller, and {len(smaller.layers)} blocks remain."
     return Section("sizes", "Sizes", (said,), table=_pairs(rows))
 
 
@@ -271,8 +271,8 @@ def timings(found: Timings, blocks: Sequence[BlockReport]) -> Section:
     parts |= {"all the rest": rest} if rest > 0 and not found.resumed_blocks else {}
     rows = [(name, seconds(spent)) for name, spent in parts.items()]
     rows += [("this process in all", seconds(found.seconds))] if found.seconds is not None else []
-    rows += [("blocks taken over from an earlier process", count(found.resumed_blocks))] if found.resumed_blocks else []
-    rows += [("most memory of the process, libraries included", size(found.peak_memory))] if found.peak_memory else []
+    rows += [("blocks finished by an earlier process", count(found.resumed_blocks))] if found.resumed_blocks else []
+    rows += [("peak memory of the process, libraries included", size(found.peak_memory))] if found.peak_memory else []
     rows += [("planned for the run, libraries not included", size(found.planned_memory))] if found.planned_memory else []
     picture = bars("time", "Seconds by part of the work", parts, "seconds") if parts else ""
     said = "Work on the blocks by part; the rest is gradients, ratios, perplexities, samples, copying."

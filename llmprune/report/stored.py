@@ -1,4 +1,4 @@
-"""Results that lie on disk: llmprune.json of a run, sweep.json of a sweep, what ``llmprune bench --json`` printed."""
+"""Results on disk: llmprune.json of a run, sweep.json of a sweep, what ``llmprune bench --json`` printed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_run(path: Path) -> Report:
 
 
 def result_of(model: str) -> Path | None:
-    """The folder that a model's name means, where a run has made it; None for any other model. Raises RequestError for a damaged llmprune.json."""
+    """The folder that a model's name refers to, if a run made it; None for any other model. Raises RequestError for a damaged llmprune.json."""
     folder = Path(model).expanduser()
     if is_bundled(model) or not (folder / REPORT).is_file():
         return None
@@ -35,7 +35,7 @@ def result_of(model: str) -> Path | None:
 
 
 def add_tasks(folder: Path, answers: Sequence[TaskResult]) -> None:
-    """Put what lm-eval says into a result's llmprune.json, in the place of older answers to the same: task, few-shot, number of questions."""
+    """Store lm-eval's results in a result's llmprune.json, replacing older ones of the same task, few-shot count and number of questions."""
     report = read_run(folder)
     held = {(one.task, one.shots, one.samples): one for one in (*report.tasks, *answers)}
     write_whole(folder / REPORT, to_versioned_json(replace(report, tasks=tuple(held.values())).to_json()))

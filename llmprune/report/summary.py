@@ -1,4 +1,4 @@
-"""A result in a few lines: what a notebook or a Python prompt shows of a Report."""
+"""A result in a few lines, as a notebook or a Python prompt shows a Report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def named(recipe: dict[str, Any]) -> str:
-    """The word for what a resolved recipe does: its method, its quality, or the parts that were asked for."""
+    """The name of what a resolved recipe does: its method, its quality, or the parts that were asked for."""
     return recipe["method"] or recipe["quality"] or " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """(label, text) of what counts; what was not measured is left out."""
+    """(label, text) of the main facts; what was not measured is left out."""
     recipe, smaller = report.recipe, report.smaller
     yield "pattern", f"{recipe['pattern']}, by {named(recipe)}"
     yield "sparsity", f"{percent(report.sparsity, 4).text} of the pruned matrices, asked {percent(report.asked, 4).text}"
@@ -53,6 +53,6 @@ def table(report: Report) -> Table:
 
 
 def html(report: Report) -> str:
-    """For a notebook: a table, and nothing in it that is not text."""
+    """For a notebook: a table of escaped text."""
     rows = "".join(f"<tr><th style='text-align:left'>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in facts(report))
     return f"<table><caption>{escape(report.source.name)}, pruned</caption>{rows}</table>"

@@ -71,7 +71,7 @@ def print_smaller(report: Report, found: Smaller, console: Console) -> None:
 
 
 def units_of(block: BlockReport) -> str:
-    """Units that stay of those that were there; of many matrices alike, such as experts, in all."""
+    """Kept units of all units; for many like matrices, such as experts, their totals."""
     found: dict[str, list[int]] = {}
     for row in block.rows:
         both = found.setdefault(row.what, [0, 0])
@@ -83,7 +83,7 @@ def units_of(block: BlockReport) -> str:
 
 
 def print_sweep(report: SweepReport, console: Console) -> None:
-    """The frontier: one line a pruning."""
+    """The frontier: one line per pruning."""
     names = [f"{kind}, {dense.dataset}" for dense in report.dense for kind in ("perplexity", "mean KL")]
     table = Table("method", "pattern", "sparsity", *names, "seconds", title=f"sweep of {report.source.name}")
     table.add_row("dense", "", "0", *(cell for dense in report.dense for cell in (f"{dense.value:.4g}", "")), "")
@@ -100,7 +100,7 @@ def print_sweep(report: SweepReport, console: Console) -> None:
 
 
 def print_comparison(found: list[Result], console: Console) -> None:
-    """One line a result; then what the numbers are."""
+    """One line per result; then the definitions of the numbers."""
     value = compared(found)
     table = Table(title="comparison", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, head in enumerate(value.heads):
@@ -151,7 +151,7 @@ def print_bench(found: Bench, console: Console) -> None:
 
 
 def _kernel_table(kernels: tuple[Kernel, ...]) -> Table:
-    """One row a shape and number of tokens: microseconds of one product, and dense over 2:4, below 1 where the kernel is slower."""
+    """One row per shape and number of tokens: microseconds of one product, and dense over 2:4, below 1 where the kernel is slower."""
     table = Table("2:4 matrices", "count", "tokens", "dense us", "2:4 us", "dense / 2:4")
     for kernel in kernels:
         sparse = _spread(kernel.sparse, 1e6) if kernel.sparse else f"stays dense: {kernel.refused}"

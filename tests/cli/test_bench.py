@@ -139,7 +139,7 @@ def test_own_code_is_not_run_unasked(cli, pair, tmp_path, monkeypatch):
     own = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
     folder = edited(pair[0], tmp_path / "own", **own, per_layer_config={"0": {"intermediate_size": 48}})
     monkeypatch.setattr(subprocess, "Popen", None)
-    refused(cli, "bench", folder, says="brings its own model code", hint="--trust-remote-code")
+    refused(cli, "bench", folder, says="comes with its own model code", hint="--trust-remote-code")
 
 
 OWN_CODE = '''
