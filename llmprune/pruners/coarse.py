@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 WHOLE_MODEL = "which decides for the whole model"
 _REFUSED = dict.fromkeys(("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "pad"), WHOLE_MODEL)
-_WIDTH = "with which every matrix loses rows or columns"
+_WIDTH = "where every matrix reads or writes the residual channels"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ COARSE = {
         Coarse(
             "layers",
             criteria=("measured", "block_influence"),
-            budget="whole blocks",
+            budget="the layers",
             pruner="llmprune.pruners.layers:layer_pruner",
             help="whole layers, those without which predictions change least (or --criterion block_influence)",
             refuses=_REFUSED | {"round_to": WHOLE_MODEL},
@@ -44,19 +44,19 @@ COARSE = {
         Coarse(
             "experts",
             criteria=("routed_norm",),
-            budget="experts",
+            budget="the experts",
             pruner="llmprune.pruners.experts:expert_pruner",
             help="experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
-            refuses=_REFUSED | {"round_to": WHOLE_MODEL, "target_latency_ratio": "whose tokens go through as many experts as before"},
+            refuses=_REFUSED | {"round_to": WHOLE_MODEL, "target_latency_ratio": "where a token goes through as many as before"},
             repairs=False,
             chooses=False,
         ),
         Coarse(
             "hidden",
             criteria=("wanda",),
-            budget="the width of the residual stream",
+            budget="all that they hold",
             pruner="llmprune.pruners.hidden:width_pruner",
-            help="residual channels, from every block, the embeddings and the head; of all that they hold",
+            help="residual channels, from every block, the embeddings and the head",
             refuses=_REFUSED | dict.fromkeys(("target_latency_ratio", "skip", "only"), _WIDTH),
             scores=True,
         ),

@@ -1,5 +1,5 @@
 """How does an output reach the Hub?
 
 Words: model card (the output's README.md), push (one commit of a finished output).
-Imports: checkpoint, data, recipe, report.
+Imports: checkpoint, data, pruners, recipe, report.
 """

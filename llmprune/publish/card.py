@@ -19,7 +19,8 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import MAX_JSON, Source, read_json
 from llmprune.data.sources import KNOWN
 from llmprune.methods import document, names
-from llmprune.recipe.named import COARSE, DEFAULT_QUALITY
+from llmprune.pruners.coarse import COARSE
+from llmprune.recipe.named import DEFAULT_QUALITY
 from llmprune.recipe.recipe import NAMED, Recipe
 from llmprune.recipe.values import as_toml
 from llmprune.report.result import Report

@@ -7,7 +7,8 @@ from typing import Any
 
 from llmprune.errors import RequestError
 from llmprune.methods import names
-from llmprune.recipe.named import EXPERT_CRITERIA, LAYER_CRITERIA, LINES, METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, block_solvers
+from llmprune.pruners.coarse import COARSE
+from llmprune.recipe.named import LINES, METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, block_solvers
 from llmprune.recipe.reading import keys, read_recipe
 from llmprune.recipe.recipe import BUDGETS, Recipe
 from llmprune.recipe.user_criterion import refuse_code
@@ -97,7 +98,7 @@ def _choices() -> dict[str, list[str]]:
     return {
         "quality": list(QUALITIES),
         "method": sorted(METHODS | STRUCTURED_METHODS),
-        "criterion": [*names("criteria"), *LAYER_CRITERIA, *EXPERT_CRITERIA],
+        "criterion": [*names("criteria"), *(criterion for row in COARSE.values() if not row.scores for criterion in row.criteria)],
         "solver": [*solvers, *(f"{solver}+{last}" for last in after for solver in solvers if solver not in after)],
         "allocation": names("allocation"),
     }

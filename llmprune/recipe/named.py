@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llmprune.errors import RequestError
 from llmprune.methods import build, find, names, trait
+from llmprune.pruners.coarse import COARSE
 
 Group = Literal["row", "matrix"]
 
@@ -44,23 +45,19 @@ QUALITIES = {
     "max": Method(None, "admm+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }
 
-# Patterns that make the model smaller. Layers and experts go by measures of their own.
+# Patterns that make the model smaller.
 STRUCTURED_PATTERNS = {
     "channels": "FFN channels; sparsity is the share of the FFN",
     "heads": "query heads, equally many of every KV group; of the query and output projections",
     "kv-groups": "KV groups with their query heads; of attention",
     "kernel": "short convolutions with their inner channels (Mamba) or key heads (Qwen3-Next); of the mixer",
-    "layers": "whole layers, those without which predictions change least (or --criterion block_influence)",
-    "experts": "experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
-    "hidden": "residual channels, from every block, the embeddings and the head; of all that they hold",
+    **{name: f"{row.help}; of {row.budget}" for name, row in COARSE.items()},
     "structured": "channels and KV groups (or heads) under one budget of parameters; of attention and FFN",
 }
 
 STRUCTURED = tuple(STRUCTURED_PATTERNS)
 
 LINES = ("row", "column")  # of one matrix, zeroed
-
-COARSE = ("layers", "experts", "hidden")  # chosen for the whole model, or by measures of their own
 
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
@@ -75,12 +72,6 @@ STRUCTURED_METHODS = {
     "taylor": Method("taylor", "mask_only", "matrix"),
     "wanda": Method("wanda", "mask_only", "matrix"),
 }
-
-WIDTH_CRITERION = "wanda"
-
-LAYER_CRITERIA = ("measured", "block_influence")
-
-EXPERT_CRITERIA = ("routed_norm",)
 
 DEFAULT_QUALITY = "balanced"
 

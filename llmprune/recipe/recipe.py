@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
 from llmprune.methods import build
+from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, SMALLER, WHAT, Flag
 from llmprune.recipe.named import (
-    COARSE,
     DEFAULT_QUALITY,
-    EXPERT_CRITERIA,
-    LAYER_CRITERIA,
     LINES,
     METHODS,
     POLISH_STEPS,
@@ -23,7 +21,6 @@ from llmprune.recipe.named import (
     STRUCTURED,
     STRUCTURED_METHODS,
     STRUCTURED_QUALITIES,
-    WIDTH_CRITERION,
     Group,
     Method,
     build_pattern,
@@ -227,10 +224,10 @@ class Recipe(BaseModel):
     @property
     def parts(self) -> Method:
         """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
-        if self.pattern in COARSE:
-            default = {"layers": LAYER_CRITERIA[0], "experts": EXPERT_CRITERIA[0], "hidden": WIDTH_CRITERION}[self.pattern]
-            repaired = self.pattern != "experts" and self.target != "symmetric"
-            return Method(self.criterion_name or default, "mask_only", "matrix", asymmetric=repaired)
+        coarse = COARSE.get(self.pattern)
+        if coarse is not None:
+            repaired = coarse.repairs and self.target != "symmetric"
+            return Method(self.criterion_name or coarse.criteria[0], "mask_only", "matrix", asymmetric=repaired)
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
@@ -284,7 +281,7 @@ class Recipe(BaseModel):
     def _criterion(self, name: str | None) -> Any:
         if isinstance(self.criterion, UserCriterion):
             return self.criterion
-        return build("criteria", name) if name and (self.pattern == "hidden" or self.pattern not in COARSE) else None
+        return build("criteria", name) if name and (self.pattern not in COARSE or COARSE[self.pattern].scores) else None
 
     def _allocation_options(self) -> dict[str, Any]:
         if self.structured and self.parts.allocation == "auto":

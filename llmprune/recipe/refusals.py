@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from llmprune.errors import RequestError
 from llmprune.methods import check_name, find, names, trait
+from llmprune.pruners.coarse import COARSE, Coarse
 from llmprune.recipe.named import (
-    COARSE,
-    EXPERT_CRITERIA,
-    LAYER_CRITERIA,
     LINES,
     METHODS,
     QUALITIES,
@@ -114,34 +112,23 @@ def check_structured(recipe: Recipe) -> None:
         raise RequestError(f"allocation {recipe.allocation!r} with pattern {pattern}", "take sensitivity or uniform")
     if recipe.uniform and recipe.allocation not in (None, "uniform"):
         raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
-    if pattern == "experts" and recipe.target_latency_ratio is not None:
-        raise RequestError("target_latency_ratio with pattern experts: a token goes through as many as before", "take channels or layers")
     if recipe.rotate and pattern != "hidden":
         raise RequestError(f"a rotated residual stream with pattern {pattern}", "it is for hidden alone; leave --rotate out")
-    if pattern == "hidden":
-        for name in ("target_latency_ratio", "skip", "only"):
-            if getattr(recipe, name) is not None:
-                raise RequestError(f"{name} with pattern hidden: every matrix reads or writes the residual channels", f"leave {name} out")
     if pattern in COARSE:
-        if pattern == "experts" and recipe.target == "asymmetric":
-            raise RequestError("an asymmetric target with pattern experts, which repairs nothing", "leave target out")
-        for name in (
-            "quality",
-            "method",
-            "solver",
-            "polish",
-            "max_ppl_increase",
-            "allocation",
-            "pad",
-            *(() if pattern == "hidden" else ("round_to",)),
-        ):
-            if getattr(recipe, name):
-                raise RequestError(f"{name} with pattern {pattern}, which decides for the whole model", f"leave {name} out")
-        known = {"layers": LAYER_CRITERIA, "experts": EXPERT_CRITERIA}.get(pattern) or names("criteria")
-        if recipe.criterion_name is not None and (isinstance(recipe.criterion, str) or pattern != "hidden"):
-            check_name("criterion", recipe.criterion_name, list(known))
+        check_coarse(recipe, COARSE[pattern])
     elif recipe.pad and recipe.one_size:
         raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
+
+
+def check_coarse(recipe: Recipe, mode: Coarse) -> None:
+    """Raises RequestError for what a pattern that decides for the whole model has no use for."""
+    for name, why in mode.refuses.items():
+        if getattr(recipe, name):
+            raise RequestError(f"{name} with pattern {mode.name}, {why}", f"leave {name} out")
+    if recipe.target == "asymmetric" and not mode.repairs:
+        raise RequestError(f"an asymmetric target with pattern {mode.name}, which repairs nothing", "leave target out")
+    if recipe.criterion_name is not None and not (mode.scores and not isinstance(recipe.criterion, str)):
+        check_name("criterion", recipe.criterion_name, names("criteria") if mode.scores else list(mode.criteria))
 
 
 def refuse_structured(recipe: Recipe) -> None:
