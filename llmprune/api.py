@@ -58,7 +58,13 @@ def prune(
     function of (weight_RC, stats), see ``llmprune.recipe.user_criterion``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
+    if not isinstance(calibration, str | Tensor | None):
+        raise RequestError(
+            f"calibration: {type(calibration).__name__}", "give the name of a data set or file, or a tensor of token ids [windows, length]"
+        )
     windows = calibration if isinstance(calibration, Tensor) else None
+    if tokenizer is not None and (windows is not None or not isinstance(model, nn.Module)):
+        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; leave it out")
     values = options | {"pattern": pattern, "sparsity": sparsity}
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
     listen = listener(on_progress)

@@ -51,6 +51,8 @@ def find_texts(recipe: Recipe, folder: Path, given: Tensor | None) -> Texts:
 
 def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, texts: Texts, given: Tensor | None) -> RunData:
     """The windows of a run, as the recipe and its defaults say."""
+    if given is not None:
+        check_given(recipe, given)
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
     check_length(length, stream.skeleton.config)
     if given is not None and not texts.evaluation:
@@ -77,10 +79,27 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
 
 
 def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:
+    """Token ids as they are given; ``shuffle`` and ``samples`` choose among them. Raises RequestError for fewer than ``samples``."""
     windows, held = Windows(ids_NL.cpu(), "given token ids", "all"), None
+    if recipe.shuffle:
+        windows = windows.shuffled(recipe.seed)
     if recipe.makes_trials:
         windows, held = windows.held_back(HELD_BACK)
-    return RunData(windows, (), held)
+    have = len(windows.ids_NL)
+    if recipe.samples and have < recipe.samples:
+        raise RequestError(f"given token ids: {have} windows to calibrate on, {recipe.samples} asked for", "give more, or smaller samples")
+    return RunData(windows.first(recipe.samples or have), (), held)
+
+
+def check_given(recipe: Recipe, ids_NL: Tensor) -> None:
+    """Raises RequestError for token ids that are not [windows, length] of whole numbers, or not of the length asked for."""
+    if ids_NL.dim() != 2 or ids_NL.is_floating_point() or not ids_NL.numel():
+        kind = f"{str(ids_NL.dtype).removeprefix('torch.')} of shape {list(ids_NL.shape)}"
+        raise RequestError(f"calibration token ids: {kind}", "give whole numbers of shape [windows, length]")
+    if recipe.sequence_length not in (None, ids_NL.shape[1]):
+        raise RequestError(
+            f"sequence_length {recipe.sequence_length} with token ids in windows of {ids_NL.shape[1]}", "cut them to that length, or leave it out"
+        )
 
 
 def evaluation_sets(recipe: Recipe) -> list[str]:
