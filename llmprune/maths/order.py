@@ -13,16 +13,16 @@ from torch import Tensor
 LARGEST = 16
 
 
-def best_order(score_RC: Tensor, columns_SKW: Tensor, n: int, m: int, rounds: int = 40, rows: int = 512) -> Tensor:
+def best_order(score_RC: Tensor, columns_SKW: Tensor, n: int, m: int, rounds: int = 40, rows: int = 512, seed: int = 0) -> Tensor:
     """[S, W]: an order in which N of every M consecutive channels hold more of a score, on the rows that decide never less than the present one.
 
     Groups are paired at random, again and again; in each pair the exchange of two channels that gains most is made, if any gains. Scores are
-    non-negative and add up; with many rows a sample of them decides.
+    non-negative and add up; with many rows a sample of them decides. seed: of the pairs and the sample.
     """
     spans, _, width = columns_SKW.shape
     if width % m or m > LARGEST:  # groups would lie across spans; or trying all exchanges would take too long
         return torch.arange(width).repeat(spans, 1)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if score_RC.shape[0] > rows:
         score_RC = score_RC[torch.randperm(score_RC.shape[0], generator=generator)[:rows].to(score_RC.device)]
     orders = []

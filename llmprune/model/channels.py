@@ -119,7 +119,7 @@ def value_rows(rows: int, shared: int, group: int, size: int) -> Iterator[Tensor
 def is_exact(block: nn.Module, alike: tuple[Channels, ...], whole: Tensor, run: Callable[[], Tensor]) -> bool:
     """Whether shuffled channels give the same output, while shuffling the readers alone does not (else the input proves nothing)."""
     spans, _, width = alike[0].columns_SKW.shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of a check, whatever seed the run has: what is exact is exact in any order
     order_SW = torch.stack([torch.randperm(width, generator=generator) for _ in range(spans)])
 
     def change(moving: list[Channels]) -> float:

@@ -169,7 +169,7 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
     weight_RC = channels.reader.view(block).float()
     squares_C = stats.gram_CC.diagonal() if stats.gram_CC is not None else stats.input_sq_C
     score_RC = weight_RC.square() * (1 if squares_C is None or stats.tokens == 0 else squares_C)
-    order_SW = best_order(score_RC, channels.columns_SKW, pattern.n, pattern.m)
+    order_SW = best_order(score_RC, channels.columns_SKW, pattern.n, pattern.m, seed=plan.seed)
     order_C = channels.order_C(order_SW)
     held: list[float] = [float((s * pattern.project(s, 0)).sum() / s.sum()) for s in (score_RC, score_RC[:, order_C])]
     if held[1] <= held[0]:  # a sample of the rows may have misled
