@@ -119,7 +119,7 @@ def test_an_edited_text_or_tokenizer_is_refused_by_name(here):
     for path, name in named.items():
         before = Path(path).read_text()
         Path(path).write_text(before + "\n")
-        with pytest.raises(llmprune.LlmpruneError, match=rf'begun with another text: {name} \(then "sha256 \w+\.\.\., now "sha256') as refused:
+        with pytest.raises(llmprune.LlmpruneError, match=rf'started with another text: {name} \(then "sha256 \w+\.\.\., now "sha256') as refused:
             llmprune.prune(**{**ASK, **ask})
         assert (refused.value.exit_code, "--restart" in refused.value.hint) == (2, True)
         Path(path).write_text(before)
