@@ -4,4 +4,4 @@ source "$(dirname "$0")/environment.sh"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -q --numprocesses auto "$@"
+python -m pytest -q --numprocesses auto --dist worksteal "$@"

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import shutil
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +40,18 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "mixtral"
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in MIXTURES], ids=lambda p: p.stem)
-def test_every_recipe_runs(cli: Cli, small: tuple[object, ...], recipe: Path) -> None:
-    ran = cli("--recipe", recipe, "--output", "out", *small)
+def runs() -> Iterator[Any]:
+    """Each recipe and further flags; one that distils does so in few steps, and as it says where there is time."""
+    for recipe in (recipe for recipe in RECIPES if recipe not in MIXTURES):
+        distils = "polish_steps" in tomllib.loads(recipe.read_text())
+        yield pytest.param(recipe, ("--polish-steps", 3) if distils else (), id=recipe.stem)
+        if distils:
+            yield pytest.param(recipe, (), id=f"{recipe.stem} in full", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("recipe", "flags"), [*runs()])
+def test_every_recipe_runs(cli: Cli, small: tuple[object, ...], recipe: Path, flags: tuple[object, ...]) -> None:
+    ran = cli("--recipe", recipe, "--output", "out", *small, *flags)
     assert ran.code == 0, ran.err
     report = json.loads(Path("out/llmprune.json").read_text())
     if report["smaller"] is not None:
