@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmprune.pruners.block import BlockPruner, output_error, run_finished
+from llmprune.pruners.block_pruner import BlockPruner, output_error, run_finished
 from llmprune.results import BlockReport
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow

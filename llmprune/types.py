@@ -17,10 +17,10 @@ Mask: TypeAlias = Tensor  # bool [R, C]; True = keep: the only polarity in the c
 
 # What a method asks for: a field of Stats that has a source, without its shape ("input_sq" is input_sq_C)
 Stat: TypeAlias = str
-Source: TypeAlias = Literal["inputs", "loss", "window losses", "norms"]  # window losses: the gradients of single windows
+StatSource: TypeAlias = Literal["inputs", "loss", "window losses", "norms"]  # window losses: the gradients of single windows
 
 
-def _said(role: Literal["accumulated", "own", "derived"], source: Source | None = None) -> dict[str, str | None]:
+def _said(role: Literal["accumulated", "own", "derived"], source: StatSource | None = None) -> dict[str, str | None]:
     """What a field of Stats is. accumulated: a sum over calibration windows, which adds over micro-batches and processes; own: not a sum, the same
     in every process; derived: made of others, again where those change. source: where it comes from, if methods can ask for it.
     """
@@ -107,7 +107,7 @@ def _permuted(value: Tensor, shape: str, order_C: Tensor) -> Tensor:
 STATISTICS: dict[Stat, Field[Any]] = {f.name.rpartition("_")[0]: f for f in fields(Stats) if f.metadata["source"]}  # that can be asked for
 
 
-def statistics_of(*sources: Source) -> frozenset[Stat]:
+def statistics_of(*sources: StatSource) -> frozenset[Stat]:
     """The statistics that come from these sources."""
     return frozenset(stat for stat, found in STATISTICS.items() if found.metadata["source"] in sources)
 

@@ -56,7 +56,7 @@ class Entry:
     end: int
 
 
-class Reader(Protocol):
+class StoredForm(Protocol):
     """Reads tensors whose stored form differs from the one shown (quantised.py)."""
 
     method: str
@@ -82,7 +82,7 @@ class Source:
     headers: dict[str, bytes]
     states: dict[str, tuple[int, int]]  # size and mtime of each file when it was opened
     hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each file, after scan()
-    decoder: Reader | None = None
+    decoder: StoredForm | None = None
 
     @property
     def bytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
-from llmprune.export.layers import fewer_layers
+from llmprune.export.fewer_layers import fewer_layers
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.model.skeleton import MODULE, READABLE

@@ -17,7 +17,7 @@ from llmprune.export.cutter import Cutter, parameters_of, write_smaller
 from llmprune.export.reload import difference, reloaded_logits
 from llmprune.results import BlockReport, Smaller
 from llmprune.stream.checkpoint import CheckpointStream
-from llmprune.stream.hidden import memory_limit
+from llmprune.stream.hidden_states import memory_limit
 from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.slicing import Keeps
 from llmprune.structured.structure import Structure

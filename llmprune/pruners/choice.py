@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pkgutil import resolve_name
 
-from llmprune.pruners.block import BlockPruner
+from llmprune.pruners.block_pruner import BlockPruner
 from llmprune.pruners.coarse import COARSE
 from llmprune.pruners.plan import Work
 from llmprune.pruners.units import UnitPruner

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmprune.maths.linalg import drop_smallest
 from llmprune.maths.scores import Mean, routed_norm
-from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.block_pruner import PrunedBlock, run_again
 from llmprune.pruners.plan import Plan, Work
 from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock

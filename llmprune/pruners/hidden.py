@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmprune.maths.linalg import drop_smallest
 from llmprune.model.matrices import Matrix, block_matrices
-from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.block_pruner import PrunedBlock, run_again
 from llmprune.pruners.matrix import correct
 from llmprune.pruners.plan import Plan, Work
 from llmprune.pruners.weights import stages_of

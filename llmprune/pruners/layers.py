@@ -17,7 +17,7 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.maths.counts import least_needed
 from llmprune.maths.scores import Mean, block_influence
-from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.block_pruner import PrunedBlock, run_again
 from llmprune.pruners.matrix import correct
 from llmprune.pruners.plan import Plan, Work
 from llmprune.pruners.weights import stages_of
@@ -25,8 +25,7 @@ from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
-from llmprune.structured.layers import attends
-from llmprune.structured.structure import Structure
+from llmprune.structured.structure import Structure, attends
 from llmprune.types import SILENT, Listener, Records
 
 Order = Literal["measured", "block_influence"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from llmprune.maths.refit import mean_bias
+from llmprune.maths.least_squares import mean_bias
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
-from llmprune.pruners.block import PrunedBlock, run_again
+from llmprune.pruners.block_pruner import PrunedBlock, run_again
 from llmprune.pruners.distillation import polish
 from llmprune.pruners.matrix import correct, prune_matrix
 from llmprune.pruners.plan import Plan

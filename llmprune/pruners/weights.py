@@ -18,7 +18,7 @@ from llmprune.maths.order import best_order
 from llmprune.model.channels import Channels
 from llmprune.model.matrices import Matrix
 from llmprune.patterns.nm import NM
-from llmprune.pruners.block import PrunedBlock, run_again, run_head_again
+from llmprune.pruners.block_pruner import PrunedBlock, run_again, run_head_again
 from llmprune.pruners.distillation import polish
 from llmprune.pruners.matrix import prune_matrix, solve_at
 from llmprune.pruners.plan import Plan
@@ -29,7 +29,7 @@ from llmprune.statistics.norms import norm_scales
 from llmprune.statistics.stages import at_head, inner_channels, part_by_part, stage_by_stage
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import FileHidden, MemoryHidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden
 from llmprune.stream.stream import Stream
 from llmprune.types import Listener, Stats
 

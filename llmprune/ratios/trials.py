@@ -22,7 +22,7 @@ from llmprune.pruners.weights import Variants
 from llmprune.ratios.measured import Measured, Ratios, is_tried, measure, share
 from llmprune.results import Step, Trial
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import place_hidden
+from llmprune.stream.hidden_states import place_hidden
 from llmprune.types import SILENT, Listener, TriedAllocation
 
 TRIAL_WINDOWS = 64  # calibration windows of the trials that choose ratios, at most

@@ -31,8 +31,8 @@ from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Sample
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_output
 from llmprune.run.prepare import Job, asked_windows, describe, described
-from llmprune.run.pruning import decided, prune_blocks, with_gradients
 from llmprune.run.resume import finished_parts
+from llmprune.run.steps import decided, prune_blocks, with_gradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.stream import Stream

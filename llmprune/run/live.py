@@ -22,7 +22,7 @@ from llmprune.results import Origin, Polished
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
 from llmprune.run.prepare import describe, environment
-from llmprune.run.pruning import Forgetful, decided, prune_blocks, with_gradients
+from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
 from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, given_windows
 from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped

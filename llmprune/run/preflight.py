@@ -19,7 +19,7 @@ from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
 from llmprune.pruners.plan import Plan, Work
 from llmprune.ratios.measured import allocations, is_tried, share
-from llmprune.stream.hidden import memory_of
+from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 
 PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blocks, about

@@ -26,7 +26,7 @@ from llmprune.model.matrices import Matrix, Selection
 from llmprune.pruners.plan import Plan, Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.results import Calibration, Environment, Origin
-from llmprune.run.memory import Footprint, footprint
+from llmprune.run.footprint import Footprint, footprint
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
 from llmprune.run.windows import find_texts, gather_windows

@@ -96,8 +96,8 @@ def run_sweep(sweep: Sweep, listen: Listener = SILENT) -> SweepReport:
         head = len(job.stream.names) in job.matrices
         dense = dense_passes(job.stream, job.data.evaluation, head, journal, listen)
         missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
-        shared = Shared(sweep, listen)
-        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, shared)
+        common = Common(sweep, listen)
+        made = (quick_rows if sweep.quick else whole_rows)(job, [sweep.rows[number] for number in missing], dense, common)
         for number, row in zip(missing, made, strict=True):
             journal.write(f"row-{number:05d}", asdict(row))
             listen.progress("sweep", number + 1, len(sweep.rows))
@@ -120,7 +120,7 @@ def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
     yield "sweep.svg", draw(report)
 
 
-class Shared:
+class Common:
     """What the rows have in common, made when the first of them needs it."""
 
     def __init__(self, sweep: Sweep, listen: Listener) -> None:
@@ -151,17 +151,17 @@ class Shared:
         return self._measured[key]
 
 
-def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], common: Common) -> Iterator[SweepRow]:
     """Each as a run of its own."""
     for recipe, plan in rows:
-        yield prune_row(job, recipe, plan, dense, shared)
+        yield prune_row(job, recipe, plan, dense, common)
 
 
-def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], shared: Shared) -> SweepRow:
+def prune_row(job: Job, recipe: Recipe, plan: Plan, dense: list[Dense], common: Common) -> SweepRow:
     """Prune, measure, forget."""
-    shared.measured(plan)
+    common.measured(plan)
     began = perf_counter()
-    work, asked = shared.work(plan), shared.ratios(plan).asked
+    work, asked = common.work(plan), common.ratios(plan).asked
     with job.stream.trial():
         blocks = prune(work.stream, work.windows_NL, fine_pruner(work, asked), {}, SILENT)
         return row_of(recipe, plan, dense, [row for block in blocks for row in block.rows], perf_counter() - began)
@@ -176,11 +176,11 @@ def row_of(recipe: Recipe, plan: Plan, dense: list[Dense], rows: list[Row], seco
 
 
 @torch.no_grad()
-def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], shared: Shared) -> Iterator[SweepRow]:
+def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], common: Common) -> Iterator[SweepRow]:
     """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
-    stream, gradients = job.stream, shared.gradients()
+    stream, gradients = job.stream, common.gradients()
     assert isinstance(stream, CheckpointStream)
-    ratios = [shared.ratios(plan) for _, plan in rows]
+    ratios = [common.ratios(plan) for _, plan in rows]
     drafts, found, seconds = [stream.draft() for _ in rows], [[] for _ in rows], [0.0] * len(rows)  # type: ignore[var-annotated]
     needs = frozenset[Stat]().union(*(plan.needs for _, plan in rows))
     flow = Flow(stream, job.data.calibration.ids_NL)

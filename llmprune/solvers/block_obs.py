@@ -1,7 +1,7 @@
 """Whole units of a structured pattern: the greedy choice of those that the matrix can best do without, then the least-squares values of what stays,
 min tr (V - W) H (V - W)^T over V that is zero in the columns that went. Both are exact, under the same damping.
 
-Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see maths/greedy_obs.py and maths/refit.py.
+Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see maths/greedy_obs.py and maths/least_squares.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmprune.maths.greedy_obs import greedy_obs
-from llmprune.maths.refit import refit_kept
-from llmprune.maths.units import Units
+from llmprune.maths.least_squares import refit_kept
+from llmprune.maths.unit_columns import Units
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 

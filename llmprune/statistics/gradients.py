@@ -21,7 +21,7 @@ from llmprune.model.blocks import Call
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.gradient_taps import PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, statistics_of
 
@@ -92,7 +92,7 @@ def loss_gradients(
         windows_NL = windows_NL[:1]
     flow = Flow(stream, windows_NL, size=1 if needs & statistics_of("window losses") else None)
     result = LossGradients(stream, matrices, needs, len(windows_NL))
-    shared = Shared()
+    shared = HandedOn()
     blocks = len(stream.names)
     entered = forward(flow, shared, listen)
     result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs))
@@ -108,7 +108,7 @@ def loss_gradients(
     return result
 
 
-def forward(flow: Flow, shared: Shared, listen: Listener) -> MemoryHidden | FileHidden:
+def forward(flow: Flow, shared: HandedOn, listen: Listener) -> MemoryHidden | FileHidden:
     """The input of each block, by (block, micro-batch). The output of the last one is left in ``flow.hidden``."""
     blocks = len(flow.stream.names)
     # it may take half of the memory: place_hidden reckons with two generations
@@ -146,7 +146,7 @@ def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps)
     return gradient_1LD
 
 
-def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: Shared) -> Tensor:
+def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: HandedOn) -> Tensor:
     """Run the block again on one micro-batch and propagate the gradient in ``flow.outputs`` back through it: dL / d(its input)."""
     device = flow.stream.device_of(index)
     leaf_NLD = entered_NLD.to(device, copy=True).requires_grad_()
@@ -172,7 +172,7 @@ def frozen(block: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class Shared:
+class HandedOn:
     """Tensors that blocks put into a mapping of their calls for later blocks, as layers do that share keys and values: gradients flow back
     through it too. Calls of one micro-batch hold the same mapping, so its id and the key identify an entry.
     """

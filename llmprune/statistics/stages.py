@@ -24,7 +24,7 @@ from llmprune.statistics.straight import Irregular, Program, read_program, total
 from llmprune.statistics.sums import Reached, Watch, accumulate_input, finish
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import FileHidden, MemoryHidden, memory_of, place_hidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden, memory_of, place_hidden
 from llmprune.types import Stat, Stats
 
 MOST_THREADS = 256

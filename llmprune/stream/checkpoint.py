@@ -16,7 +16,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.model.blocks import Walk
 from llmprune.model.skeleton import build_skeleton
 from llmprune.stream.heap import Heap
-from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 
 
 class CheckpointStream:

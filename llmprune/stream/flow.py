@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from llmprune.model.blocks import Call, Interned
-from llmprune.stream.hidden import FileHidden, MemoryHidden, place_hidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.model.blocks import Walk
-from llmprune.stream.hidden import place_hidden
+from llmprune.stream.hidden_states import place_hidden
 
 
 class LiveStream:

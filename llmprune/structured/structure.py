@@ -11,12 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.maths.budget import on_levels
-from llmprune.maths.units import Units
+from llmprune.maths.unit_columns import Units
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.results import Row
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
 from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, outer_space, refusal, required, tensors_of
 
+WITHOUT_ATTENTION = {"conv", "linear_attention"}  # layer types
 ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the architecture can be cut by
 
 
@@ -232,3 +233,9 @@ def structure_of(
 def parameters_outside(model: PreTrainedModel, outer: Space) -> int:
     """How many numbers the residual channels hold outside the blocks."""
     return sum(model.get_parameter(axis.parameter).numel() for axis in outer.axes)
+
+
+def attends(config: PreTrainedConfig, kept: Iterable[int]) -> bool:
+    """Whether one of these layers has attention, if any of the model has."""
+    types = config.to_dict().get("layer_types") or []
+    return bool({types[i] for i in kept if types} - WITHOUT_ATTENTION) or not set(types) - WITHOUT_ATTENTION

@@ -29,7 +29,7 @@ from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
-from llmprune.pruners.block import BlockPruner
+from llmprune.pruners.block_pruner import BlockPruner
 from llmprune.pruners.choice import fine_pruner
 from llmprune.pruners.plan import Plan, Work
 from llmprune.results import BlockReport
@@ -40,7 +40,7 @@ from llmprune.statistics.sums import Watch
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import FileHidden, MemoryHidden
+from llmprune.stream.hidden_states import FileHidden, MemoryHidden
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
 from llmprune.types import SILENT, Stat
@@ -336,7 +336,7 @@ def test_hidden_states_in_a_file(saved: Callable[..., Path], tmp_path: Path, fam
     stream = open_stream(saved(family))
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, MemoryHidden)
     _, in_memory, reports = prune_to(saved(family), tmp_path / "memory", PLANS["wanda"])
-    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden_states.memory_limit", lambda: 0)
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, FileHidden)
     _, in_file, same = prune_to(saved(family), tmp_path / "file", PLANS["wanda"])
     assert same == reports

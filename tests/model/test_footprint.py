@@ -17,7 +17,7 @@ import llmprune
 from llmprune.errors import RequestError
 from llmprune.methods import build, find, names
 from llmprune.recipe.reading import read_recipe
-from llmprune.run.memory import footprint
+from llmprune.run.footprint import footprint
 from llmprune.run.prepare import prepare
 from llmprune.statistics import stages as statistics
 
@@ -63,7 +63,7 @@ def test_gram_matrices_that_do_not_fit_wait_for_another_forward(options, tmp_pat
 
 def test_what_cannot_fit_is_refused_with_the_largest_terms(tmp_path, monkeypatch):
     tiny("llama").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("llmprune.run.memory.memory_of", lambda device: 20 << 20)
+    monkeypatch.setattr("llmprune.run.footprint.memory_of", lambda device: 20 << 20)
     with pytest.raises(RequestError, match=r"memory: .* are needed while it .*, 21 MB are free; the largest terms are .* and "):
         planned(tmp_path / "model", method="wanda")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -88,7 +88,7 @@ def test_a_solver_that_says_nothing_is_planned_as_the_hungriest(tmp_path):
 def test_a_limit_of_address_space_counts(tmp_path):
     """What ``ulimit -v`` leaves."""
     code = (
-        "import resource, psutil; from llmprune.stream.hidden import memory_limit; "
+        "import resource, psutil; from llmprune.stream.hidden_states import memory_limit; "
         "resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (100 << 20), resource.RLIM_INFINITY)); "
         "print(memory_limit())"
     )

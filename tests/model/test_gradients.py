@@ -26,7 +26,7 @@ from llmprune.statistics.gradient_taps import Taps
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
-from llmprune.stream.hidden import FileHidden
+from llmprune.stream.hidden_states import FileHidden
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
 from llmprune.stream.stream import Stream
@@ -154,7 +154,7 @@ def test_tokens_are_those_that_reached_an_expert(family: str) -> None:
 def test_kept_in_a_file_is_the_same_to_the_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = LiveStream(live(family))
     in_memory = gradients(stream, *GRADIENTS)
-    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden_states.memory_limit", lambda: 0)
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, FileHidden)
     in_file = gradients(stream, *GRADIENTS)
     check_same(stream, in_memory, in_file)
@@ -190,7 +190,7 @@ def test_float32_residuals_of_a_half_precision_model_wait_in_a_file(monkeypatch:
     """Mamba's blocks take bfloat16 embeddings and go on in float32."""
     stream = LiveStream(live("mamba", torch.bfloat16))
     in_memory = gradients(stream, "grad")
-    monkeypatch.setattr("llmprune.stream.hidden.memory_limit", lambda: 0)
+    monkeypatch.setattr("llmprune.stream.hidden_states.memory_limit", lambda: 0)
     check_same(stream, in_memory, gradients(stream, "grad"))
 
 

@@ -17,7 +17,7 @@ from llmprune.errors import RequestError, StoppedError
 from llmprune.maths import counts, scores
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.greedy_obs import greedy_obs
-from llmprune.maths.refit import mean_bias, refit_kept
+from llmprune.maths.least_squares import mean_bias, refit_kept
 from llmprune.types import Stats
 from unit.references import best_repair, damped, naive_greedy, output_error
 

@@ -8,7 +8,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llmprune.errors import RequestError
-from llmprune.structured.layers import EACH, FIRST, SOME, attends
+from llmprune.structured.structure import attends
+
+EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry per layer
+SOME = ("mlp_only_layers", "full_attn_idxs")  # numbers of layers
+FIRST = ("first_k_dense_replace",)  # so many layers at the start
 
 
 def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:

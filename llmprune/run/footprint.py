@@ -23,7 +23,7 @@ from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS
 from llmprune.statistics.stages import GRAM_SHARE
 from llmprune.stream.flow import TOKENS_PER_BATCH
-from llmprune.stream.hidden import memory_of
+from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
 
