@@ -30,6 +30,11 @@ DEFAULTS = MappingProxyType(
         "repairs": True,  # changes the weights that stay
         "fits_blocks": False,  # goes over a block once all its matrices have their masks (BlockSolver)
         "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; unless it says less, the most of any of ours
+        # of patterns
+        "parse": lambda text: {},  # the fields that a spelling stands for; raises RequestError
+        "fixes_ratio": False,  # says by itself how much is dropped, as its ``sparsity``
+        "in_slabs": True,  # some columns of a matrix can be decided by themselves
+        "n_of_m": False,  # keeps ``n`` of every ``m`` neighbours, so reordered input channels may hold more
         # of allocations
         "tried": False,  # prunes the whole model on trial (TriedAllocation)
         "evolves": False,  # moves single weights from matrix to matrix
@@ -99,6 +104,13 @@ def solver(name: str, **options: Any) -> Solver:
 def allocation(name: str, **options: Any) -> Allocation | TriedAllocation:
     made: Allocation | TriedAllocation = build("allocation", name, **options)
     return made
+
+
+def spellings(name: str) -> dict[str, str]:
+    """How recipes spell a pattern (a capital letter stands for a number), each with an example; read without importing it."""
+    tree = ast.parse((Path(__file__).parent / "patterns" / f"{name}.py").read_text(encoding="utf-8"))
+    said = (n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "spellings" and n.value is not None)
+    return next((ast.literal_eval(node.value) for node in said if node.value is not None), {})
 
 
 def document(kind: str, name: str) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.maths.budget import spend
@@ -22,7 +23,7 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class Entropy:
-    width: float = 0.08
+    width: Annotated[float, Field(ge=0, description="the most that a ratio differs from the sparsity")] = 0.08
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
     looks_at: ClassVar[str] = "inputs"
     scored: ClassVar[bool] = False

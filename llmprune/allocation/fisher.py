@@ -7,8 +7,9 @@ Own combination; the diagonal Fisher as in Theis et al., Faster gaze prediction 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.maths.budget import log_histogram, shares_below, spend
@@ -17,7 +18,7 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class Fisher:
-    width: float = 0.15
+    width: Annotated[float, Field(ge=0, description="the most that a ratio differs from the sparsity")] = 0.15
     needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq", "grad_out_sq"})
     looks_at: ClassVar[str] = "inputs"
     scored: ClassVar[bool] = False

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.maths.budget import spend
@@ -19,7 +20,7 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class HeavyTail:
-    spread: float = 0.3
+    spread: Annotated[float, Field(ge=0, le=1, description="the most that a ratio differs, as a share of the sparsity")] = 0.3
     needs: ClassVar[frozenset[Stat]] = frozenset()
     looks_at: ClassVar[str] = "weights"
     scored: ClassVar[bool] = False

@@ -7,9 +7,10 @@ Yin et al., Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.maths.budget import log_histogram, share_above, spend
@@ -18,8 +19,8 @@ from llmprune.types import Seen, Stat
 
 @dataclass(frozen=True)
 class OWL:
-    width: float = 0.08
-    times: float = 5.0
+    width: Annotated[float, Field(ge=0, description="the most that a ratio differs from the sparsity")] = 0.08
+    times: Annotated[float, Field(gt=0, description="an outlier is above so many times the mean score")] = 5.0
     needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
     looks_at: ClassVar[str] = "inputs"
     scored: ClassVar[bool] = False

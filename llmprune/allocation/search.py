@@ -11,7 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 Steps = dict[str, int]
 
@@ -19,11 +21,11 @@ Steps = dict[str, int]
 @dataclass(frozen=True)
 class Search:
     starts: tuple[str, ...] = ("uniform", "fisher", "sensitivity")
-    generations: int = 24
-    offspring: int = 16
-    most_switches: int = 3
+    generations: Annotated[int, Field(ge=1, description="of the evolution")] = 24
+    offspring: Annotated[int, Field(ge=1, description="of each generation")] = 16
+    most_switches: Annotated[int, Field(ge=1, description="pairs of matrices that an offspring moves weights between, at most")] = 3
     rounds: tuple[tuple[int, int], ...] = ((2, 4), (8, 1))  # windows, and how many offspring survive them
-    windows: int = 24  # on which the last of the offspring meets its parent
+    windows: Annotated[int, Field(ge=1, description="on which the last of the offspring meets its parent")] = 24
     seed: int = 0
     tried: ClassVar[bool] = True
     evolves: ClassVar[bool] = True

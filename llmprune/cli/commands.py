@@ -88,9 +88,9 @@ def inspect(
         if verify or skip or only:
             raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; ask one after the other")
         return check_hashes(Path(model).expanduser(), as_json)
-    from llmprune.recipe.named import parse_nm
+    from llmprune.recipe.named import n_of_m
 
-    asked = parse_nm(verify) if verify else None
+    asked = n_of_m(verify) if verify else None
     from dataclasses import asdict
 
     from llmprune.checkpoint.resolve import open_source
@@ -203,10 +203,11 @@ def compare(
 
 
 def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without", metavar="NAME")] = None) -> None:
-    """List what can be asked for, or show one method's equation and paper."""
+    """List what can be asked for, or show one method's equation, paper and options."""
     from llmprune.checkpoint.aliases import ALIASES
-    from llmprune.methods import KINDS, check_name, document, names
+    from llmprune.methods import KINDS, check_name, document, find, names
     from llmprune.recipe.named import DEFAULT_QUALITY, METHODS, QUALITIES, STRUCTURED_PATTERNS
+    from llmprune.recipe.options import options_of
 
     everything = {kind: names(kind) for kind in KINDS}
     if name is not None:
@@ -235,5 +236,7 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; all are liste
                 out.print(f"{kind}/{one}: {text.splitlines()[0]}", markup=False)
             elif name == one:
                 out.print(f"\n{kind}/{one}\n{text}", markup=False)
+                for option in options_of(find(kind, one)).values():
+                    out.print(f"  --option {option}", markup=False, soft_wrap=True)
     if name is None:
         out.print("aliases: " + ", ".join(f"{a} = {i or 'bundled'}" for a, i in ALIASES.items()), markup=False)

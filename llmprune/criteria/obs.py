@@ -12,13 +12,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llmprune.maths.linalg import factor_of
+from llmprune.maths.linalg import Damping, factor_of
 from llmprune.types import Stat, Stats
 
 
 @dataclass(frozen=True)
 class OBS:
-    damping: float = 0.01
+    damping: Damping = 0.01
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:

@@ -7,9 +7,10 @@ https://openreview.net/forum?id=Tr0lPx9woF
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.types import Stat, Stats
@@ -17,7 +18,7 @@ from llmprune.types import Stat, Stats
 
 @dataclass(frozen=True)
 class RIA:
-    power: float = 0.5
+    power: Annotated[float, Field(ge=0, description="of the norm of the input")] = 0.5
     needs: ClassVar[frozenset[Stat]] = frozenset({"input_sq"})
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.errors import StoppedError
 from llmprune.types import Mask, Stats
 
+Damping: TypeAlias = Annotated[float, Field(ge=0, description="added to the diagonal of the Gram matrix, as a share of its mean")]
 SMALL_GROUP = 8  # up to this length pairwise comparison beats selection
 NOT_FINITE = "the Gram matrix of the calibration inputs is not finite"
 CORRELATED = 3.0

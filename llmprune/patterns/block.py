@@ -6,20 +6,29 @@ Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, https://openai.c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from llmprune.errors import RequestError
 from llmprune.maths.linalg import drop_smallest
 from llmprune.types import Mask
 
 
 @dataclass(frozen=True)
 class Block:
+    spellings: ClassVar[dict[str, str]] = {"block:RxC": "block:4x4"}
     height: int = 4
     width: int = 4
     local: ClassVar[bool] = False
     levels: ClassVar[tuple[float, ...]] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        height, width = map(int, text.removeprefix("block:").split("x"))
+        if height * width < 2:
+            raise RequestError(f"pattern {text!r} has no block of more than one weight", "write block:RxC, such as block:4x4 (4 rows by 4 columns)")
+        return {"height": height, "width": width}
 
     @property
     def unit(self) -> int:

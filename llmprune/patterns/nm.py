@@ -6,20 +6,31 @@ Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from llmprune.errors import RequestError
 from llmprune.maths.linalg import drop_smallest
 from llmprune.types import Mask
 
 
 @dataclass(frozen=True)
 class NM:
+    spellings: ClassVar[dict[str, str]] = {"N:M": "2:4"}
+    fixes_ratio: ClassVar[bool] = True
+    n_of_m: ClassVar[bool] = True
     n: int = 2
     m: int = 4
     tall: ClassVar[int] = 1
     local: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        n, m = map(int, text.split(":"))
+        if not 0 < n < m:
+            raise RequestError(f"pattern {text!r} would keep {n} of every {m} weights", "N:M needs 0 < N < M, such as 2:4")
+        return {"n": n, "m": m}
 
     @property
     def unit(self) -> int:

@@ -14,6 +14,7 @@ from llmprune.types import Mask
 
 @dataclass(frozen=True)
 class Unstructured:
+    spellings: ClassVar[dict[str, str]] = {"unstructured": "unstructured"}
     group: Literal["row", "matrix"] = "matrix"
     unit: ClassVar[int] = 1
     tall: ClassVar[int] = 1

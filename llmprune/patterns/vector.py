@@ -6,7 +6,7 @@ Mao et al., Exploring the Granularity of Sparsity in Convolutional Neural Networ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,17 @@ from llmprune.types import Mask
 
 @dataclass(frozen=True)
 class Vector:
+    spellings: ClassVar[dict[str, str]] = {"row": "row", "column": "column"}
     lines: Literal["row", "column"] = "row"
+    in_slabs: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     tall: ClassVar[int] = 1
     local: ClassVar[bool] = False
     levels: ClassVar[tuple[float, ...]] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        return {"lines": text}
 
     def at(self, ratio: float) -> Vector:
         return self

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from llmprune.errors import RequestError
-from llmprune.methods import names
+from llmprune.methods import names, spellings
 from llmprune.pruners.coarse import COARSE
-from llmprune.recipe.named import LINES, METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, block_solvers
+from llmprune.recipe.named import METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, as_regex, block_solvers, in_groups
 from llmprune.recipe.reading import keys, read_recipe
 from llmprune.recipe.recipe import BUDGETS, Recipe
 from llmprune.recipe.user_criterion import refuse_code
@@ -39,7 +40,7 @@ def draft(given: dict[str, Any]) -> str:
     refuse_code("a recipe", given.get("criterion"))
     values = {"model": "llama"} | given
     pattern = values.get("pattern", "unstructured")
-    if not values.keys() & set(BUDGETS) and pattern in ("unstructured", *LINES, *STRUCTURED):
+    if not values.keys() & set(BUDGETS) and not in_groups(pattern):
         values["sparsity"] = 0.25 if pattern in STRUCTURED else 0.5
     chosen = read_recipe(None, values).model_dump(exclude_unset=True)
     said = [_line(key, spelt(chosen[key])) for key in keys() if key in chosen]
@@ -74,8 +75,10 @@ def schema() -> dict[str, Any]:
     properties = {key: _property(raw["properties"][key]) for key in keys()}
     for key, known in _choices().items():
         properties[key]["enum"] = known
-    spelled = {"pattern": r"^(\d+:\d+|block:\d+x\d+)$"}
-    properties["pattern"]["anyOf"] = [{"enum": ["unstructured", *LINES, *STRUCTURED]}, spelled]
+    forms = {spelling: as_regex(spelling) for name in names("patterns") for spelling in spellings(name)}
+    words = [spelling for spelling, regex in forms.items() if regex == re.escape(spelling)]
+    numbered = [regex for spelling, regex in forms.items() if spelling not in words]
+    properties["pattern"]["anyOf"] = [{"enum": [*words, *STRUCTURED]}, {"pattern": f"^({'|'.join(numbered)})$"}]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Recipe of llmprune",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llmprune.errors import RequestError
-from llmprune.methods import build, find, names, trait
+from llmprune.methods import find, names, spellings, trait
 from llmprune.pruners.coarse import COARSE
 
 Group = Literal["row", "matrix"]
@@ -57,7 +57,6 @@ STRUCTURED_PATTERNS = {
 
 STRUCTURED = tuple(STRUCTURED_PATTERNS)
 
-LINES = ("row", "column")  # of one matrix, zeroed
 
 # What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
@@ -100,41 +99,45 @@ def is_tried(allocation: str) -> bool:
     return bool(trait(find("allocation", allocation), "tried"))
 
 
-def build_pattern(text: str, group: Group) -> Any:
-    """The pattern that ``text`` spells: "unstructured", N:M, block:RxC, row or column. Raises RequestError for anything else."""
-    if text == "unstructured":
-        return build("patterns", "unstructured", group=group)
-    if text in LINES:
-        return build("patterns", "vector", lines=text)
-    if text.startswith("block:"):
-        height, width = parse_block(text)
-        return build("patterns", "block", height=height, width=width)
-    n, m = parse_nm(text)
-    return build("patterns", "nm", n=n, m=m)
+def find_pattern(text: str) -> type[Any]:
+    """The class of the pattern that ``text`` spells, such as "unstructured", "2:4", "block:4x4", "row". Raises RequestError."""
+    for name in names("patterns"):
+        if any(re.fullmatch(as_regex(spelling), text) for spelling in spellings(name)):
+            return find("patterns", name)
+    raise RequestError(f"pattern {text!r} is unknown", f"there are: {', '.join((*spelled_patterns(), *STRUCTURED))}")
+
+
+def build_pattern(text: str, group: Group = "matrix") -> Any:
+    """The pattern that ``text`` spells; ``group`` where it takes one. Raises RequestError for what is none."""
+    cls = find_pattern(text)
+    return cls(**trait(cls, "parse")(text), **({"group": group} if takes_group(cls) else {}))
+
+
+def n_of_m(text: str) -> tuple[int, int]:
+    """(N, M) of a pattern that keeps N of every M neighbours. Raises RequestError for any other."""
+    pattern = build_pattern(text)
+    if not trait(pattern, "n_of_m"):
+        raise RequestError(f"pattern {text!r} does not keep N of every M weights", "write N:M, such as 2:4")
+    return pattern.n, pattern.m
+
+
+def takes_group(pattern: type[Any]) -> bool:
+    """Whether a pattern's weights compete in a group that a recipe may choose."""
+    return "group" in (field.name for field in fields(pattern))
 
 
 def in_groups(text: str) -> bool:
-    """Whether a pattern says by itself how much goes, as N:M does (or is none at all)."""
-    return text not in ("unstructured", *LINES, *STRUCTURED) and not text.startswith("block:")
+    """Whether a pattern says by itself how much is dropped, as N:M does. Raises RequestError for what is none."""
+    return text not in STRUCTURED and bool(trait(find_pattern(text), "fixes_ratio"))
 
 
-def parse_block(text: str) -> tuple[int, int]:
-    """(R, C) of "block:RxC". Raises RequestError when it is none."""
-    match = re.fullmatch(r"block:(\d{1,4})x(\d{1,4})", text)
-    if not match or not int(match[1]) * int(match[2]) > 1:
-        raise RequestError(f"pattern {text!r} is no block", "write block:RxC, such as block:4x4 (4 rows by 4 columns)")
-    return int(match[1]), int(match[2])
+def as_regex(spelling: str) -> str:
+    """A capital letter of a pattern's spelling stands for a number."""
+    return re.sub("[A-Z]", r"\\d{1,4}", re.escape(spelling))
 
 
-def parse_nm(text: str) -> tuple[int, int]:
-    """(N, M) of a pattern such as "2:4": N non-zeros in every M. Raises RequestError when it is none."""
-    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
-    if not match:
-        raise RequestError(
-            f"pattern {text!r} is unknown",
-            f"there are: unstructured, N:M such as 2:4 (2 non-zeros in every 4), block:RxC such as block:4x4, {', '.join(LINES + STRUCTURED)}",
-        )
-    n, m = int(match[1]), int(match[2])
-    if not 0 < n < m:
-        raise RequestError(f"pattern {text!r} would keep {n} of every {m} weights", "N:M needs 0 < N < M, such as 2:4")
-    return n, m
+def spelled_patterns() -> list[str]:
+    """How patterns that are not structured are spelled, with examples; the default first."""
+    found = {spelling: example for name in names("patterns") for spelling, example in spellings(name).items()}
+    ordered = sorted(found, key=lambda spelling: spelling != "unstructured")
+    return [spelling if found[spelling] == spelling else f"{spelling} such as {found[spelling]}" for spelling in ordered]

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
-from llmprune.methods import build
+from llmprune.methods import find, trait
 from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, SMALLER, WHAT, Flag
 from llmprune.recipe.named import (
     DEFAULT_QUALITY,
-    LINES,
     METHODS,
     POLISH_STEPS,
     QUALITIES,
@@ -24,11 +23,14 @@ from llmprune.recipe.named import (
     Group,
     Method,
     build_pattern,
+    find_pattern,
     in_groups,
     is_tried,
-    parse_nm,
+    spelled_patterns,
     split_solver,
+    takes_group,
 )
+from llmprune.recipe.options import Part, assigned
 from llmprune.recipe.user_criterion import UserCriterion
 from llmprune.recipe.values import read_bytes, read_count, read_share
 
@@ -78,7 +80,7 @@ class Recipe(BaseModel):
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
     pattern: Annotated[str, Flag(MOST_USED, "N:M|NAME")] = Field(
-        "unstructured", description=f"unstructured, N:M such as 2:4, block:RxC such as block:4x4, row, column, or structured: {', '.join(STRUCTURED)}"
+        "unstructured", description=f"{', '.join(spelled_patterns())}, or structured: {', '.join(STRUCTURED)}"
     )
     round_to: Annotated[int | None, Flag(SMALLER, default="8 for channels and kernel, else 1")] = Field(
         None, ge=1, description="structured: sizes are multiples of this"
@@ -118,6 +120,9 @@ class Recipe(BaseModel):
     )
     ratios: Annotated[dict[str, float], Flag(HOW, "REGEX=FLOAT", name="ratio")] = Field(
         default_factory=dict, description="allocation explicit: regular expression of a matrix's name, and its ratio"
+    )
+    options: Annotated[dict[str, float | int | str | bool], Flag(HOW, "NAME=VALUE", name="option")] = Field(
+        default_factory=dict, description="options of the methods, such as damping=0.02 or solver.damping=0.02; llmprune methods NAME shows them"
     )
     calibration: Annotated[str | None, Flag(MOST_USED, "PATH|ID", "bundled text for llama, else c4")] = Field(
         None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
@@ -173,6 +178,11 @@ class Recipe(BaseModel):
         return in_groups(self.pattern)
 
     @property
+    def takes_group(self) -> bool:
+        """Single weights compete, in a row or in the matrix."""
+        return not self.structured and takes_group(find_pattern(self.pattern))
+
+    @property
     def structured(self) -> bool:
         """A pattern that makes the model smaller."""
         return self.pattern in STRUCTURED
@@ -190,10 +200,7 @@ class Recipe(BaseModel):
     @property
     def most(self) -> float:
         """The most that can go."""
-        if not self.in_groups:
-            return MOST_SPARSITY
-        n, m = parse_nm(self.pattern)
-        return 1 - n / m
+        return float(build_pattern(self.pattern).sparsity) if self.in_groups else MOST_SPARSITY
 
     @property
     def ratio(self) -> float | None:
@@ -237,7 +244,7 @@ class Recipe(BaseModel):
         group = self.group or named.group
         steps = {"kd": POLISH_STEPS, "none": 0, None: named.polish_steps}[self.polish]
         asymmetric = named.asymmetric if self.target is None else self.target == "asymmetric"
-        if self.pattern.startswith("block:") or self.pattern in LINES or self.structured:
+        if not (self.in_groups or self.takes_group):
             group = "matrix"  # where blocks and units compete
         allocation = named.allocation
         if self.max_ppl_increase is not None and is_tried(allocation):
@@ -258,15 +265,14 @@ class Recipe(BaseModel):
         """
         from llmprune.pruners.plan import Plan
 
-        parts = self.parts
-        solver, reconstruct = split_solver(parts.solver)
+        parts, made = self.parts, self.made()
         return Plan(
-            criterion=self._criterion(parts.criterion),
-            pattern=None if structure else build_pattern(self.pattern, parts.group),
+            criterion=made.get("criterion"),
+            pattern=made.get("pattern"),
             structure=structure,
-            solver=build("solvers", solver),
-            reconstruct=build("solvers", reconstruct) if reconstruct else None,
-            allocation=build("allocation", parts.allocation, **self._allocation_options()),
+            solver=made["solver"],
+            reconstruct=made.get("block_solver"),
+            allocation=made["allocation"],
             sparsity=self.most if self.ratio is None else self.ratio,
             asymmetric=parts.asymmetric,
             fisher_rows=parts.fisher_rows,
@@ -278,12 +284,34 @@ class Recipe(BaseModel):
             ours=self.method is None,
         )
 
-    def _criterion(self, name: str | None) -> Any:
-        if isinstance(self.criterion, UserCriterion):
-            return self.criterion
-        return build("criteria", name) if name and (self.pattern not in COARSE or COARSE[self.pattern].scores) else None
+    def methods(self) -> list[Part]:
+        """The methods that it is made of; a criterion of the user's own, and measures of the coarse patterns, are none of them."""
+        parts, (solver, over_blocks) = self.parts, split_solver(self.parts.solver)
+        found = [
+            Part("solver", solver, find("solvers", solver)),
+            Part("allocation", parts.allocation, find("allocation", parts.allocation), self._ratios()),
+        ]
+        if over_blocks and over_blocks != solver:
+            found.append(Part("block_solver", over_blocks, find("solvers", over_blocks)))
+        if parts.criterion and not isinstance(self.criterion, UserCriterion) and (self.pattern not in COARSE or COARSE[self.pattern].scores):
+            found.append(Part("criterion", parts.criterion, find("criteria", parts.criterion)))
+        if not self.structured:
+            cls = find_pattern(self.pattern)
+            said = trait(cls, "parse")(self.pattern) | ({"group": parts.group} if self.takes_group else {})
+            found.append(Part("pattern", self.pattern, cls, said))
+        return found
 
-    def _allocation_options(self) -> dict[str, Any]:
+    def made(self) -> dict[str, Any]:
+        """Role -> method, with its options. Raises RequestError for options that are none."""
+        parts = self.methods()
+        given = assigned(self.options, parts)
+        made = {part.role: part.make(given[part.role], self.seed) for part in parts}
+        if trait(made["solver"], "fits_blocks"):
+            made["block_solver"] = made["solver"]
+        return made | ({"criterion": self.criterion} if isinstance(self.criterion, UserCriterion) else {})
+
+    def _ratios(self) -> dict[str, Any]:
+        """What the recipe says to its allocation."""
         if self.structured and self.parts.allocation == "auto":
             return {"starts": STRUCTURED_STARTS}
         return {"ratios": tuple(self.ratios.items())} if self.ratios else {}
@@ -303,9 +331,11 @@ class Recipe(BaseModel):
             value["quality"] = DEFAULT_QUALITY
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
+        given = assigned(self.options, self.methods()) if self.options else {}
+        value["options"] = {f"{role}.{name}": said for role, options in given.items() for name, said in sorted(options.items())}
         value["allocation"] = parts.allocation
         value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
-        value["group"] = parts.group if self.pattern == "unstructured" else None
+        value["group"] = parts.group if self.takes_group else None
         for key in ("model", "calibration"):
             if value[key] is not None and Path(value[key]).expanduser().exists():
                 value[key] = Path(value[key]).expanduser().resolve().name

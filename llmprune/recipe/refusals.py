@@ -6,13 +6,13 @@ from llmprune.errors import RequestError
 from llmprune.methods import check_name, find, names, trait
 from llmprune.pruners.coarse import COARSE, Coarse
 from llmprune.recipe.named import (
-    LINES,
     METHODS,
     QUALITIES,
     STRUCTURED,
     STRUCTURED_METHODS,
+    build_pattern,
+    find_pattern,
     is_tried,
-    parse_block,
     split_solver,
 )
 from llmprune.recipe.recipe import BUDGETS, Recipe
@@ -31,20 +31,20 @@ def check(recipe: Recipe) -> None:
     if recipe.pattern not in COARSE:
         check_allocation(recipe)
         check_parts(recipe)
+    if recipe.options:
+        recipe.made()
 
 
 def check_zeros(recipe: Recipe) -> None:
     """Raises RequestError for a budget, a group or an order that a pattern of zeros contradicts."""
+    build_pattern(recipe.pattern)
+    if not recipe.takes_group:
+        refuse_group(recipe)
     if recipe.in_groups:
         check_groups(recipe)
-        refuse_group(recipe)
-        return
-    if recipe.pattern != "unstructured":
-        if recipe.pattern not in LINES:
-            parse_block(recipe.pattern)
-        refuse_group(recipe)
-    check_budget(recipe, "add --sparsity 0.5, or --pattern 2:4")
-    if recipe.permute:
+    else:
+        check_budget(recipe, "add --sparsity 0.5, or --pattern 2:4")
+    if recipe.permute and not trait(find_pattern(recipe.pattern), "n_of_m"):
         raise RequestError(f"channels reordered for pattern {recipe.pattern}", "only N:M gains by it; leave --permute out")
 
 
@@ -147,7 +147,7 @@ def refuse_structured(recipe: Recipe) -> None:
 def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
     """Raises RequestError for parts that do not go with the pattern's units, or are for units alone."""
     pattern = recipe.pattern
-    if (recipe.structured or pattern in LINES) and trait(find("solvers", solver), "by_slab"):
+    if (recipe.structured or not trait(find_pattern(pattern), "in_slabs")) and trait(find("solvers", solver), "by_slab"):
         others = [name for name in names("solvers") if not trait(find("solvers", name), "by_slab")]
         raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", f"take one of {', '.join(others)}")
     for kind, name in (("criteria", criterion), ("solvers", solver)):

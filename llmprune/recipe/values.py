@@ -72,6 +72,9 @@ def as_toml(values: dict[str, Any]) -> Iterator[str]:
 
 
 def spelt(value: Any) -> str:
+    """One value; of a table, an inline one."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{spelt(name)} = {spelt(said)}" for name, said in value.items()) + "}"
     """A value as TOML has it in one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{spelt(name)} = {spelt(one)}" for name, one in value.items()) + "}"

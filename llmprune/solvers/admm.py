@@ -9,12 +9,13 @@ which gives the ridge solve for any rho, would take too long.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from llmprune.maths.linalg import Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
+from llmprune.maths.linalg import Damping, Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 
 CHECK_EVERY = 3  # iterations between two looks at the support
@@ -26,12 +27,13 @@ SETTLED = 3e-4
 
 @dataclass(frozen=True)
 class ADMM:
-    damping: float = 0.01
-    iterations: int = 100
-    refit_steps: int = 10
-    wide: int = 4096  # columns from which a CPU takes one Cholesky factor for a fixed rho: an eigenbasis costs some 40 times as much
-    wide_rho: float = 1.0
-    wide_iterations: int = 30
+    damping: Damping = 0.01
+    iterations: Annotated[int, Field(ge=1, description="at most, of ADMM")] = 100
+    refit_steps: Annotated[int, Field(ge=0, description="of conjugate gradients on the weights that stay")] = 10
+    # an eigenbasis costs some 40 times as much as one Cholesky factor, which is enough for a fixed rho
+    wide: Annotated[int, Field(ge=1, description="columns from which a CPU takes a fixed rho")] = 4096
+    wide_rho: Annotated[float, Field(gt=0, description="the fixed rho of wide matrices")] = 1.0
+    wide_iterations: Annotated[int, Field(ge=1, description="of wide matrices")] = 30
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
     own_score: ClassVar[bool] = True
     work: ClassVar[tuple[int, int]] = (40, 44)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from llmprune.maths.greedy_obs import greedy_obs
 from llmprune.maths.least_squares import refit_kept
+from llmprune.maths.linalg import Damping
 from llmprune.maths.unit_columns import Units
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 
 @dataclass(frozen=True)
 class BlockOBS:
-    damping: float = 0.01
+    damping: Damping = 0.01
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
     own_score: ClassVar[bool] = True
     work: ClassVar[tuple[int, int]] = (56, 16)

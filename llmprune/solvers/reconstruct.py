@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from llmprune.maths.masked_adam import SurvivorAdam
@@ -19,8 +20,9 @@ from llmprune.types import Pattern, Pruned, Stat, Stats
 
 @dataclass(frozen=True)
 class Reconstruct:
-    steps: int = 100
-    rate: float = 0.04  # of a tensor's root mean square
+    steps: Annotated[int, Field(ge=1, description="of Adam, on each block")] = 100
+    rate: Annotated[float, Field(gt=0, description="of a step, as a share of a tensor's root mean square")] = 0.04
+    seed: int = 0
     needs: ClassVar[frozenset[Stat]] = frozenset()
     own_score: ClassVar[bool] = False
     work: ClassVar[tuple[int, int]] = (0, 16)
@@ -49,7 +51,7 @@ class Reconstruct:
 
         before = error()
         size = sum(outputs(batch)[1].float().square().sum().item() for batch in range(batches)) / batches
-        order = torch.Generator().manual_seed(0)
+        order = torch.Generator().manual_seed(self.seed)
         with SurvivorAdam(masked, free, self.steps, self.rate) as adam:
             for _ in range(self.steps):
                 batch = int(torch.randint(batches, (), generator=order))

@@ -5,19 +5,20 @@ by conjugate gradients on all rows at once (Jacobi-preconditioned by the scaling
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from llmprune.maths.linalg import masked_refit, scaled_of
+from llmprune.maths.linalg import Damping, masked_refit, scaled_of
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 
 @dataclass(frozen=True)
 class Refit:
-    damping: float = 0.01
-    steps: int = 20
+    damping: Damping = 0.01
+    steps: Annotated[int, Field(ge=0, description="of conjugate gradients")] = 20
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
     own_score: ClassVar[bool] = False
     work: ClassVar[tuple[int, int]] = (32, 36)

@@ -10,12 +10,13 @@ Shapes: R = output rows, B = columns of one slab, S = columns of one strip insid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from llmprune.maths.linalg import factor_of
+from llmprune.maths.linalg import Damping, factor_of
 from llmprune.types import Pattern, Pruned, Stat, Stats
 
 STRIP = 32  # columns between two matrix products inside a slab: keeps the column-by-column part in cache
@@ -23,8 +24,8 @@ STRIP = 32  # columns between two matrix products inside a slab: keeps the colum
 
 @dataclass(frozen=True)
 class SparseGPT:
-    damping: float = 0.01
-    slab: int = 128
+    damping: Damping = 0.01
+    slab: Annotated[int, Field(ge=1, description="columns whose mask is chosen together")] = 128
     needs: ClassVar[frozenset[Stat]] = frozenset({"gram"})
     own_score: ClassVar[bool] = True
     work: ClassVar[tuple[int, int]] = (40, 16)

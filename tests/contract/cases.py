@@ -104,7 +104,7 @@ COMBOS = [
     for criterion in (NOBODY if solver.method.own_score else CRITERIA)
     if not units_only(criterion.method)
     for pattern in PATTERNS
-    if not ("lines" in vars(pattern.method) and trait(solver.method, "by_slab"))  # lines are cut by slabs: the recipe refuses it
+    if trait(pattern.method, "in_slabs") or not trait(solver.method, "by_slab")  # lines are cut by slabs: the recipe refuses it
     # a criterion ranks alike under any N:M and any block, so the rarer ones are tried with one criterion
     if criterion in (*NOBODY, CRITERIA[0]) or pattern.id in ("nm[2,4]", "nm[3,6]", "block[2,3]") or not pattern.id.startswith(("nm", "block"))
 ]
@@ -112,7 +112,7 @@ COMBOS = [
 
 def fixed(pattern: Pattern) -> bool:
     """Whether the pattern alone says how much goes, as N:M does."""
-    return "sparsity" in dir(pattern)
+    return bool(trait(pattern, "fixes_ratio"))
 
 
 def each(things: list[Any]) -> list[Any]:
