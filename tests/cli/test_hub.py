@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from cli.hub import Hub, commit_of, metadata_errors, serve, stand_in
+from cli.runner import Ran
 from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.resolve import BUNDLED
@@ -22,26 +23,25 @@ ASK = ("--model", "org/tiny", "--sparsity", 0.5, "--method", "magnitude", "--seq
 # One process for all commands of a test, with the addresses in its environment from the start: most of a command's time is imports.
 COMMANDS = """
 import io, json, sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from llmprune.cli.main import main
 ends = []
 for words in json.loads(sys.argv[1]):
-    with redirect_stderr(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         try:
             main(words)
         except SystemExit as end:
-            ends.append((end.code or 0, said.getvalue()))
+            ends.append((end.code or 0, out.getvalue(), err.getvalue()))
 print(json.dumps(ends), file=sys.stderr)
 """
 
 
-def llmprune(base: str, here: Path, *commands: tuple[object, ...]) -> list[tuple[int, str]]:
-    """Exit code and standard error of each."""
+def llmprune(base: str, here: Path, *commands: tuple[object, ...]) -> list[Ran]:
     environment = os.environ | {"HF_ENDPOINT": base, "HF_HOME": str(here / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     words = json.dumps([[str(word) for word in command] for command in commands])
     ran = subprocess.run([sys.executable, "-c", COMMANDS, words], env=environment, cwd=here, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    return [(code, said) for code, said in json.loads(ran.stderr.splitlines()[-1])]
+    return [Ran(*end) for end in json.loads(ran.stderr.splitlines()[-1])]
 
 
 def lines() -> list[bytes]:
@@ -54,17 +54,17 @@ def test_model_and_data_by_id(tmp_path):
     words.mkdir()
     (words / "train.jsonl").write_bytes(b"".join(lines()))
     with serve({"models/org/tiny": BUNDLED / "llama", "datasets/org/words": words}) as (base, log):
-        (code, said), (refused, why) = llmprune(base, tmp_path, (*ASK, "--calibration", "org/words"), ("--model", "org/absent", "--sparsity", 0.5))
-    assert code == 0, said
+        ran, gone = llmprune(base, tmp_path, (*ASK, "--calibration", "org/words"), ("--model", "org/absent", "--sparsity", 0.5))
+    assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert report["source"]["name"] == "org/tiny"
     assert report["source"]["revision"] == commit_of(BUNDLED / "llama")
     assert report["calibration"]["dataset"] == "org/words"
     assert report["sparsity"]["pruned_matrices"] == 0.5
     assert not [line for line in log if line.startswith("GET") and line.endswith(".py")]
-    assert refused == 2
-    assert "'org/absent'" in why
-    assert "Traceback" not in why
+    assert gone.code == 2
+    assert "'org/absent'" in gone.err
+    assert "Traceback" not in gone.err
 
 
 def test_pinned_to_a_revision(tmp_path):
@@ -78,8 +78,8 @@ def test_pinned_to_a_revision(tmp_path):
         then = data.commits[0].id
         data.commit({"train.jsonl": b'{"text": ""}\n'})
         pinned, absent = ((*ASK, "--revision", was, "--calibration", f"org/words@{then}"), (*ASK, "--revision", "0" * 40, "--overwrite"))
-        (code, said), (refused, why) = llmprune(hub.base, tmp_path, pinned, absent)
-    assert code == 0, said
+        ran, absent = llmprune(hub.base, tmp_path, pinned, absent)
+    assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert report["source"]["revision"] == was
     assert report["calibration"]["dataset"] == f"org/words@{then}"
@@ -94,8 +94,8 @@ def test_pinned_to_a_revision(tmp_path):
     assert f"[org/tiny](https://huggingface.co/org/tiny) at revision `{was}`" in card.text
     assert f'revision = "{was}"' in card.text
     assert metadata_errors(str(card)) == []
-    assert refused == 2
-    assert len(why.splitlines()) == 2
+    assert absent.code == 2
+    assert len(absent.err.splitlines()) == 2
 
 
 def test_windows_drawn_from_a_stream(tmp_path):
@@ -105,12 +105,12 @@ def test_windows_drawn_from_a_stream(tmp_path):
         hub.add("models/org/tiny", LLAMA)
         rows = [json.dumps({"text": f"row {'early' if i < 400 else 'late'} " * 20}).encode() + b"\n" for i in range(800)]
         hub.add("datasets/org/words", {"train.jsonl": b"".join(rows)})
-        first = llmprune(hub.base, tmp_path, *ASK, "--calibration", "org/words")
-        drawn = llmprune(hub.base, tmp_path, *ASK[:-1], "drawn", "--calibration", "org/words", "--shuffle", "--seed", 3)
-    assert (first.returncode, drawn.returncode) == (0, 0), first.stderr + drawn.stderr
+        words = ("--calibration", "org/words")
+        first, drawn = llmprune(hub.base, tmp_path, (*ASK, *words), (*ASK[:-1], "drawn", *words, "--shuffle", "--seed", 3))
+    assert (first.code, drawn.code) == (0, 0), first.err + drawn.err
     calibration = json.loads((tmp_path / "drawn" / "llmprune.json").read_text())["calibration"]
     assert calibration["drawn_from"] == "a stream shuffled in a buffer of 10,000 rows, seed 3"
-    assert "8 windows of 64 from org/words (train), drawn from a stream shuffled in a buffer of 10,000 rows, seed 3" in drawn.stdout
+    assert "8 windows of 64 from org/words (train), drawn from a stream shuffled in a buffer of 10,000 rows, seed 3" in drawn.out
     assert "drawn_from" not in json.loads((tmp_path / "out" / "llmprune.json").read_text())["calibration"]
     assert calibration["sha256"] != json.loads((tmp_path / "out" / "llmprune.json").read_text())["calibration"]["sha256"]
 
