@@ -50,7 +50,7 @@ def prune(
     **options: Any,
 ) -> Report:
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
-    one; the model itself keeps its shape, with zeros (but not for layers and experts).
+    one; the model itself keeps its shape, with zeros (except for layers and experts).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
     tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. on_progress: called with
@@ -64,13 +64,13 @@ def prune(
         )
     windows = calibration if isinstance(calibration, Tensor) else None
     if tokenizer is not None and (windows is not None or not isinstance(model, nn.Module)):
-        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; leave it out")
+        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
     values = options | {"pattern": pattern, "sparsity": sparsity}
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
     listen = listener(on_progress)
     if isinstance(model, nn.Module):
         if overwrite or restart or public or existing:
-            raise RequestError("overwrite, restart, public or existing with a model in memory", "they are about an output folder; leave them out")
+            raise RequestError("overwrite, restart, public or existing with a model in memory", "they are about an output folder; omit them")
         recipe = read_recipe(None, {"model": type(model).__name__} | values)
         return prune_live(model, recipe, windows, tokenizer, listen)
     recipe = read_recipe(None, {"model": str(model)} | values)
@@ -130,7 +130,7 @@ def evaluate_tasks(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[TaskResult]:
-    """What lm-eval says of a checkpoint, loaded whole by plain transformers. It needs the extra ``eval``.
+    """lm-eval's results for a checkpoint, loaded whole by plain transformers. It needs the extra ``eval``.
 
     task_dir: a folder of task files, which are then the only ones. samples: the first so many questions of each task. Raises RequestError.
     """
@@ -148,7 +148,7 @@ def load(folder: str | PathLike[str], **options: Any) -> Any:
     """(model, tokenizer) of a result, by plain transformers. options go to ``from_pretrained``."""
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise RequestError(f"{path.name}: holds no model", "give the output folder of a run")
+        raise RequestError(f"{path.name}: contains no model", "give the output folder of a run")
     return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
 
 

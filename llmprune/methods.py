@@ -1,6 +1,6 @@
 """A method is a file: ``llmprune/<kind>/<name>.py`` holds one public dataclass. There is no registry to edit; ``_name.py`` beside it is a helper.
 
-The dataclass's fields are the method's options; what it is, it says in class attributes, and ``DEFAULTS`` holds for those that it leaves out.
+The dataclass's fields are the method's options; its class attributes describe it, with ``DEFAULTS`` for those that it omits.
 Listing and checking names imports nothing heavy; only ``find`` imports the method asked for.
 """
 
@@ -20,16 +20,16 @@ from llmprune.errors import RequestError
 if TYPE_CHECKING:
     from llmprune.types import Allocation, Criterion, Pattern, Solver, TriedAllocation
 
-KINDS = {"criteria": "criterion", "patterns": "pattern", "solvers": "solver", "allocation": "allocation"}  # a folder, and what one of it is called
+KINDS = {"criteria": "criterion", "patterns": "pattern", "solvers": "solver", "allocation": "allocation"}  # a folder, and the singular
 DEFAULTS = MappingProxyType(
     {
         # of criteria and solvers
-        "units_only": False,  # knows whole columns alone: for structured patterns
+        "units_only": False,  # scores whole columns only: for structured patterns
         # of solvers
         "by_slab": False,  # asks the pattern about some columns at a time
-        "repairs": True,  # changes the weights that stay
+        "repairs": True,  # changes the kept weights
         "fits_blocks": False,  # goes over a block once all its matrices have their masks (BlockSolver)
-        "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; unless it says less, the most of any of ours
+        "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; by default the most of any built-in one
         # of patterns
         "parse": lambda text: {},  # the fields that a spelling stands for; raises RequestError
         "fixes_ratio": False,  # says by itself how much is dropped, as its ``sparsity``
@@ -43,7 +43,7 @@ DEFAULTS = MappingProxyType(
 
 
 def trait(method: Any, name: str) -> Any:
-    """What a method, or its class, says of itself by a class attribute; the default where it says nothing."""
+    """A class attribute of a method, or its class; the default where it has none."""
     return getattr(method, name, DEFAULTS[name])
 
 
@@ -86,7 +86,7 @@ def build(kind: str, name: str, **options: Any) -> Any:
 
 
 def criterion(name: str, **options: Any) -> Criterion:
-    """``build`` of a criterion, as the type checker knows it; so are those below."""
+    """``build`` of a criterion, typed; likewise those below."""
     made: Criterion = build("criteria", name, **options)
     return made
 

@@ -1,4 +1,4 @@
-"""The few values that travel between floors, and the protocols that methods follow.
+"""The few values that are passed between folders, and the protocols that methods follow.
 
 Shapes: R = output rows, C = input columns, T = tokens, N = windows, L = window length, D = hidden width.
 """
@@ -33,7 +33,7 @@ OF_NORM, OF_WINDOW, DERIVED = _said("own", "norms"), _said("own", "window losses
 
 @dataclass
 class Stats:
-    """What is known of one matrix; None = nobody asked for it. A tensor's name ends in its shape.
+    """The statistics of one matrix; None = not asked for. A tensor's name ends in its shape.
 
     Matrices that share an input share one Stats object, so what is derived from it (``factors``) is computed once.
     """
@@ -46,7 +46,7 @@ class Stats:
     cross_CC: Tensor | None = field(default=None, metadata=SUM)  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = field(default=None, metadata=SUM)  # sum of (p - p') x'^T: what the products are added to; one matrix's own
     row_weight_R: Tensor | None = field(default=None, metadata=DERIVED)  # of the rows against each other in the choice of the mask; one matrix's own
-    norm_scale_C: Tensor | None = field(default=None, metadata=OF_NORM)  # scale of the norm whose output this is, where one's is
+    norm_scale_C: Tensor | None = field(default=None, metadata=OF_NORM)  # scale of the norm whose output this is, if it is one's
     # of the dense model's summed next-token loss; one matrix's own (see statistics/gradients.py)
     grad_RC: Tensor | None = field(default=None, metadata=LOSS_SUM)  # dL/dW, summed over windows
     grad_sq_RC: Tensor | None = field(default=None, metadata=WINDOW_SUM)  # sum over windows of (dL_n/dW) ** 2
@@ -58,29 +58,29 @@ class Stats:
     factors: dict[Any, Any] = field(default_factory=dict, metadata=DERIVED)  # what linalg has derived from the Gram matrix
 
     def accumulate(self, name: str, value: Tensor) -> None:
-        """Add the sum over a micro-batch to the field ``name``; ``value`` is taken over, and may be changed later."""
+        """Add the sum over a micro-batch to the field ``name``; ``value`` is owned by the sum from then on, and may be changed."""
         accumulate(vars(self), name, value)
 
     def accumulated(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the sums that there are, in the order of the fields: what several processes add up, beside the counts."""
+        """(name, tensor) of the existing sums, in the order of the fields: what several processes add up, beside the counts."""
         sums = ((f.name, getattr(self, f.name)) for f in fields(self) if f.metadata["role"] == "accumulated")
         return ((name, value) for name, value in sums if isinstance(value, Tensor))
 
     def __add__(self, other: Stats) -> Stats:
-        """The statistics of both's windows. What is derived is left out; what is not a sum is the first one's, unless it has none."""
+        """The statistics over the windows of both. Derived fields are left out; fields that are not sums are the first one's, if it has them."""
         assert self.shrunk == other.shrunk == 0, "a shrunk Gram matrix is not a sum"
         pairs = {f.name: (f.metadata["role"], getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         sums = {name: both(a, b) for name, (role, a, b) in pairs.items() if role == "accumulated"}
         return Stats(**sums, **{name: b if a is None else a for name, (role, a, b) in pairs.items() if role == "own"})
 
     def permuted(self, order_C: Tensor) -> Stats:
-        """Of the same matrix with its input channels in another order: so is every C of a tensor's shape."""
+        """Of the same matrix with its input channels in another order: every C of a tensor's shape is reordered."""
         moved: dict[str, Any] = {n: _permuted(value, shape_of(n), order_C) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved, factors={})
 
 
 def accumulate(sums: dict[Any, Any], key: Any, value: Tensor) -> None:
-    """Add the sum over a micro-batch to that of the ones before it, in place; ``value`` is taken over where it is the first."""
+    """Add the sum over a micro-batch to that of the ones before it, in place; ``value`` is owned by the sum where it is the first."""
     if sums.get(key) is None:
         sums[key] = value
     else:
@@ -114,7 +114,7 @@ def statistics_of(*sources: StatSource) -> frozenset[Stat]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a solver hands back for one matrix."""
+    """What a solver returns for one matrix."""
 
     weight_RC: Tensor
     keep_RC: Mask
@@ -123,7 +123,7 @@ class Pruned:
 
 
 class Criterion(Protocol):
-    """Scores every weight; the smallest scores go first. It may say ``units_only`` too (llmprune.methods)."""
+    """Scores every weight; the smallest scores are dropped first. It may say ``units_only`` too (llmprune.methods)."""
 
     @property
     def needs(self) -> frozenset[Stat]: ...
@@ -151,24 +151,24 @@ class Pattern(Protocol):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The only ratios that a matrix may give up, ascending; empty: any."""
+        """The only ratios that a matrix may lose, ascending; empty: any."""
         ...
 
     def dropped(self, rows: int, columns: int, sparsity: float) -> int:
-        """Exact number of weights that go from a [rows, columns] matrix."""
+        """Exact number of weights to drop from a [rows, columns] matrix."""
         ...
 
     def at(self, ratio: float) -> Pattern:
-        """The pattern of a matrix that gives up ``ratio``: itself, unless matrices of one run differ in it."""
+        """The pattern of a matrix that loses ``ratio``: itself, unless matrices of one run differ in it."""
         ...
 
     def project(self, score_RC: Tensor, drop: int) -> Mask:
-        """Keep-mask with exactly ``drop`` False, the smallest scores that the pattern lets go."""
+        """Keep-mask with exactly ``drop`` False, for the smallest scores that the pattern allows to drop."""
         ...
 
 
 class Solver(Protocol):
-    """Chooses the mask (from the score, or its own saliency) and repairs the weights that stay. It may say more of itself (llmprune.methods)."""
+    """Chooses the mask (from the score, or its own saliency) and repairs the kept weights. It may say more of itself (llmprune.methods)."""
 
     @property
     def needs(self) -> frozenset[Stat]: ...
@@ -201,9 +201,9 @@ class Seen:
     weight_RC: Tensor
     stats: Stats
     score_RC: Tensor | None  # the criterion's scores; None unless the allocation is ``scored``, or no token reached the matrix
-    pruned_at: Callable[[float], Tensor]  # the weights [R, C] that the plan's own method leaves at a ratio
-    levels: tuple[float, ...] = ()  # some of the only ratios that it can give up; empty: any
-    units_UK: Tensor | None = None  # the columns of each unit that goes as a whole; None: single weights do
+    pruned_at: Callable[[float], Tensor]  # the weights [R, C] as the plan's own method prunes them at a ratio
+    levels: tuple[float, ...] = ()  # some of the only ratios that it can lose; empty: any
+    units_UK: Tensor | None = None  # the columns of each unit that is dropped as a whole; None: single weights are
 
 
 class Allocation(Protocol):
@@ -223,20 +223,20 @@ class Allocation(Protocol):
         ...
 
     def measure(self, seen: Seen) -> Tensor:
-        """What ``share`` has to know of one matrix; empty if nothing can be said."""
+        """What ``share`` needs to know of one matrix; empty if it is unknown."""
         ...
 
     def share(
         self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """(ratio of each named matrix, the number that it rests on), given its number of weights and its block. The mean of the ratios over the
+        """(ratio of each named matrix, the number that it is based on), given its number of weights and its block. The mean of the ratios over the
         weights is the sparsity, to one weight.
         """
         ...
 
 
 class TriedAllocation(Protocol):
-    """Tries ratios out on the whole model (llmprune.ratios.trials): those of other allocations, and what it makes of the best of them."""
+    """Tries ratios on the whole model (llmprune.ratios.trials): those of other allocations, and its improvement of the best of them."""
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -245,20 +245,20 @@ class TriedAllocation(Protocol):
 
     @property
     def evolves(self) -> bool:
-        """Goes on from the best of them by ``improve``, which moves single weights."""
+        """Whether it continues from the best of them by ``improve``, which moves single weights."""
         ...
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> dict[str, int] | None:
-        """Steps of equal weight counts that each matrix goes up or down from the best start, of sum 0; None to stay there.
+        """Steps of equal weight counts by which each matrix moves up or down from the best start, of sum 0; None to keep the start.
 
         room: the lowest and the highest step of each matrix that can move. fitness: the divergence from the dense model of each of some
-        candidates (matrices that are not named stay), on a number of windows.
+        candidates (matrices that are not named do not move), on a number of windows.
         """
         ...
 
 
 class Records(Protocol):
-    """Where a run writes down what it has decided, for a later process to go on by."""
+    """Where a run records its decisions, for a later process to resume by."""
 
     def read(self, name: str) -> dict[str, Any] | None: ...
 
@@ -266,12 +266,12 @@ class Records(Protocol):
 
 
 def _nothing(*event: object) -> None:
-    """What a listener does unless told otherwise."""
+    """The default of every callback."""
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Hears what a run does; by default it does nothing about it."""
+    """Callbacks of a run; by default they do nothing."""
 
     progress: Callable[[str, int, int], None] = _nothing  # (step, done, total)
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = _nothing  # (number, report, hashes of what was written) of a pruned block

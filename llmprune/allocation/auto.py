@@ -1,4 +1,4 @@
-"""Uniform ratios and some others are tried out: the model is pruned by each, and the one with the least divergence from the dense model on
+"""Uniform ratios and some others are tried: the model is pruned by each, and the one with the least divergence from the dense model on
 calibration windows that the pruning has not seen is taken. So it is never worse than uniform there, and the figures of all are reported.
 """
 
@@ -16,4 +16,4 @@ class Auto:
     evolves: ClassVar[bool] = False
 
     def improve(self, room: dict[str, tuple[int, int]], fitness: Callable[[list[dict[str, int]], int], list[float]]) -> None:
-        """The best start is taken as it is."""
+        """The best start is used as it is."""

@@ -1,4 +1,4 @@
-"""Matrices whose inputs are spread over more directions give up less: the entropy of the activations' spectrum, -sum p_i ln p_i / ln C with p_i
+"""Matrices whose inputs are spread over more directions lose less: the entropy of the activations' spectrum, -sum p_i ln p_i / ln C with p_i
 the eigenvalues of the Gram matrix over their sum (its exponential is the effective rank), scaled to 0 ... 1 over the matrices and mapped linearly
 to asked + width ... asked - width.
 

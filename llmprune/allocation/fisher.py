@@ -1,5 +1,5 @@
-"""One threshold for lam_r * w_rc ** 2 * H_cc over the whole model: what a weight's going costs, by the Fisher information lam_r of its output and
-the squares H_cc of its input. Each matrix gives up what lies under it, within ``width`` of the asked ratio; all are shifted to meet the budget.
+"""One threshold for lam_r * w_rc ** 2 * H_cc over the whole model: the cost of dropping a weight, by the Fisher information lam_r of its output and
+the squares H_cc of its input. Each matrix loses the weights below it, within ``width`` of the asked ratio; all are shifted to meet the budget.
 
 Own combination; the diagonal Fisher as in Theis et al., Faster gaze prediction with dense networks and Fisher pruning, https://arxiv.org/abs/1801.05787
 """

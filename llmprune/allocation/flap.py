@@ -1,5 +1,5 @@
 """One threshold for the standardised fluctuation of the units of the whole model: of each matrix, the scores ||W_:c||^2 var(x_c), summed over the
-columns c of a unit (a channel, a head; where nothing goes as a whole, a single column), are brought to mean 0 and deviation 1, and compared with
+columns c of a unit (a channel, a head; without units, a single column), are brought to mean 0 and deviation 1, and compared with
 all others.
 
 An et al., Fluctuation-based Adaptive Structured Pruning, https://arxiv.org/abs/2312.11983

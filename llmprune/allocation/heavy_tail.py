@@ -1,4 +1,4 @@
-"""Blocks whose weights have heavier-tailed spectra are trained better and give up less: the Hill estimate of the exponent of W^T W's eigenvalues,
+"""Blocks whose weights have heavier-tailed spectra are trained better and lose less: the Hill estimate of the exponent of W^T W's eigenvalues,
 alpha = 1 + k / sum_{i <= k} ln(l_i / l_{k+1}) over the largest half, averaged over a block, mapped linearly to asked * (1 - spread ... 1 + spread).
 
 Lu et al., AlphaPruning, https://arxiv.org/abs/2410.10912

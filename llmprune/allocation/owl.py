@@ -1,4 +1,4 @@
-"""Blocks with more outliers give up less: ratio = asked - width * (2 d - 1), d the share of a block's |w| * ||x|| above ``times`` their mean,
+"""Blocks with more outliers lose less: ratio = asked - width * (2 d - 1), d the share of a block's |w| * ||x|| above ``times`` their mean,
 scaled to 0 ... 1 over the blocks.
 
 Yin et al., Outlier Weighed Layerwise Sparsity, https://arxiv.org/abs/2310.05175

@@ -1,6 +1,7 @@
-"""Evolution from the best of some ratios: every matrix is pruned at a few steps around them, all steps of equal weight counts; offspring let some
-matrices go up and as many go down, so the budget stays exact; the fittest in divergence from the dense model survives. Offspring are judged on few
-windows, those that do well on more. The result is taken only if the model that is really pruned by it diverges less on unseen windows.
+"""Evolution from the best of some ratios: every matrix is pruned at a few steps around them, all steps of equal weight counts; offspring raise the
+ratios of some matrices and lower as many, so the budget stays exact; the fittest in divergence from the dense model survives.
+Offspring are judged on few windows, the best of them on more. The result is taken only if the model actually pruned by it diverges less on unseen
+windows.
 
 Sieberling et al., EvoPress, https://arxiv.org/abs/2410.14649; there every matrix is pruned on the dense model's inputs, here on those of the model
 that is pruned by the start.
@@ -24,7 +25,7 @@ class Search:
     generations: Annotated[int, Field(ge=1, description="of the evolution")] = 24
     offspring: Annotated[int, Field(ge=1, description="of each generation")] = 16
     most_switches: Annotated[int, Field(ge=1, description="pairs of matrices that an offspring moves weights between, at most")] = 3
-    rounds: tuple[tuple[int, int], ...] = ((2, 4), (8, 1))  # windows, and how many offspring survive them
+    rounds: tuple[tuple[int, int], ...] = ((2, 4), (8, 1))  # windows, and how many offspring survive on them
     windows: Annotated[int, Field(ge=1, description="on which the last of the offspring meets its parent")] = 24
     seed: int = 0
     tried: ClassVar[bool] = True

@@ -1,6 +1,6 @@
 """Measured: each matrix is pruned by the plan's own method at a few ratios, on the dense model's inputs. The error of its outputs, weighed by their
-Fisher information lam_r (the K-FAC approximation of the loss), sum_r lam_r (w - v)_r H (w - v)_r^T, makes a curve; of all ratios that meet the budget
-those with the least sum of errors are taken, exactly: the curves are convex but for noise, which their lower hull takes away.
+Fisher information lam_r (the K-FAC approximation of the loss), sum_r lam_r (w - v)_r H (w - v)_r^T, gives a curve; of all ratios that meet the budget
+those with the least sum of errors are taken, exactly: the curves are convex except for noise, which their lower hull removes.
 
 Error curves and a Lagrangian as in Frantar and Alistarh, SPDY, https://arxiv.org/abs/2201.13096; the error as in Martens and Grosse, K-FAC,
 https://arxiv.org/abs/1503.05671
@@ -47,7 +47,7 @@ class Sensitivity:
 
 
 def _at(ratio: float, ratios_K: Tensor, losses_K: Tensor) -> float:
-    """The error at a ratio, between two measured ones by the straight line."""
+    """The error at a ratio, linear between two measured ones."""
     k = min(max(1, int(torch.searchsorted(ratios_K, ratio))), len(ratios_K) - 1)
     share = (ratio - float(ratios_K[k - 1])) / float(ratios_K[k] - ratios_K[k - 1])
     return float(losses_K[k - 1] + share * (losses_K[k] - losses_K[k - 1]))

@@ -1,4 +1,4 @@
-"""The files that belong to a model's weights (tokenizer, templates, licences): all of its folder but what stays behind by the rules below.
+"""The files that belong to a model's weights (tokenizer, templates, licences): all of its folder except what the rules below exclude.
 
 The rules are names alone, so that a download from the Hub, which sees nothing else, follows them too; and of local files what they hold: a
 sub-folder with weights, code or a config of its own is another model, a checkpoint of a training run or an environment.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmprune.checkpoint.files import UNHASHED, make_folder, write_whole
 
-LARGEST = 100 << 20  # bytes; what is larger stays behind, and is named in a note
+LARGEST = 100 << 20  # bytes; larger files are not copied, and are named in a note
 SUFFIXES = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "onnx_data", "ot", "npz", "npy", "pkl", "tflite", "mlmodel")
 WEIGHTS = (*(f"*.{suffix}{index}" for suffix in SUFFIXES for index in ("", ".index.json")), "openvino_*", "consolidated*", "params.json", "adapter_*")
 CODE = ("*.py", "*.pyc", "*.so", "*.ipynb", "*.sh")
@@ -47,7 +47,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def too_large(folder: Path) -> list[str]:
-    """Names of what would be copied but for its size."""
+    """Names of files that are not copied only because of their size."""
     return [path.relative_to(folder).as_posix() for path in _candidates(folder) if path.stat().st_size > LARGEST]
 
 
@@ -76,6 +76,6 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def _foreign(folder: Path) -> bool:
-    """A folder that is no part of the model above it, or that cannot be looked into."""
+    """A folder that is not part of the model above it, or cannot be read."""
     signs = (*WEIGHTS, *CODE, *TRAINING, *DATA, "*.safetensors", "config.json")
     return not os.access(folder, os.R_OK | os.X_OK) or any(matches(path.name, signs) for path in folder.rglob("*"))

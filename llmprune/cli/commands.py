@@ -1,4 +1,4 @@
-"""Commands that look at models and results, or send them on. Words only, as in cli/main.py."""
+"""Commands that inspect models and results, or publish them. Interface only, as in cli/main.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llmprune.errors import PromiseError, RequestError, at_home
 def push(
     folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
     repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
-    public: Annotated[bool, typer.Option("--public", help="everybody may see it; private otherwise")] = False,
-    existing: Annotated[bool, typer.Option("--existing", help="the repository may be there, and its model is replaced")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, say what would be sent, stop")] = False,
+    public: Annotated[bool, typer.Option("--public", help="public; private otherwise")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="the repository may exist; its model is replaced")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, list what would be sent, stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. Cut off, the same command goes on."""
+    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. If interrupted, the same command resumes."""
     from dataclasses import asdict
 
     from llmprune.publish.hub import push as publish
@@ -33,16 +33,18 @@ def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
     data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated", metavar="PATH|ID")] = None,
     tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]", metavar="NAME,...")] = None,
-    task_dir: Annotated[Text, typer.Option(help="folder of task files of your own, which are then the only ones", metavar="PATH")] = None,
+    task_dir: Annotated[Text, typer.Option(help="folder of your own task files, which are then the only ones", metavar="PATH")] = None,
     window: Annotated[Count, typer.Option(help="tokens of a window", metavar="INT")] = None,
     samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all", metavar="INT")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
     dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16", metavar="NAME")] = "auto",
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model", metavar="NAME")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that a checkpoint brings")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that comes with a checkpoint")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory, which go into the
+    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory, which are added to the
     llmprune.json of a result."""
     if task_dir and not tasks:
         raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
@@ -57,7 +59,7 @@ def eval(
 
     result = result_of(model) if tasks else None
     shared: dict[str, Any] = {"samples": samples, "device": device, "dtype": dtype, "revision": revision}
-    # tasks go first: a name that lm-eval does not know is refused before any work
+    # tasks come first: a name that lm-eval does not know is refused before any work
     answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
     sets = data or ([] if tasks else ["bundled-evaluation"])
     with progress_bars() as progress:
@@ -70,14 +72,14 @@ def eval(
             out.print(said, markup=False, soft_wrap=True)
     if result:
         add_tasks(result, answers)
-        err.print(f"added to {model}/llmprune.json; llmprune report {model} puts it into the page", markup=False, soft_wrap=True)
+        err.print(f"added to {model}/llmprune.json; llmprune report {model} adds it to the page", markup=False, soft_wrap=True)
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
     verify: Annotated[Text, typer.Option(help="N:M that every group of every matrix must keep; exit 1 otherwise", metavar="N:M")] = None,
-    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are left out", metavar="REGEX")] = None,
-    only: Annotated[Text, typer.Option(help="regular expression: the only matrices looked at", metavar="REGEX")] = None,
+    skip: Annotated[Text, typer.Option(help="regular expression: matrices that are not counted", metavar="REGEX")] = None,
+    only: Annotated[Text, typer.Option(help="regular expression: the only matrices counted", metavar="REGEX")] = None,
     manifest: Annotated[
         bool, typer.Option("--manifest", help="check an output against the hashes in its llmprune.json instead; exit 1 otherwise")
     ] = False,
@@ -86,7 +88,7 @@ def inspect(
     """Count the zeros of every block matrix, and check an N:M pattern group by group; or check the hashes of every file and tensor."""
     if manifest:
         if verify or skip or only:
-            raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; ask one after the other")
+            raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; run them one after the other")
         return check_hashes(Path(model).expanduser(), as_json)
     from llmprune.recipe.named import n_of_m
 
@@ -111,7 +113,7 @@ def inspect(
 
 
 def check_hashes(folder: Path, as_json: bool) -> None:
-    """Say whether an output is as its run left it. Raises PromiseError naming every file and tensor that is not."""
+    """Print whether an output is as its run left it. Raises PromiseError naming every file and tensor that differs."""
     from dataclasses import asdict
 
     from llmprune.checkpoint.manifest import check_manifest
@@ -127,15 +129,17 @@ def check_hashes(folder: Path, as_json: bool) -> None:
 def bench(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
     against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it", metavar="PATH|ID")] = None,
-    prompt_length: Annotated[Count, typer.Option(help="tokens of the prompt; 512, or what the positions leave, by default", metavar="INT")] = None,
+    prompt_length: Annotated[
+        Count, typer.Option(help="tokens of the prompt; by default 512, or as many as the positions allow", metavar="INT")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one", metavar="INT")] = 64,
     batch: Annotated[int, typer.Option(help="sequences side by side", metavar="INT")] = 1,
-    repeat: Annotated[int, typer.Option(help="rounds that count, after those that warm up", metavar="INT")] = 5,
-    threads: Annotated[Count, typer.Option(help="CPU threads; as torch has it by default", metavar="INT")] = None,
+    repeat: Annotated[int, typer.Option(help="measured rounds, after the warm-up", metavar="INT")] = 5,
+    threads: Annotated[Count, typer.Option(help="CPU threads; torch's default", metavar="INT")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16", metavar="NAME")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="through torch.compile, with a cache of fixed size")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that a checkpoint brings along")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="with torch.compile and a cache of fixed size")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that comes with a checkpoint")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure prefill and decode speed, memory and size; on CUDA also the 2:4 kernels. It measures and promises nothing."""
@@ -166,7 +170,7 @@ def report(
     bench: Annotated[Text, typer.Option(help="output of llmprune bench --json: its speeds are shown in the page", metavar="PATH")] = None,
     html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default", metavar="PATH")] = None,
 ) -> None:
-    """Make report.html of a result again, from its llmprune.json alone."""
+    """Write report.html of a result again, from its llmprune.json alone."""
     from llmprune.checkpoint.files import write_whole
     from llmprune.report.page import page
     from llmprune.report.stored import read_bench, read_run
@@ -183,7 +187,7 @@ def compare(
     html: Annotated[Text, typer.Option(help="also write a page with pictures into this file", metavar="PATH")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Several results side by side, and which of them nothing beats."""
+    """Show several results side by side, and which of them are best."""
     from dataclasses import asdict, replace
 
     from llmprune.checkpoint.files import write_whole
@@ -202,7 +206,7 @@ def compare(
         out.print(f"saved: {at_home(html)}", markup=False, soft_wrap=True)
 
 
-def methods(name: Annotated[Text, typer.Argument(help="one method; all are listed without", metavar="NAME")] = None) -> None:
+def methods(name: Annotated[Text, typer.Argument(help="one method; without it, all are listed", metavar="NAME")] = None) -> None:
     """List what can be asked for, or show one method's equation, paper and options."""
     from llmprune.checkpoint.aliases import ALIASES
     from llmprune.methods import KINDS, check_name, document, find, names

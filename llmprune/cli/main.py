@@ -1,4 +1,4 @@
-"""The command line: words only. Nothing heavy is imported until a command has its arguments."""
+"""The command line: interface only. Nothing heavy is imported until a command has its arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ app.add_typer(recipe_app, name="recipe")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1, 2, 3, 130 or 143 and never shows a traceback for what can be expected."""
+    """Run the command line; exits with 0, 1, 2, 3, 130 or 143 and never shows a traceback for an expected failure."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it when it is loaded
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("-") and words[0] not in ("--help", "--version"):
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line that counts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that matters
     try:
         code = app(words, prog_name="llmprune", standalone_mode=False) or 0
     except LlmpruneError as error:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         code = error.exit_code
     except _Interrupted as error:
-        code = _say(f"interrupted by {error.signal.name}", "the same command goes on where it stopped", 128 + error.signal)
+        code = _say(f"interrupted by {error.signal.name}", "the same command resumes where it stopped", 128 + error.signal)
     except typer.TyperException as error:
         code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -71,10 +71,10 @@ def _say(message: str, hint: str, code: int) -> int:
 
 
 def _broken(error: BaseException) -> int:
-    """The machine ran short of something: one line, and the run can go on. Anything else is a fault of ours and keeps its traceback."""
+    """The machine ran short of something: one line, and the run can be resumed. Anything else is a bug and keeps its traceback."""
     text = first_line(error)
     if isinstance(error, OSError):
-        return _say(f"{text[:200]}", "once that is mended, the same command goes on from the last finished block", 3)
+        return _say(f"{text[:200]}", "once that is fixed, the same command resumes after the last finished block", 3)
     if out_of_memory(error):
         return _say(f"out of memory ({text[:120]})", "use fewer --samples or a shorter --sequence-length; nothing is lost", 3)
     raise error

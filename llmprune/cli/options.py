@@ -1,4 +1,4 @@
-"""Options of a command out of the fields of ``Recipe``: flag, type, default, text and panel are read off each field."""
+"""Options of a command from the fields of ``Recipe``: flag, type, default, text and panel are read off each field."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Several = Optional[list[str]]
 
 
 def takes_recipe(names: Iterable[str]) -> Callable[[Command], Command]:
-    """Gives a command options for these fields of ``Recipe``. Its first parameter gets the values of those that are given, by field."""
+    """Gives a command options for these fields of ``Recipe``. Its first parameter receives the given values, by field."""
     fields = {name: Recipe.model_fields[name] for name in names}
 
     def with_options(command: Command) -> Command:
@@ -51,7 +51,7 @@ def given_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flag_of(name: str) -> Flag:
-    """What the field says of its flag."""
+    """The flag of a field."""
     return next(said for said in Recipe.model_fields[name].metadata if isinstance(said, Flag))
 
 
@@ -88,7 +88,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _kind(field: FieldInfo) -> Any:
-    """What the command line makes of a word: a number only where the field takes no other spelling of it."""
+    """The type of an option: a number only where the field accepts no other spelling of it."""
     plain = [kind for kind in get_args(field.annotation) if kind is not type(None)] if get_origin(field.annotation) else []
     if field.annotation is bool:
         return bool

@@ -1,4 +1,4 @@
-"""``llmprune prune`` and ``sweep``, whose options are the fields of a recipe. Words only, as in cli/main.py."""
+"""``llmprune prune`` and ``sweep``, whose options are the fields of a recipe. Interface only, as in cli/main.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmprune.recipe.reading import read_recipe, recipes_of_sweep
 from llmprune.recipe.recipe import Recipe
 from llmprune.recipe.values import listed
 
-# what all rows of a sweep have in common; the rest is what it varies, or writes no checkpoint for
+# what all rows of a sweep share; the other fields are varied by it, or belong to a checkpoint
 SHARED_BY_ROWS = (
     *("model", "revision", "allocation", "calibration", "samples", "sequence_length", "eval"),
     *("device", "dtype", "skip", "only", "accept_damage"),
@@ -26,14 +26,14 @@ SHARED_BY_ROWS = (
 @takes_recipe(Recipe.model_fields)
 def prune(
     given: dict[str, Any],
-    recipe: Annotated[Text, typer.Option(help="TOML file; flags go on top of it", metavar="PATH", rich_help_panel=WHAT)] = None,
+    recipe: Annotated[Text, typer.Option(help="TOML file; flags override it", metavar="PATH", rich_help_panel=WHAT)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output, at the end", rich_help_panel=OUTPUT)] = False,
     restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted run has left", rich_help_panel=OUTPUT)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, stop", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON", rich_help_panel=OUTPUT)] = False,
     public: Annotated[bool, typer.Option("--public", help="with --push: a public repository", rich_help_panel=HUB)] = False,
     existing: Annotated[
-        bool, typer.Option("--existing", help="with --push: the repository may be there, and its model is replaced", rich_help_panel=HUB)
+        bool, typer.Option("--existing", help="with --push: the repository may exist; its model is replaced", rich_help_panel=HUB)
     ] = False,
 ) -> None:
     """Prune a model into a folder that plain transformers loads."""
@@ -75,7 +75,7 @@ def sweep(
         str, typer.Option(help="such as 0.4,0.5,60%; of unstructured sparsity and blocks", metavar="FLOAT,...", show_default=False)
     ] = "",
     patterns: Annotated[str, typer.Option(help="such as unstructured,2:4,block:4x4", metavar="N:M|NAME,...")] = "unstructured",
-    recipe: Annotated[Text, typer.Option(help="TOML file with what all rows have in common", metavar="PATH", rich_help_panel=WHAT)] = None,
+    recipe: Annotated[Text, typer.Option(help="TOML file with what all rows share", metavar="PATH", rich_help_panel=WHAT)] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="all rows in one pass by the dense model's statistics: faster, a little worse", rich_help_panel=HOW),

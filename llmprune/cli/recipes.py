@@ -1,4 +1,4 @@
-"""``llmprune recipe``: commands for recipe files. Words only, as in cli/main.py."""
+"""``llmprune recipe``: commands for recipe files. Interface only, as in cli/main.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llmprune.cli.options import takes_recipe
 from llmprune.errors import RequestError
 from llmprune.recipe.reading import keys
 
-recipe_app = typer.Typer(rich_markup_mode=None, help="Recipe files: check them, begin one, describe them to an editor.")
+recipe_app = typer.Typer(rich_markup_mode=None, help="Recipe files: check them, start one, describe them to an editor.")
 
 
 def check(files: Annotated[list[str], typer.Argument(help="recipe files", metavar="PATH")]) -> None:
-    """Read recipes as a run would, and say of each whether it is fine; exit code 2 when one is not. No model is looked at."""
+    """Read recipes as a run would, and print whether each is fine; exit code 2 if any is not. No model is read."""
     from llmprune.recipe.files import problem
 
     found = {file: problem(Path(file).expanduser()) for file in files}
@@ -31,9 +31,9 @@ def check(files: Annotated[list[str], typer.Argument(help="recipe files", metava
 @takes_recipe(keys())
 def new(
     given: dict[str, Any],
-    file: Annotated[Text, typer.Argument(help="where it goes; printed without", metavar="PATH")] = None,
+    file: Annotated[Text, typer.Argument(help="file to write; without it, the recipe is printed", metavar="PATH")] = None,
 ) -> None:
-    """Begin a recipe: what is given here, and every other key as a comment that says what it does."""
+    """Start a recipe: the options given here, and every other key as a comment that describes it."""
     from llmprune.recipe.files import draft, write_draft
 
     if file is None:

@@ -1,4 +1,4 @@
-"""score = w_rc^2 var(x_c): what stays wrong when a bias makes up for the mean of an input that goes.
+"""score = w_rc^2 var(x_c): the error that remains when a bias compensates for the mean of a dropped input.
 
 An et al., Fluctuation-based Adaptive Structured Pruning (FLAP), https://arxiv.org/abs/2312.11983
 """

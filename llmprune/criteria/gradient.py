@@ -1,4 +1,4 @@
-"""score = |w * g|, g = dL/dW of the summed next-token loss: the change of the loss to first order when the weight goes.
+"""score = |w * g|, g = dL/dW of the summed next-token loss: the change of the loss to first order when the weight is dropped.
 
 Molchanov et al., Importance Estimation for Neural Network Pruning, https://arxiv.org/abs/1906.10771 (its square root: the same order), and
 Pruning Convolutional Neural Networks for Resource Efficient Inference, https://arxiv.org/abs/1611.06440

@@ -1,4 +1,4 @@
-"""score = |w|: small weights go first.
+"""score = |w|: small weights are dropped first.
 
 Han et al., Learning both Weights and Connections for Efficient Neural Networks, https://arxiv.org/abs/1506.02626
 """

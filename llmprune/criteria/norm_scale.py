@@ -1,4 +1,4 @@
-"""score = |w_rc| * |g_c|, g the scale of the RMSNorm or LayerNorm whose output enters the matrix: what the norm hands on has a root mean square of
+"""score = |w_rc| * |g_c|, g the scale of the RMSNorm or LayerNorm whose output enters the matrix: the norm's output has a root mean square of
 about |g_c| in channel c, so this is Wanda's score without data. A matrix that no norm feeds is ranked by magnitude, which is noted.
 
 Scales as scores: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, https://arxiv.org/abs/1708.06519

@@ -1,4 +1,5 @@
-"""score = 1/2 * w_rc ** 2 * H_cc, H = X^T X: the squared error of the outputs when the weight goes alone, by the diagonal of the layer's Hessian.
+"""score = 1/2 * w_rc ** 2 * H_cc, H = X^T X: the squared error of the outputs when only this weight is dropped, by the diagonal of the
+layer's Hessian.
 
 LeCun, Denker and Solla, Optimal Brain Damage, https://papers.nips.cc/paper/250-optimal-brain-damage. H_cc is the sum of x_c ** 2.
 """

@@ -1,5 +1,5 @@
-"""score = w_rc ** 2 / [H^-1]_cc, H = X^T X + damping: the squared error of the layer's outputs when the weight goes and the others of its row make up
-for it as well as they can.
+"""score = w_rc ** 2 / [H^-1]_cc, H = X^T X + damping: the squared error of the layer's outputs when the weight is dropped and the others of its row
+compensate for it optimally.
 
 Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
 https://papers.nips.cc/paper/647-second-order-derivatives-for-network-pruning-optimal-brain-surgeon

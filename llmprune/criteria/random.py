@@ -1,4 +1,4 @@
-"""score = uniform noise from a seed: what any other criterion has to beat. It looks at the shape alone, so matrices of one shape share their noise.
+"""score = uniform noise from a seed: the baseline of every other criterion. It depends on the shape alone, so equal shapes get equal noise.
 
 The baseline of, among others, Blalock et al., What is the State of Neural Network Pruning?, https://arxiv.org/abs/2003.03033
 """

@@ -1,4 +1,4 @@
-"""score = (|w_rc| / sum_c' |w_rc'| + |w_rc| / sum_r' |w_r'c|) * ||x_c||_2 ** power: how much of its row and of its column a weight makes up.
+"""score = (|w_rc| / sum_c' |w_rc'| + |w_rc| / sum_r' |w_r'c|) * ||x_c||_2 ** power: the share of a weight in its row and in its column.
 
 Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models (power = 0.5),
 https://openreview.net/forum?id=Tr0lPx9woF

@@ -1,6 +1,6 @@
 """score = |w * g|, g = dL/dW of the first window alone: the connection sensitivity, from one batch.
 
-Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, before its normalisation, which changes no order,
+Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, without its normalisation, which does not change the order,
 https://arxiv.org/abs/1810.02340
 """
 

@@ -1,4 +1,4 @@
-"""score = |sum_r w_rc dL/dw_rc| / R, the same for all weights of an input column: what the loss changes by to first order when the column goes.
+"""score = |sum_r w_rc dL/dw_rc| / R, the same for all weights of an input column: the change of the loss to first order when the column is dropped.
 
 Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, https://arxiv.org/abs/1611.06440
 """
@@ -16,7 +16,7 @@ from llmprune.types import Stat, Stats
 @dataclass(frozen=True)
 class Taylor:
     needs: ClassVar[frozenset[Stat]] = frozenset({"grad"})
-    units_only: ClassVar[bool] = True  # of one column no weight scores less than another
+    units_only: ClassVar[bool] = True  # all weights of a column have the same score
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
         assert stats.grad_RC is not None, "a criterion that needs gradients declares them"

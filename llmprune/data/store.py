@@ -24,8 +24,8 @@ def save_windows(folder: Path, data: RunData, asked: str) -> None:
 
 
 def load_windows(folder: Path, asked: str, identities: dict[str, str | None]) -> RunData | None:
-    """What save_windows wrote for the same request and the same files and data sets, or None when it is absent or damaged. One whose identity is
-    unknown now (the Hub is out of reach) is the one that it was.
+    """The windows that save_windows wrote for the same request, files and data sets, or None when they are absent or damaged. A data set whose
+    identity is unknown now (the Hub is out of reach) counts as unchanged.
     """
     try:
         with safe_open(folder / NAME, "pt") as file:

@@ -77,8 +77,8 @@ def read_windows(spec: str, purpose: str, tokenizer: Any, length: int, wanted: i
 
 
 def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | None, *, draw: int | None = None) -> Windows:
-    """All windows of a text, or enough of a large source for ``wanted``. draw: a seed by which they are drawn from all of the source, of a stream by
-    way of a buffer; else they are the first.
+    """All windows of a text, or enough of a large source for ``wanted``. draw: a seed by which they are drawn from all of the source, of a stream
+    through a buffer; else they are the first.
 
     Raises RequestError when the source cannot be read, or its text is shorter than one window.
     """
@@ -102,8 +102,8 @@ def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | No
 
 
 def drawn(source: TextSource, tokenizer: Any, length: int, wanted: int, seed: int) -> Windows:
-    """``wanted`` windows drawn uniformly from all of a large file, in random order: those with the smallest of random keys. In memory are they and
-    one piece. The tail of every piece is dropped. Raises RequestError.
+    """``wanted`` windows drawn uniformly from all of a large file, in random order: those with the smallest of random keys. Only they and one
+    piece are in memory. An incomplete last window of every piece is dropped. Raises RequestError.
     """
     generator = torch.Generator().manual_seed(seed)
     ids_NL, keys_N, count = torch.empty(0, length, dtype=torch.long), torch.empty(0, dtype=torch.float64), 0
@@ -114,5 +114,5 @@ def drawn(source: TextSource, tokenizer: Any, length: int, wanted: int, seed: in
         order_N = keys_N.argsort()[:wanted]
         ids_NL, keys_N = torch.cat([ids_NL, new_NL])[order_N], keys_N[order_N]
     if not count:
-        raise RequestError(f"{source.dataset}: not one window of {length}", "give a smaller --sequence-length")
+        raise RequestError(f"{source.dataset}: less than one window of {length}", "give a smaller --sequence-length")
     return Windows(ids_NL, source.dataset, source.split, f"{count:,} windows, seed {seed}")

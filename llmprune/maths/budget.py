@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-LOWEST, HIGHEST, PER_OCTAVE = -160, 96, 64  # of the base-2 logarithms that a histogram tells apart
-MOST = 0.99  # of a matrix that may go where ratios are chosen for it
+LOWEST, HIGHEST, PER_OCTAVE = -160, 96, 64  # of the base-2 logarithms that a histogram distinguishes
+MOST = 0.99  # of a matrix that may be dropped where its ratio is chosen
 
 
 def log_histogram(logs: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def share_above(histogram: Tensor, value: float) -> float:
 
 
 def shares_below(histograms: dict[str, Tensor], share: float) -> dict[str, float]:
-    """Of each histogram, the share under the one value under which ``share`` of all lies. Empty histograms are left out."""
+    """Of each histogram, the share below the one value below which ``share`` of all is. Empty histograms are left out."""
     counted = {name: h for name, h in histograms.items() if len(h)}
     if not counted:
         return {}
@@ -39,7 +39,7 @@ def shares_below(histograms: dict[str, Tensor], share: float) -> dict[str, float
 
 
 def spend(wanted: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-    """Ratios in [0, MOST] that meet the budget: the wanted ones, all shifted by one constant (those at an end stay there)."""
+    """Ratios in [0, MOST] that meet the budget: the wanted ones, all shifted by one constant (clamped to the ends)."""
     goal, most = sparsity * sum(sizes.values()), max(MOST, sparsity)
 
     def shifted(by: float) -> dict[str, float]:
@@ -54,8 +54,8 @@ def spend(wanted: dict[str, float], sizes: dict[str, int], sparsity: float) -> d
 
 
 def in_whole_weights(ratios: dict[str, float], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
-    """Ratios of whole weights whose sum is the budget's: each is rounded down, those nearest to one more get it. None loses all its weights; where
-    the budget leaves too few for that, the ratios stay as they are.
+    """Ratios of whole weights whose sum is the budget's: each is rounded down, those nearest to one more get it. No matrix loses all its
+    weights; where the budget leaves too few for that, the ratios are unchanged.
     """
     counts = {name: int(ratio * sizes[name]) for name, ratio in ratios.items()}
     missing = round(sparsity * sum(sizes.values())) - sum(counts.values())
@@ -70,9 +70,9 @@ def in_whole_weights(ratios: dict[str, float], sizes: dict[str, int], sparsity: 
 def cheapest(curves: dict[str, tuple[Tensor, Tensor]], sizes: dict[str, int], sparsity: float) -> dict[str, float]:
     """Ratios that meet the budget at the least sum of losses.
 
-    curves: ratios [K], ascending from the least that a matrix may give up, and the loss at each; in between the loss is the lower convex hull. Its
-    pieces are taken in the order of their loss per weight, which is the optimum of the Lagrangian for every budget. Matrices without a curve give
-    up the asked ratio.
+    curves: ratios [K], ascending from the least that a matrix may lose, and the loss at each; in between the loss is the lower convex hull. Its
+    pieces are taken in the order of their loss per weight, which is the optimum of the Lagrangian for every budget. Matrices without a curve get
+    the asked ratio.
     """
     counts = {name: round(size * (float(curves[name][0][0]) if name in curves else sparsity)) for name, size in sizes.items()}
     left = round(sparsity * sum(sizes.values())) - sum(counts.values())
@@ -100,8 +100,8 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def on_levels(wanted: dict[str, float], sizes: dict[str, int], levels: dict[str, tuple[float, ...]], sparsity: float) -> dict[str, float]:
-    """Ratios that are all among a matrix's levels (ascending), as near to the wanted ones as can be: the least sum of size * difference ** 2 of those
-    that give up no more than the budget and leave less than the smallest step of it.
+    """Ratios that are all among a matrix's levels (ascending), as near to the wanted ones as possible: the least sum of size * difference ** 2 among
+    those that spend no more than the budget and leave less than the smallest step of it.
     """
     ratios = {name: levels[name][0] for name in sizes}
     left = sparsity * sum(sizes.values()) - sum(ratios[name] * size for name, size in sizes.items())

@@ -38,7 +38,7 @@ def drop_smallest(score: Tensor, k: int) -> Mask:
         return _ranks(score) >= k
     threshold = _kth_smallest(score, k)
     keep = score > threshold
-    surplus = (n - k) - keep.sum(-1, keepdim=True)  # tied weights that have to stay, the later ones
+    surplus = (n - k) - keep.sum(-1, keepdim=True)  # tied weights that have to be kept, the later ones
     if bool(surplus.any()):
         tied = score == threshold
         keep |= tied & (tied.cumsum(-1) > tied.sum(-1, keepdim=True) - surplus)
@@ -53,7 +53,7 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity: decided by the sum, which carries both, and looked at closely only if that is not finite."""
+    """No NaN and no infinity: decided by the sum, which propagates both, and checked element by element only if that is not finite."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
     total = tensor.sum(dtype=torch.float32 if half else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
@@ -72,15 +72,15 @@ def _ranks(score: Tensor) -> Tensor:
 
 
 def few_tokens(columns: int, tokens: int, ours: bool) -> bool:
-    """Whether sums over so many tokens are too uncertain to be taken as they are: below TRUSTED tokens for every input; by the papers' own recipes
-    (not ``ours``) only where there are fewer tokens than inputs. None at all is another matter.
+    """Whether sums over so many tokens are too uncertain to be used as they are: below TRUSTED tokens for every input; by the papers' own recipes
+    (not ``ours``) only where there are fewer tokens than inputs. No tokens at all is handled elsewhere.
     """
     return 0 < tokens < columns * (TRUSTED if ours else 1)
 
 
 def shrink(found: Iterable[Stats], ours: bool) -> None:
-    """Draw the correlations in Gram matrices of few tokens towards zero, in place: with about as many tokens as inputs, repairs fit the sample and
-    do worse than none. The diagonal grows by CORRELATED * (C / tokens - 1 / TRUSTED), as the error of the correlations does; what it grew by is kept
+    """Shrink the correlations in Gram matrices of few tokens towards zero, in place: with about as many tokens as inputs, repairs overfit the sample
+    and do worse than none. The diagonal grows by CORRELATED * (C / tokens - 1 / TRUSTED), as the error of the correlations does; its growth is kept
     in ``shrunk``.
 
     The idea is Ledoit and Wolf's, A well-conditioned estimator for large-dimensional covariance matrices, with the diagonal as the target.
@@ -114,8 +114,8 @@ def squared_error(change_RC: Tensor, stats: Stats) -> float:
 
 
 def drawn_to_mean(squares_C: Tensor, tokens: int) -> Tensor:
-    """[C] sums of squared inputs, as if there had been PSEUDO_TOKENS more with the mean of all inputs in each: those of few tokens say little. An
-    input that was zero in more than as many tokens is dead, and stays so.
+    """[C] sums of squared inputs, as if there had been PSEUDO_TOKENS more with the mean of all inputs in each: sums of few tokens are uncertain.
+    An input that was zero in more tokens than that is dead, and remains so.
     """
     alive_C = (squares_C > 0) | (tokens <= PSEUDO_TOKENS)
     return squares_C + PSEUDO_TOKENS / tokens * squares_C.mean() * alive_C
@@ -155,7 +155,7 @@ def definite(gram_CC: Tensor, damping: float) -> Damped:
             note = f"Gram matrix not positive definite: damping raised to {damping * step:g}"
             return Damped(matrix_CC, lower_CC, damping * step, (note,) if step != 1.0 else ())
     raise StoppedError(
-        f"the Gram matrix [{gram_CC.shape[0]} columns] stays indefinite even with {DAMPING_LADDER[-1]:g} x the damping in float64",
+        f"the Gram matrix [{gram_CC.shape[0]} columns] is still indefinite even with {DAMPING_LADDER[-1]:g} x the damping in float64",
         "calibrate with more or other text",
     )
 
@@ -170,7 +170,7 @@ class Factor:
 
 
 def inverse_factor(gram_CC: Tensor, damping: float) -> Factor:
-    """The Cholesky factor of the damped inverse, without forming the inverse; computed in float64, handed back in the Gram's dtype.
+    """The Cholesky factor of the damped inverse, without forming the inverse; computed in float64, returned in the Gram's dtype.
 
     With J the reversal of order and J H J = M M^T, the factor V = J M J is upper triangular and H = V V^T, so U = V^-1.
     Raises StoppedError as ``definite`` does.
@@ -205,7 +205,7 @@ def factor_of(stats: Stats, damping: float) -> Factor:
 class Scaled:
     """A damped Gram matrix brought to a unit diagonal, A = S^-1 (gram + damping * mean(diag) * I) S^-1 with S = diag(scale).
 
-    Weights times ``scale`` live in the scaled problem; outlier channels no longer strain float32 there.
+    Weights times ``scale`` live in the scaled problem; outlier channels no longer exceed float32's precision there.
     """
 
     matrix_CC: Tensor
@@ -281,7 +281,7 @@ def ridge_inverse_of(stats: Stats, damping: float, rho: float) -> Tensor:
 def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: Tensor, steps: int) -> Tensor:
     """min over V inside the mask of tr (V - target) A (V - target)^T, by ``steps`` of conjugate gradients from ``start``, row by row at once.
 
-    A: positive definite with unit diagonal. A row whose residual has fallen by 1e-6 rests.
+    A: positive definite with unit diagonal. A row whose residual has fallen by 1e-6 is done.
     """
     value_RC = start_RC * keep_RC
     residual_RC = ((target_RC - value_RC) @ matrix_CC) * keep_RC
@@ -300,5 +300,5 @@ def masked_refit(target_RC: Tensor, matrix_CC: Tensor, keep_RC: Mask, start_RC: 
 
 
 def notes_of(stats: Stats) -> tuple[str, ...]:
-    """What had to be done differently to derive something from a matrix's statistics, each said once."""
+    """What had to be done differently to derive something from a matrix's statistics, each once."""
     return tuple(dict.fromkeys(note for derived in stats.factors.values() for note in derived.notes))

@@ -2,7 +2,7 @@
 
 Pool and Yu, Channel Permutations for N:M Sparsity, https://papers.nips.cc/paper/2021/hash/6e8404c3b93a9527c8db241a1846599a-Abstract.html
 
-Shapes: S = spans (inside one, channels may trade places), K = copies that move alike, W = channels of a span, R, C = rows and columns of a matrix.
+Shapes: S = spans (inside one, channels may trade places), K = copies that move together, W = channels of a span, R, C = rows and columns of a matrix.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _exchange(score_WR: Tensor, n: int, m: int, rounds: int, generator: torch.Ge
                     lefts.append(left)
                     rights.append(right)
             kept = _kept(score_WR, torch.stack(lefts), n) + _kept(score_WR, torch.stack(rights), n)
-            best_P = kept.argmax(0)  # of equal ones the first: nothing moves for no gain
+            best_P = kept.argmax(0)  # of equal ones the first: nothing is moved without gain
             pick = (best_P, torch.arange(len(best_P), device=best_P.device))
             order_GM[chunk_P2[:, 0]], order_GM[chunk_P2[:, 1]] = torch.stack(lefts)[pick], torch.stack(rights)[pick]
     return order_GM.view(-1)

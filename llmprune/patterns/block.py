@@ -1,4 +1,4 @@
-"""Blocks of R x C neighbouring weights go together ("block:4x4"), those whose scores have the smallest sums in their matrix.
+"""Blocks of R x C neighbouring weights are dropped together ("block:4x4"), those whose scores have the smallest sums in their matrix.
 
 Gray, Radford and Kingma, GPU Kernels for Block-Sparse Weights, https://openai.com/index/block-sparse-gpu-kernels/
 """

@@ -38,7 +38,7 @@ class NM:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """What matrices may give up when patterns are mixed: all of K:M from dense to N:M."""
+        """The ratios of matrices when patterns are mixed: every K:M from dense to N:M."""
         return tuple((self.m - kept) / self.m for kept in range(self.m, self.n - 1, -1))
 
     @property

@@ -1,4 +1,4 @@
-"""Any weight may go; weights compete inside their output row or inside the whole matrix."""
+"""Any weight may be dropped; weights compete in their output row or in the whole matrix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Unstructured:
             return drop_smallest(score_RC.reshape(-1), drop).view(score_RC.shape)
         each, extra = divmod(drop, score_RC.shape[0])
         keep_RC = drop_smallest(score_RC, each)
-        if extra:  # the remainder goes to the rows whose next weight matters least, one weight each
+        if extra:  # the remainder is dropped from the rows whose next weight matters least, one weight each
             fewer_RC = drop_smallest(score_RC, each + 1)
             next_R = score_RC[keep_RC & ~fewer_RC]
             keep_RC = torch.where(drop_smallest(next_R, extra).unsqueeze(1), keep_RC, fewer_RC)

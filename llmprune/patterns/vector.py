@@ -1,4 +1,4 @@
-"""Whole rows or whole columns of a matrix go, those whose scores have the smallest sums. They are zeroed, the matrix keeps its shape.
+"""Whole rows or whole columns of a matrix are dropped, those whose scores have the smallest sums. They are zeroed, the matrix keeps its shape.
 
 Mao et al., Exploring the Granularity of Sparsity in Convolutional Neural Networks, https://arxiv.org/abs/1705.08922
 """

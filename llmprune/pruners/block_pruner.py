@@ -1,6 +1,6 @@
-"""What every block pruner promises, and how the loop takes both paths on to the next block.
+"""The protocol of block pruners, and how both paths reach the next block.
 
-Two flows of hidden states pass through the model: the pruned path, which has come through the pruned blocks, and the dense path beside it.
+Two flows of hidden states pass through the model: the pruned path, through the pruned blocks, and the dense path beside it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.types import Listener
 
-BLOWN_UP = 1.0  # relative squared output error above which a run stops unless told to accept it
+BLOWN_UP = 1.0  # relative squared output error above which a run stops unless damage is accepted
 
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """What a pruner has done to a block. stored: the parameters that have to be written; changed: those of them that no row speaks of. outputs:
-    (unpruned, pruned) outputs of every micro-batch, made while they are read; when all have been read, both paths enter the next block.
+    """The result of pruning one block. stored: the parameters to write; changed: those of them that belong to no row. outputs: (unpruned, pruned)
+    outputs of every micro-batch, computed while they are read; when all have been read, both paths are at the next block.
     """
 
     rows: Sequence[Row]
@@ -49,24 +49,24 @@ class BlockPruner(Protocol):
 
     @property
     def accept_damage(self) -> bool:
-        """Whether a destroyed output stops the run."""
+        """Whether the run continues after a destroyed output."""
         ...
 
     def take_over(self, index: int, report: BlockReport) -> None:
-        """A block that an interrupted run has pruned: the next ones see it as the report says."""
+        """Take over a block that an interrupted run has pruned, from its report."""
         ...
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
-        """Prune one loaded block in place. The hidden states that enter it wait in ``flow.hidden`` and ``dense.hidden``."""
+        """Prune one loaded block in place. Its inputs are in ``flow.hidden`` and ``dense.hidden``."""
         ...
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
-        """What is done to the whole model once every block is pruned. dense: the dense path behind the last block."""
+        """Work on the whole model once every block is pruned. dense: the dense path after the last block."""
         ...
 
 
 def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
-    """Take the hidden states through a block that an interrupted run has pruned already; nothing comes after the head."""
+    """Run both paths through a block that an interrupted run has pruned already; nothing comes after the head."""
     if index == len(flow.stream.names):
         return
     if dense is not None:
@@ -91,13 +91,13 @@ def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, accept_damag
     if error > BLOWN_UP and not accept_damage:
         raise StoppedError(
             f"{name}: relative output error {error:.3g} after pruning, above {BLOWN_UP:g}",
-            "ask for less sparsity or a better method; --accept-damage goes on",
+            "ask for less sparsity or a better method; --accept-damage continues anyway",
         )
     return error
 
 
 def run_again(flow: Flow, dense: Flow | None, index: int, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """(unpruned, pruned) outputs of every micro-batch, on the pruned path's inputs or of the two paths; then on to the next block."""
+    """(unpruned, pruned) outputs of every micro-batch, on the pruned path's inputs or of the two paths; then advance to the next block."""
     for batch in range(len(flow)):
         if dense is None:
             dense_NLD, flow.outputs[batch] = flow.outputs[batch], flow.run(index, block, batch)

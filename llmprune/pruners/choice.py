@@ -1,4 +1,4 @@
-"""Which pruner a plan asks for."""
+"""The pruner that a plan needs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llmprune.types import Listener, Records
 
 
 def fine_pruner(work: Work, asked: dict[str, float], variants: Variants | None = None) -> BlockPruner:
-    """The pruner of weights or units. asked: the ratio of each matrix, by full name. variants: what else each is pruned to, on the way."""
+    """The pruner of weights or units. asked: the ratio of each matrix, by full name. variants: further ratios at which each is pruned on the side."""
     if work.plan.structure is None:
         return WeightPruner(work.plan, work.matrices, asked, work.gradients, variants)
     return UnitPruner(work.plan, work.plan.structure, work.matrices, asked, work.gradients)
 
 
 def coarse_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterion: str, records: Records, listen: Listener) -> BlockPruner:
-    """The pruner of layers, experts or the width. ``stream`` will show the model without them. criterion: by name. records: what an earlier process
-    has chosen is taken from there, a choice made now is written there.
+    """The pruner of layers, experts or the width. ``stream`` will show the model without them. criterion: by name. records: a choice by an earlier
+    process is read from there, a choice made now is written there.
     """
     make = resolve_name(COARSE[stream.structure.name].pruner)
     pruner: BlockPruner = make(work, stream, asked, criterion, records, listen)

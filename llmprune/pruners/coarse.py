@@ -1,6 +1,6 @@
 """The patterns that decide for the whole model, or by measures of their own: layers, experts, the width of the residual stream.
 
-One row says all that the rest of the program has to know of such a pattern. Reading it loads no torch.
+One row has everything that the rest of the program needs to know of such a pattern. Reading it loads no torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _WIDTH = "where every matrix reads or writes the residual channels"
 
 @dataclass(frozen=True)
 class Coarse:
-    """criteria: what it can rank by, the default first; ``scores``: and by any criterion of weights. budget: what the sparsity is a share of.
-    refuses: option -> why. repairs: what stays is brought nearer to the dense path's outputs. chooses: for the whole model, before the first block,
-    which is a record of its own in the journal. pruner: the function that makes its BlockPruner.
+    """criteria: names that it can rank by, the default first; ``scores``: also by any criterion of weights. budget: the base of the sparsity.
+    refuses: option -> why. repairs: the kept weights are corrected towards the dense path's outputs. chooses: for the whole model, before the
+    first block, which is a separate record in the journal. pruner: the function that makes its BlockPruner.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Distillation of the whole pruned model into what survives of it: min KL(dense || pruned) of the next-token distributions on the calibration
-windows, by Adam with frozen masks. Block matrices and the blocks' norm scales and biases move; embeddings, final norm and head do not.
+"""Distillation of the dense model into the kept weights of the pruned one: min KL(dense || pruned) of the next-token distributions on the calibration
+windows, by Adam with frozen masks. Block matrices and the blocks' norm scales and biases are trained; embeddings, final norm and head are not.
 
 Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; Adam as in maths/masked_adam.py.
 
@@ -29,9 +29,9 @@ BYTES_PER_WEIGHT = 29  # the weight, its gradient and the one that is added to i
 
 
 def polish(teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, listen: Listener) -> None:
-    """Distill the dense model into the pruned one, and store what has changed.
+    """Distill the dense model into the pruned one, and store the changed tensors.
 
-    teacher: the dense path behind the last block. matrices: of each block that are trained.
+    teacher: the dense path after the last block. matrices: of each block that are trained.
     """
     stream = teacher.stream
     hashes: dict[str, str] = {}
@@ -45,7 +45,7 @@ def polish(teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, listen:
                 store(stream, i, block, [*masked[i], *free[i]])
 
         polished = Polished(0, 0.0, 0.0, ())
-        if masked:  # otherwise some experts of a stack alone: nothing can be trained without the others
+        if masked:  # empty if only some experts of each stack are pruned: they cannot be trained without the others
             polished = distill(teacher, masked, free, plan.polish_steps, plan.seed, settle, listen)
         for index in blocks if polished.changed else ():
             hashes |= stream.keep(index, [*masked[index], *free[index]], again=True)
@@ -62,8 +62,8 @@ def distill(
     listen: Listener,
 ) -> Polished:
     """Train a model in place whose every block and outer part is loaded. teacher: the flow of the unpruned model, after its last block; its hidden
-    states and the model's own head say what it predicts. masked, free: the pruned parameters of each block, and its vectors that are trained
-    too. settle: rounds them to what is stored. What gains nothing is undone.
+    states and the model's own head give its predictions. masked, free: the pruned parameters of each block, and its vectors that are trained
+    too. settle: rounds them to their stored dtype. A training without gain is undone.
     """
     stream = teacher.stream
     windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in teacher.windows()]

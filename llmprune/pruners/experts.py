@@ -1,9 +1,9 @@
 """Experts: those that add least to the tokens that are routed to them are dropped, equally many in every block.
 
 Score of an expert: the mean over its tokens of gate weight times ||expert(x)||_2. Lasby et al., REAP the Experts, https://arxiv.org/abs/2510.13999;
-there on the unpruned model, here on what comes out of the blocks that have lost theirs.
+there on the unpruned model, here on the outputs of the blocks already pruned.
 
-Shapes: T = tokens, E = experts, P = experts a token goes to, D = hidden width.
+Shapes: T = tokens, E = experts, P = experts per token, D = hidden width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmprune.types import Listener, Records
 
 
 class Routed:
-    """While it is active, notes what each expert of a stack adds to its tokens."""
+    """While active, records what each expert of a stack adds to its tokens."""
 
     def __init__(self, experts: nn.Module, count: int) -> None:
         self._experts = experts
@@ -73,7 +73,7 @@ def expert_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criteri
 
 @dataclass(frozen=True)
 class ExpertPruner:
-    """Chooses the experts that stay in every block, and has the stream show what is left, so that the next block sees it.
+    """Chooses the experts that are kept in every block, and has the stream show the block without the others to the next one.
 
     asked: the ratio of each stack of experts, by full name.
     """
@@ -109,7 +109,7 @@ class ExpertPruner:
         return PrunedBlock(rows, (), (), run_again(flow, None, index, left))
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
-        """Nothing is left to do."""
+        """Nothing remains to be done."""
 
     def _show(self, index: int, rows: Sequence[Row]) -> None:
         keeps = self.stream.structure.keeps(rows)[index]
@@ -118,13 +118,13 @@ class ExpertPruner:
 
 
 def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ratio: float, size: int) -> Row:
-    """Which experts of one stack stay. What leaves the whole block waits in ``flow.outputs``."""
+    """The kept experts of one stack. The outputs of the whole block are left in ``flow.outputs``."""
     with Routed(block.get_submodule(space.name), space.units) as routed:
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)
     drop = round(ratio * space.units)
     keep_E = drop_smallest(routed.score_E.view(space.groups, -1), drop // space.groups).flatten()
     silent = sum(mean.tokens == 0 for mean in routed.means)
-    notes = (f"{silent} of {space.units} experts were never chosen: they go first",) if silent and drop else ()
+    notes = (f"{silent} of {space.units} experts were never chosen: they are dropped first",) if silent and drop else ()
     kept = tuple(keep_E.nonzero().flatten().tolist())
     return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)

@@ -1,7 +1,7 @@
 """The width of the residual stream: channels are dropped from every block, the embeddings, the last norm and the head at once.
 
-They are chosen on the dense model, by the criterion's scores of all matrices that read or write them; then every matrix is brought nearer to what
-it gave before, on what is left of the stream, as maths/asymmetric_target.py has it.
+They are chosen on the dense model, by the criterion's scores of all matrices that read or write them; then every matrix is corrected towards its
+original outputs, on the remaining channels, as in maths/asymmetric_target.py.
 
 Shapes: D = residual channels, R, C = rows and columns of a matrix.
 """
@@ -37,7 +37,7 @@ SURVEY_WINDOWS = 64
 
 @torch.no_grad()
 def choose_width(work: Work, stream: Reshaped, count: int, listen: Listener) -> dict[str, Any]:
-    """``kept``: the ``count`` channels that stay, sorted; ``lost``: the share of all scores that the others held."""
+    """``kept``: the ``count`` kept channels, sorted; ``lost``: the share of all scores in the dropped ones."""
     flow = Flow(stream, work.windows_NL[:SURVEY_WINDOWS])
     shares: list[Tensor] = []
     for index in work.matrices:
@@ -52,8 +52,8 @@ def choose_width(work: Work, stream: Reshaped, count: int, listen: Listener) -> 
 
 
 def score_shares(work: Work, flow: Flow, index: int, block: nn.Module, structure: Structure) -> list[Tensor]:
-    """[D] of each parameter that reads or writes the stream: what its scores add up to over the column where a channel is read, over the row where
-    it is written, as a share of all its scores. So matrices of different sizes and scales count alike.
+    """[D] of each parameter that reads or writes the stream: the sum of its scores over the column where a channel is read, over the row where
+    it is written, as a share of all its scores. So matrices of different sizes and scales count equally.
     """
     criterion, matrices, head = work.plan.criterion, work.matrices[index], index == len(flow.stream.names)
     assert criterion is not None
@@ -97,9 +97,9 @@ def width_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterio
 
 @dataclass(frozen=True)
 class WidthPruner:
-    """Zeroes the residual channels that are dropped in every block, and repairs what is left of it; the stream zeroes them outside the blocks.
+    """Zeroes the dropped residual channels in every block, and repairs the rest of it; the stream zeroes them outside the blocks.
 
-    matrices: what is repaired, block by block, and the head if it is a matrix of its own. choice: what ``choose_width`` gave.
+    matrices: those to repair, block by block, and the head if it is not tied. choice: the result of ``choose_width``.
     """
 
     plan: Plan
@@ -125,7 +125,7 @@ class WidthPruner:
         return {"hidden": torch.tensor(self.choice["kept"])}
 
     def take_over(self, index: int, report: BlockReport) -> None:
-        """The stream knows the channels that stay."""
+        """The stream knows the kept channels."""
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
         assert dense is not None
@@ -139,10 +139,10 @@ class WidthPruner:
         return PrunedBlock([row_of(self.structure, path, self.asked, self.choice, tokens)], changed, changed, outputs)
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
-        """Nothing is left to do."""
+        """Nothing remains to be done."""
 
     def _narrow(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
-        """Take both paths through a block; what leaves it waits in their ``outputs``. Names of the parameters that have changed."""
+        """Run both paths through a block; its outputs are left in their ``outputs``. Names of the changed parameters."""
         keeps = self._keeps
         if self.plan.asymmetric:
             changed = self._corrected(flow, dense, index, block, clock)
@@ -155,13 +155,13 @@ class WidthPruner:
         return changed
 
     def _corrected(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
-        """Bring the matrices of a block, or the head, nearer to the dense path's outputs, stage by stage."""
+        """Correct the matrices of a block, or the head, towards the dense path's outputs, stage by stage."""
         changed: list[str] = []
         written = written_axes(self.structure, index, block) if index < len(flow.stream.names) else None
         with closing(stages_of(flow, dense, index, block, self.matrices[index], self.plan, clock, {})) as stages:
             for stage, statistics in stages:
                 changed += [correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage]
-                # the dense path is through; the pruned one has not come to what writes the stream. What reads it is still to be corrected, as a whole
+                # the dense path is done; the pruned one has not reached the writers of the stream. Its readers are still to be corrected, all at once
                 if written is not None:
                     mask_block(block, [written], self._keeps)
                 clock.lap("solve")
@@ -176,7 +176,7 @@ def written_axes(structure: Structure, index: int, block: nn.Module) -> Space:
 
 
 def row_of(structure: Structure, path: str, asked: dict[str, float], choice: Mapping[str, Any], tokens: int) -> Row:
-    """The same channels for all blocks and for what lies outside them, which the row after the last block stands for."""
+    """The same channels for all blocks and for the tensors outside them, which the row after the last block represents."""
     name, units, kept = f"{path}.hidden", structure.outer_units, tuple(choice["kept"])
     size = structure.cut[name].size if name in structure.cut else structure.outside
     return Row(name, units, size // units, next(iter(asked.values())), 0, choice["lost"], tokens, (), None, "hidden", units, kept, size)

@@ -1,4 +1,4 @@
-"""Whole blocks: those without which the model's predictions change least are dropped, measured again after each.
+"""Whole blocks: those without which the model's predictions change least are dropped, measured again after each one.
 
 Shapes: N = windows, L = tokens of a window.
 """
@@ -29,23 +29,23 @@ from llmprune.structured.structure import Structure, attends
 from llmprune.types import SILENT, Listener, Records
 
 Order = Literal["measured", "block_influence"]
-WINDOWS = 16  # on which blocks are left out for trial
+WINDOWS = 16  # on which the trials without a block are measured
 
 
 def layers_to_drop(structure: Structure, sparsity: float, exact: bool) -> int:
-    """How many blocks a ratio means. Raises RequestError for none, for all, and for a ratio that no number gives, if it was asked for itself."""
+    """The number of blocks that a ratio means. Raises RequestError for none, for all, and, if ``exact``, for a ratio that no number gives."""
     total = len(structure.blocks)
     count = round(sparsity * total)
-    legal = ", ".join(f"{n / total:.4g} ({total - n} stay)" for n in range(1, min(total, 9)))
+    legal = ", ".join(f"{n / total:.4g} ({total - n} kept)" for n in range(1, min(total, 9)))
     if sparsity and (not 0 < count < total or (exact and abs(count - sparsity * total) > 0.01 * total)):
-        raise RequestError(f"layers at sparsity {sparsity:g}: {sparsity * total:.4g} of {total} would go", f"legal sparsities: {legal}")
+        raise RequestError(f"layers at sparsity {sparsity:g}: {sparsity * total:.4g} of {total} blocks", f"legal sparsities: {legal}")
     return count
 
 
 @torch.no_grad()
 def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order, listen: Listener = SILENT) -> dict[int, float]:
-    """The blocks that go, in the order in which they went, with what each has cost: mean KL from the dense model of all that have gone so far, or
-    (block_influence) how far the block turned the hidden states.
+    """The dropped blocks, in order, with the cost of each: mean KL from the dense model without all dropped so far, or (block_influence) how
+    far the block turned the hidden states.
     """
     windows_NL = windows_NL[:WINDOWS]
     if order == "block_influence":
@@ -67,14 +67,14 @@ def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order
 
 
 def least_of(costs: dict[int, float], stream: Reshaped, gone: Iterable[int]) -> int:
-    """The cheapest block whose going leaves one with attention."""
+    """The cheapest block without which at least one has attention."""
     left = set(range(len(stream.names))) - set(gone)
     fixed = [index for index in costs if not attends(stream.structure.config, left - {index})]
     return least_needed(costs, 1, fixed)[0]
 
 
 def without_each(stream: Reshaped, windows_NL: Tensor, gone: frozenset[int], dense: Flow) -> dict[int, float]:
-    """The divergence from the dense model without ``gone`` and one more block, for each that is left. Every block is loaded once."""
+    """The divergence from the dense model without ``gone`` and one more block, for each remaining one. Every block is loaded once."""
     flow = Flow(stream, windows_NL)
     twins: dict[int, Flow] = {}
     for index in range(len(stream.names)):
@@ -118,9 +118,9 @@ def layer_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterio
 
 @dataclass(frozen=True)
 class LayerPruner:
-    """Drops whole blocks, and brings the matrices of those behind them nearer to the dense path's outputs, so that they make up for it.
+    """Drops whole blocks, and corrects the matrices of later blocks towards the dense path's outputs to compensate.
 
-    dropped: what each block has cost, by its number.
+    dropped: the cost of each dropped block, by its number.
     """
 
     plan: Plan
@@ -150,7 +150,7 @@ class LayerPruner:
             with flow.stream.block(index, dense=True) as whole:
                 dense.through(index, whole)
             return PrunedBlock(rows, (), (), ())
-        if index < min(self.dropped):  # there is nothing to make up for yet
+        if index < min(self.dropped):  # there is nothing to compensate yet
             dense.through(index, block)
             flow.through(index, block)
             return PrunedBlock(rows, (), (), ())
@@ -162,9 +162,9 @@ class LayerPruner:
         return PrunedBlock(rows, list(changed), list(changed), run_again(flow, dense, index, block))
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
-        """Nothing is left to do."""
+        """Nothing remains to be done."""
 
     def _row(self, path: str, index: int) -> Row:
-        """A block stays or is dropped as a whole."""
+        """A block is kept or dropped as a whole."""
         size, kept = self.structure.blocks[index], () if index in self.dropped else (0,)
         return Row(path, 1, size, self.plan.sparsity, 0, self.dropped.get(index), 0, (), None, "layers", 1, kept, size)

@@ -1,4 +1,4 @@
-"""One matrix: scored, masked and repaired; or only brought nearer to the dense path's outputs.
+"""One matrix: scored, masked and repaired; or only corrected towards the dense path's outputs.
 
 Shapes: R = output rows, C = input columns.
 """
@@ -38,7 +38,7 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
 
 
 def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> str:
-    """Bring a matrix that loses nothing nearer to the dense path's outputs; the name of its parameter."""
+    """Correct a matrix that is not pruned towards the dense path's outputs; the name of its parameter."""
     if stats.tokens:
         view_RC = matrix.view(block)
         view_RC.copy_(asymmetric_target(view_RC.float(), stats).to(stream.stored_dtype(index, matrix.parameter)))
@@ -46,14 +46,14 @@ def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats:
 
 
 def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float, name: str) -> Pruned:
-    """Apply the plan's method to one matrix, by its full name, that gives up ``ratio``."""
+    """Apply the plan's method to one matrix, by its full name, at a ratio."""
     rows, columns = weight_RC.shape
     pattern = plan.pattern_of(name, ratio)
     return solve(weight_RC, stats, plan, pattern, pattern.dropped(rows, columns, ratio))
 
 
 def solve(weight_RC: Tensor, stats: Stats, plan: Plan, pattern: Pattern, drop: int) -> Pruned:
-    """Drop so many weights of one matrix by the plan's method. One that few tokens reached (an expert, perhaps) is ranked and repaired with less
+    """Drop ``drop`` weights of one matrix by the plan's method. One that few tokens reached (an expert, perhaps) is ranked and repaired with less
     trust in them; one that none reached by magnitude. Both are noted.
     """
     if drop == 0:
@@ -68,14 +68,14 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, pattern: Pattern, drop: i
     stats = trusted(weighed(stats, plan), few)
     pruned = plan.solver.solve(weight_RC, scored(weight_RC, stats, plan), stats, pattern, drop)
     lost = pruned.lost
-    if lost is not None and stats.shrunk:  # what the solver counted has the larger diagonal
+    if lost is not None and stats.shrunk:  # the solver's own figure includes the enlarged diagonal
         lost = squared_error(pruned.weight_RC - weight_RC, stats)
     notes = pruned.notes + notes_of(stats) + dead + notes_on_trust(weight_RC.shape[1], stats, plan, few)
     return Pruned(pruned.weight_RC, pruned.keep_RC, lost, notes)
 
 
 def unreached(plan: Plan, stats: Stats) -> bool:
-    """Whether no token reached the matrix that the plan's statistics could be taken of."""
+    """Whether no token reached the matrix, so that the plan's statistics are missing."""
     return bool(plan.needs and stats.tokens == 0) or bool(plan.needs & PER_WEIGHT and stats.grad_tokens == 0)
 
 
@@ -87,14 +87,14 @@ def weighed(stats: Stats, plan: Plan) -> Stats:
 
 
 def trusted(stats: Stats, few: bool) -> Stats:
-    """Norms of few tokens are drawn to their mean."""
+    """Norms of few tokens, shrunk towards their mean."""
     if stats.input_sq_C is None or not few:
         return stats
     return replace(stats, input_sq_C=drawn_to_mean(stats.input_sq_C, stats.tokens))
 
 
 def scored(weight_RC: Tensor, stats: Stats, plan: Plan) -> Tensor | None:
-    """[R, C] by the criterion, with what the scores of the writers add to a column; None where the solver ranks by itself."""
+    """[R, C] by the criterion, plus the scores of the writers of each column; None where the solver ranks by itself."""
     score_RC = plan.criterion.score(weight_RC, stats) if plan.criterion else None
     if score_RC is not None and stats.beside_C is not None:
         score_RC = score_RC + stats.beside_C / len(score_RC)
@@ -110,7 +110,7 @@ def dead_inputs(stats: Stats) -> tuple[str, ...]:
 def notes_on_trust(columns: int, stats: Stats, plan: Plan, few: bool) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
     if few and plan.needs & {"gram", "input_sq"}:
-        so = f"correlations divided by {1 + stats.shrunk:.3g}" if "gram" in plan.needs else "norms drawn to their mean"
+        so = f"correlations divided by {1 + stats.shrunk:.3g}" if "gram" in plan.needs else "norms shrunk to their mean"
         notes += (f"{stats.tokens} calibration tokens for {columns} inputs: {so}",)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
         notes += ("no norm of its block feeds it: ranked by magnitude",)

@@ -1,4 +1,4 @@
-"""A checked request in values: what the pruners need to prune any model.
+"""A checked request as values: what the pruners need to prune any model.
 
 Shapes: N = windows, L = tokens of a window.
 """
@@ -18,7 +18,7 @@ from llmprune.types import Allocation, BlockSolver, Criterion, Pattern, Solver, 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is pruned. Just one of ``pattern`` (shapes of zeros) and ``structure`` (units that are cut out) is given."""
+    """How a model is pruned. Exactly one of ``pattern`` (shapes of zeros) and ``structure`` (units that are cut out) is given."""
 
     criterion: Criterion | None
     pattern: Pattern | None
@@ -28,11 +28,11 @@ class Plan:
     structure: Structure | None = None
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.maths.asymmetric_target)
     fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
-    reconstruct: BlockSolver | None = None  # goes over every block once its matrices are pruned
+    reconstruct: BlockSolver | None = None  # trains every block once its matrices are pruned
     permute: bool = False  # reorder input channels so that N:M holds more
     polish_steps: int = 0  # of distillation of the whole pruned model
     accept_damage: bool = False
-    mean_bias: bool = False  # biases make up for the means of dropped inputs
+    mean_bias: bool = False  # biases compensate for the means of dropped inputs
     seed: int = 0  # of everything that is drawn at random
     ours: bool = True  # not a paper's own recipe: statistics of few tokens are trusted less
 
@@ -68,7 +68,7 @@ class Work:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What the ratios are shares of, by full name: weights of a matrix, or parameters that the units of a structure hold."""
+        """The base of each ratio, by full name: weights of a matrix, or parameters of the units of a structure."""
         if self.plan.structure is not None:
             return self.plan.structure.sizes
         return {self.name_of(i, m): m.rows * m.columns for i, ms in self.matrices.items() for m in ms}

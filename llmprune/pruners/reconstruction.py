@@ -1,4 +1,4 @@
-"""Train what survives in a block towards what the unpruned block gave."""
+"""Train the kept weights of a block towards the outputs of the unpruned block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmprune.types import BlockSolver
 
 
 def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) -> None:
-    """Round trained parameters to the dtype that they are stored in."""
+    """Round trained parameters to their stored dtype."""
     for name in names:
         parameter = block.get_parameter(name)
         parameter.data.copy_(parameter.data.to(stream.stored_dtype(index, name)))
@@ -26,8 +26,8 @@ def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) ->
 def reconstruct_block(
     flow: Flow, dense: Flow | None, index: int, block: nn.Module, matrices: list[Matrix], rows: list[Row], solver: BlockSolver
 ) -> tuple[list[Row], list[str]]:
-    """Train what survives in a block, and its vectors, towards what the unpruned block gave; (the rows as they are then, names of the vectors that
-    have changed).
+    """Train the kept weights of a block, and its vectors, towards the outputs of the unpruned block; (the updated rows, names of the changed
+    vectors).
     """
     device = flow.stream.device_of(index)
     wanted = (dense or flow).outputs
@@ -46,7 +46,7 @@ def reconstruct_block(
 
 
 def trained_vectors(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Norm scales and biases, but for those of what is left alone by default (routers)."""
+    """Norm scales and biases, except those of modules that are never pruned by default (routers)."""
     return {name: p for name, p in vectors(block).items() if not LEFT_ALONE.search(name)}
 
 

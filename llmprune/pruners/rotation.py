@@ -1,8 +1,8 @@
-"""The residual stream turned to its principal axes, which no output of the model shows: few of its new channels then carry most of what is read.
+"""The residual stream rotated to its principal axes, without changing the model's outputs: a few of the new channels then carry most of what is read.
 
-With RMS norms whose scales are folded into the matrices that read them, y = W (x / rms(x)), an orthogonal Q may turn the stream everywhere: what
-is written becomes Q^T W, what is read W Q, embeddings E Q. Q holds the eigenvectors of sum x x^T / rms(x)^2 over what enters every norm.
-Ashkboos et al., SliceGPT, https://arxiv.org/abs/2401.15024; there each block has axes of its own, which plain checkpoints cannot say.
+With RMS norms whose scales are folded into the matrices that read them, y = W (x / rms(x)), an orthogonal Q may rotate the stream
+everywhere: writers become Q^T W, readers W Q, embeddings E Q. Q holds the eigenvectors of sum x x^T / rms(x)^2 over the inputs of all norms.
+Ashkboos et al., SliceGPT, https://arxiv.org/abs/2401.15024; there each block has different axes, which plain checkpoints cannot express.
 
 Shapes: D = residual channels, T = tokens, V = vocabulary.
 """
@@ -38,9 +38,9 @@ Folded = dict[str, Tensor]  # path of a matrix's parameter -> scale of the norm 
 
 
 def check_rotation(config: PreTrainedConfig) -> Residual:
-    """The family's stream. Raises RequestError where norms stand elsewhere than before what reads the stream."""
+    """The family's stream. Raises RequestError where norms are anywhere else than before the readers of the stream."""
     stream = required(config, "hidden").residual
-    assert stream is not None  # as a family that does not refuse says
+    assert stream is not None  # families that do not refuse the pattern have it
     if stream.inner_norms or stream.bare:
         reason = "it normalises what is added to the residual stream, channel by channel"
         raise RequestError(f"{config.model_type} cannot be rotated: {reason}", "leave --rotate out")
@@ -49,7 +49,7 @@ def check_rotation(config: PreTrainedConfig) -> Residual:
 
 @torch.no_grad()
 def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, listen: Listener) -> Source:
-    """Write the rotated checkpoint into an empty folder. A head that shares the embeddings' weight gets one of its own."""
+    """Write the rotated checkpoint into an empty folder. A head that shares the embeddings' weight gets a separate one."""
     model, source, loader = stream.skeleton, stream.source, stream.loader
     residual = check_rotation(model.config)
     axes_DD = principal_axes(stream, residual, windows_NL[:WINDOWS])
@@ -83,7 +83,7 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, listen: L
 
 @torch.no_grad()
 def principal_axes(stream: Stream, residual: Residual, windows_NL: Tensor) -> Tensor:
-    """Q [D, D] in float64, the channels that carry most first."""
+    """Q [D, D] in float64, the channels with the most energy first."""
     flow = Flow(stream, windows_NL)
     sums: dict[str, Tensor] = {}
 
@@ -112,7 +112,7 @@ def present(block: nn.Module, paths: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def rotate_block(flow: Flow, index: int, block: nn.Module, space: Space, residual: Residual, axes_DD: Tensor) -> None:
-    """Fold and turn one block in place. Raises RequestError where something reads the stream without a norm."""
+    """Fold and rotate one block in place. Raises RequestError where something reads the stream without a norm."""
     matrices = block_matrices(block)
     scales = norm_scales(block, matrices, partial(flow.run, index, block, 0))
     folded = {m.parameter: scales[m.name] for m in matrices if m.name in scales}
@@ -127,7 +127,7 @@ def rotate_block(flow: Flow, index: int, block: nn.Module, space: Space, residua
 
 @torch.no_grad()
 def rotated_outer(model: PreTrainedModel, residual: Residual, embeddings: str, head: str, axes_DD: Tensor) -> dict[str, Tensor]:
-    """Embeddings, last norm and head, folded and turned, by name; the head no longer shares the embeddings' weight."""
+    """Embeddings, last norm and head, folded and rotated, by name; the head no longer shares the embeddings' weight."""
     norm = model.get_submodule(residual.last_norm.removesuffix(".weight"))
     scale_D, axes_DD = effective_scale(norm).double(), axes_DD.to(norm.get_parameter("weight").device)
     ones_D = torch.full_like(norm.get_parameter("weight"), 0.0 if residual.plus_one else 1.0)

@@ -1,4 +1,4 @@
-"""Scores of units that count all that a unit takes away: the columns that read it, and the rows that write it.
+"""Scores of units over all their weights: the columns that read a unit, and the rows that write it.
 
 Shapes: C = input columns of a reader, U = its units, K = columns, or rows, of a unit.
 """
@@ -28,14 +28,14 @@ def writers(structure: Structure, index: int, block: nn.Module, name: str) -> li
 
 
 def counts_writers(criterion: Criterion | None) -> bool:
-    """Whether a criterion is summed over all weights that a unit takes away. One that looks at inputs, or at whole columns, says what the reader's
-    output loses, and that is all of it.
+    """Whether a criterion is summed over all weights of a unit. One that looks at inputs, or at whole columns, already measures the loss of the
+    reader's output, which is complete.
     """
     return criterion is not None and not criterion.needs & statistics_of("inputs") and not trait(criterion, "units_only")
 
 
 def beside(structure: Structure, index: int, block: nn.Module, name: str, criterion: Criterion, gradients: LossGradients | None) -> Tensor:
-    """[C] of a reader: the criterion's scores of what writes each of its inputs, a unit's sum spread over its columns."""
+    """[C] of a reader: the criterion's scores of the writers of each of its inputs, a unit's sum spread over its columns."""
     space = structure.cut[name].space
     columns_UK = space.readers[0].columns_UK
     reader = next(m for m in block_matrices(block) if m.name == space.readers[0].matrix)
@@ -50,7 +50,7 @@ def beside(structure: Structure, index: int, block: nn.Module, name: str, criter
 
 
 def graded(stream: Stream, matrices: dict[int, list[Matrix]], plan: Plan) -> dict[int, list[Matrix]]:
-    """The matrices whose gradients are asked for: those that are pruned, and what writes their units."""
+    """The matrices whose gradients are asked for: those that are pruned, and the writers of their units."""
     structure = plan.structure
     if structure is None or structure.outer is not None or not counts_writers(plan.criterion):
         return matrices

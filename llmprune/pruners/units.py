@@ -1,4 +1,4 @@
-"""Units of a block: channels, heads, KV groups, kernels. The columns that read them are dropped as a pattern; then all else that they hold is zeroed.
+"""Units of a block: channels, heads, KV groups, kernels. The columns that read them are dropped as a pattern; then everything else of them is zeroed.
 
 The zeros are cut out of the checkpoint at the end (``llmprune.export``).
 """
@@ -54,7 +54,7 @@ class UnitPruner:
         return self.plan.accept_damage
 
     def take_over(self, index: int, report: BlockReport) -> None:
-        """Zeros say it all."""
+        """Nothing: the zeros are in the weights."""
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
         readers, aim = self.matrices[index], aim_of(self.plan, dense, index, block)
@@ -74,7 +74,7 @@ class UnitPruner:
             polish(dense, {i: trained_matrices(blocks[i], ms) for i, ms in self.matrices.items()}, self.plan, listen)
 
     def _by_stages(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, clock: Clock) -> tuple[list[Row], list[str]]:
-        """(a row for each reader, names of what else has changed)."""
+        """(a row for each reader, names of other changed parameters)."""
         path = flow.stream.path_of(index)
         touched = self._touched(index, block)
         rows: dict[str, Row] = {}
@@ -105,22 +105,22 @@ class UnitPruner:
         return row, [make_up(stream, index, block, matrix, before_RC, stats)] if before_RC is not None and row.gone else []
 
     def _mask(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, rows: list[Row]) -> list[str]:
-        """Zero all that belongs to the dropped units of a block; names of what has changed."""
+        """Zero everything that belongs to the dropped units of a block; names of the changed parameters."""
         keeps = self.structure.keeps(rows)[index]
         changed = self.structure.mask(index, block, keeps)
-        if aim is not None and self.structure.rescales(index, keeps):  # what has left the block was computed before
+        if aim is not None and self.structure.rescales(index, keeps):  # the block's outputs were computed before
             for batch in range(len(flow)):
                 flow.outputs[batch] = flow.run(index, block, batch)
         return changed
 
 
 def trained_matrices(block: nn.Module, readers: list[Matrix]) -> list[Matrix]:
-    """What a training goes over: of a block that has lost units all but routers and the like."""
+    """The matrices to train: of a block with dropped units all except routers and the like."""
     return [m for m in block_matrices(block) if not LEFT_ALONE.search(m.name)] if readers else []
 
 
 def make_up(stream: Stream, index: int, block: nn.Module, matrix: Matrix, before_RC: Tensor, stats: Stats) -> str:
-    """Add to a matrix's bias what its outputs have lost on average; the bias's name."""
+    """Add to a matrix's bias the mean that its outputs have lost; the bias's name."""
     bias_R = block.get_parameter(matrix.bias)
     own_R = bias_R.data if matrix.expert is None else bias_R.data[matrix.expert]
     added_R = mean_bias(before_RC.float(), matrix.view(block).float(), stats)

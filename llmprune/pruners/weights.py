@@ -1,4 +1,4 @@
-"""Zeros in the matrices of a block, and in the head behind the last one: unstructured, N:M, blocks, rows, columns.
+"""Zeros in the matrices of a block, and in the head after the last one: unstructured, N:M, blocks, rows, columns.
 
 Shapes: R = output rows, C = input columns.
 """
@@ -38,7 +38,7 @@ Stages = Generator[tuple[list[Matrix], dict[str, Stats]], None, None]
 
 @dataclass(frozen=True)
 class Variants:
-    """Matrices as the plan's method leaves them at some more ratios; ``found`` holds (matrix, step) -> weights, in the stored dtype."""
+    """Matrices as the plan's method prunes them at further ratios; ``found`` holds (matrix, step) -> weights, in the stored dtype."""
 
     ratios: dict[str, dict[int, float]]  # matrix -> step -> ratio
     found: MemoryHidden | FileHidden
@@ -49,7 +49,7 @@ class WeightPruner:
     """Drops single weights or groups of them.
 
     matrices: of each block, and of the head, that are pruned. asked: the ratio of each, by full name. gradients: of the dense model, where the plan
-    asks for some. variants: what else each matrix is pruned to, on the way.
+    asks for some. variants: further ratios at which each matrix is pruned on the side.
     """
 
     plan: Plan
@@ -71,7 +71,7 @@ class WeightPruner:
         return self.plan.accept_damage
 
     def take_over(self, index: int, report: BlockReport) -> None:
-        """Zeros say it all."""
+        """Nothing: the zeros are in the weights."""
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
         matrices, head = self.matrices[index], index == len(flow.stream.names)
@@ -92,7 +92,7 @@ class WeightPruner:
             polish(dense, self.matrices, self.plan, listen)
 
     def _by_stages(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, clock: Clock) -> tuple[list[Row], list[str]]:
-        """(a row for each matrix, names of what else has changed)."""
+        """(a row for each matrix, names of other changed parameters)."""
         matrices, inner = self.matrices[index], index < len(flow.stream.names)
         rows: dict[str, Row] = {}
         changed: list[str] = []
@@ -102,7 +102,7 @@ class WeightPruner:
             for stage, statistics in stages:
                 if self.gradients is not None:
                     self.gradients.add_to(index, statistics)
-                for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write its channels
+                for m in sorted(stage, key=lambda m: m.name in channels):  # after those of the stage that may write their channels
                     stats, saliency = statistics.pop(m.name), None
                     if m.name in channels:
                         stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, self.plan)
@@ -122,7 +122,7 @@ class WeightPruner:
 
 
 def aim_of(plan: Plan, dense: Flow | None, index: int, block: nn.Module) -> Flow | None:
-    """The flow whose outputs the block is pruned towards. Where the dense path runs for the sake of the end alone, it goes through at once."""
+    """The flow whose outputs the block is pruned towards. Where the dense path is only needed at the end, it runs through the block at once."""
     if dense is None or plan.asymmetric:
         return dense
     dense.through(index, block)
@@ -139,7 +139,7 @@ def stages_of(
     clock: Clock,
     reordered: dict[str, Tensor],
 ) -> Stages:
-    """(matrices, their statistics) of a block, all at once or stage by stage towards the dense path's outputs. To be closed: forwards that wait
+    """(matrices, their statistics) of a block, all at once or stage by stage towards the dense path's outputs. Close it: paused forwards must
     end with the block, whatever happens.
     """
     found: Stages
@@ -162,7 +162,7 @@ def stages_of(
 
 def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> tuple[Stats, tuple[float, float], Tensor, list[str]]:
     """Reorder the input channels of a matrix so that N:M holds more of w^2 ||x||^2; (its sums in that order, the share held before and after, the
-    order, what else has changed).
+    order, names of other changed parameters).
     """
     pattern = plan.pattern
     assert isinstance(pattern, NM)
@@ -172,7 +172,7 @@ def reorder(block: nn.Module, channels: Channels, stats: Stats, plan: Plan) -> t
     order_SW = best_order(score_RC, channels.columns_SKW, pattern.n, pattern.m, seed=plan.seed)
     order_C = channels.order_C(order_SW)
     held: list[float] = [float((s * pattern.project(s, 0)).sum() / s.sum()) for s in (score_RC, score_RC[:, order_C])]
-    if held[1] <= held[0]:  # a sample of the rows may have misled
+    if held[1] <= held[0]:  # a sample of the rows may have been misleading
         return stats, (held[0], held[0]), torch.arange(len(order_C)), []
     changed = channels.apply(block, order_SW)
     return stats.permuted(order_C), (held[0], held[1]), order_C, changed

@@ -1,4 +1,4 @@
-"""How much has to go for this machine to compute the model in a share of the time. Blocks of several sizes are timed; nothing is pruned yet.
+"""The sparsity at which this machine computes the model in a given share of the time. Blocks of several sizes are timed; nothing is pruned yet.
 
 What is timed is the forward of one calibration window with the logits of its last token (prefill): every kind of block once, as the checkpoint has
 it and cut to size in turns, times the number of its kind. N = windows, L = tokens of a window.
@@ -33,7 +33,7 @@ def sparsity_for(stream: Reshaped, ids_NL: Tensor, ratio: float, listen: Listene
     most = 1 - 1 / layers if stream.structure.name == "layers" else MOST
     least = timer.ratio(most)
     if least > ratio:
-        raise RequestError(f"target_latency_ratio {ratio:g}: {least:.3g} is the least that {stream.structure.name} reach here", "ask for more")
+        raise RequestError(f"target_latency_ratio {ratio:g}: {least:.3g} is the least that {stream.structure.name} can reach here", "ask for more")
     if stream.structure.name == "layers":
         return next((n / layers for n in range(1, layers) if timer.ratio(n / layers) <= ratio), most)
     low, high = 0.0, MOST
@@ -59,7 +59,7 @@ class Timer:
             self._outer = min(seconds(lambda: stream.walk.logits(ids_1L[:, -1:], hidden_1LD)) for _ in range(ROUNDS))
 
     def ratio(self, sparsity: float) -> float:
-        """Time of the model at a sparsity to that of the dense one, timed beside it."""
+        """Time of the model at a sparsity relative to the dense one, timed beside it."""
         dense = cut = self._outer
         for indices in self._kinds.values():
             whole, smaller = self._block(indices[0], sparsity)
@@ -76,7 +76,7 @@ class Timer:
             cut = self._stream.rebuilt(index, block) if keeps else block
             del self._stream.keeps[index]
             pairs = [(self._seconds(index, block), self._seconds(index, cut)) for _ in range(1 + ROUNDS)][1:]  # the first warms up
-        return min(whole for whole, _ in pairs), min(smaller for _, smaller in pairs)  # what else runs here only adds to a time
+        return min(whole for whole, _ in pairs), min(smaller for _, smaller in pairs)  # other processes can only add to a time
 
     def _seconds(self, index: int, block: nn.Module) -> float:
         return seconds(lambda: self._flow.run(index, block, 0))
@@ -91,12 +91,12 @@ def seconds(work: Callable[[], Tensor]) -> float:
 
 
 def kind_of(structure: Structure, index: int) -> tuple[object, ...]:
-    """Blocks of one kind take equally long: they hold as many numbers, in the same spaces."""
+    """Blocks of one kind take equally long: they have as many parameters, in the same spaces."""
     return (structure.blocks[index], *((space.name, space.units) for space in structure.spaces[index]))
 
 
 def first_units(structure: Structure, index: int, sparsity: float) -> Keeps:
-    """As many units of every space as a sparsity leaves; which ones does not matter here."""
+    """As many units of every space as a sparsity keeps; which ones does not matter here."""
     found = {}
     for cut in structure.cut.values():
         if cut.block == index:

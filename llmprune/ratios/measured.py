@@ -1,4 +1,4 @@
-"""What each matrix gives up: the plan's allocation, measured on the dense model."""
+"""The ratio of each matrix: the plan's allocation, measured on the dense model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.types import Allocation, Listener, Seen, Stat, Stats, TriedAllocation
 
-Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> what it has measured
-SURVEY_WINDOWS = 64  # of the dense model, for what an allocation measures
+Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> its measures
+SURVEY_WINDOWS = 64  # of the dense model, for the measures of allocations
 MOST_LEVELS = 9  # at which a matrix with levels of its own is pruned to be measured
-FISHER_WINDOWS = 64  # a vector a matrix is steady after a few windows
+FISHER_WINDOWS = 64  # one vector per matrix is stable after a few windows
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """What each matrix gives up, by full name, and the number that this rests on; where several allocations were tried out, the figures of all."""
+    """The ratio of each matrix, by full name, and the number that it is based on; where several allocations were tried, the figures of all."""
 
     asked: dict[str, float]
     reasons: dict[str, float]
@@ -44,14 +44,14 @@ def is_tried(allocation: Allocation | TriedAllocation) -> TypeGuard[TriedAllocat
 
 
 def allocations(plan: Plan) -> dict[str, Allocation]:
-    """The closed-form allocations that a plan needs, by name; its own is "", those that it tries out have theirs."""
+    """The closed-form allocations that a plan needs, by name; its own is "", those that it tries have their names."""
     if is_tried(plan.allocation):
         return {name: build("allocation", name) for name in plan.allocation.starts}
     return {"": plan.allocation}  # type: ignore[dict-item]
 
 
 def needs_of(plan: Plan) -> frozenset[Stat]:
-    """All statistics that a plan's pruning and its allocation rest on."""
+    """All statistics that a plan's pruning and its allocation need."""
     return plan.needs.union(*(a.needs for a in allocations(plan).values()))
 
 
@@ -67,7 +67,7 @@ def dense_gradients(
 
 @torch.no_grad()
 def measure(work: Work, listen: Listener) -> Measured:
-    """What the plan's allocations have to know of the dense model, all in one pass; to be called before anything is pruned."""
+    """The measures of the plan's allocations on the dense model, all in one pass; call it before anything is pruned."""
     looking = {name: a for name, a in allocations(work.plan).items() if a.looks_at != "nothing"}
     measured: Measured = {name: {} for name in looking}
     needs = survey_needs(work.plan, list(looking.values()))

@@ -1,4 +1,4 @@
-"""Ratios and sparsities tried out on the whole model: it is pruned on calibration windows, measured on others, and forgotten again.
+"""Ratios and sparsities tried on the whole model: it is pruned on calibration windows, measured on others, and forgotten again.
 
 Shapes: N = windows, L = tokens of a window.
 """
@@ -30,7 +30,7 @@ STEPS = 3  # up and down from the best start
 STEP = 0.04  # of the median matrix: the weights of one step
 FARTHEST = 0.2  # of a matrix, from its ratio at the start
 MOST_TRIALS = 12  # of a search for a sparsity
-NEAR = 0.85  # of the allowed increase: near enough
+NEAR = 0.85  # of the allowed increase: close enough
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Trials:
     held_NL: Tensor
 
     def prune(self, asked: dict[str, float], variants: Variants | None = None) -> None:
-        """To be called in a trial of the stream."""
+        """Call it in a trial of the stream."""
         prune(self.work.stream, self.work.windows_NL, fine_pruner(self.work, asked, variants), {}, SILENT)
 
     def divergence(self, dense: Flow, asked: dict[str, float]) -> float:
@@ -53,7 +53,7 @@ class Trials:
 
 @torch.no_grad()
 def choose(work: Work, held: Windows | None, measured: Measured, listen: Listener) -> Ratios:
-    """The ratios that a plan's allocation gives, after trials if it is one of those that make some; they leave training out."""
+    """The ratios that a plan's allocation gives, after trials if it makes some; trials do not train."""
     if not is_tried(work.plan.allocation):
         return share(work, measured)
     if held is None:
@@ -84,7 +84,7 @@ def best_of(trials: Trials, allocation: TriedAllocation, measured: Measured, lis
 
 
 def improved(trials: Trials, allocation: TriedAllocation, asked: dict[str, float]) -> dict[str, float] | None:
-    """What the allocation makes of the best ratios; None where it leaves them."""
+    """The allocation's improvement of the best ratios; None where it keeps them."""
     work, sizes = trials.work, trials.work.sizes
     step = max(1, round(STEP * float(torch.tensor(list(sizes.values()), dtype=torch.float64).median())))
     ratios = {name: reachable(asked[name], size, step) for name, size in sizes.items()}
@@ -103,13 +103,13 @@ def improved(trials: Trials, allocation: TriedAllocation, asked: dict[str, float
 
 
 def reachable(ratio: float, size: int, step: int) -> dict[int, float]:
-    """Step -> ratio of a matrix, for all steps of so many weights that lie near enough."""
+    """Step -> ratio of a matrix, for all steps of that many weights within reach."""
     near = {k: ratio + k * step / size for k in range(-STEPS, STEPS + 1)}
     return {k: r for k, r in near.items() if k == 0 or (0 <= r < 1 and abs(r - ratio) <= FARTHEST)}
 
 
 def assembled(work: Work, variants: Variants, dense: Flow, candidates: list[dict[str, int]], windows: int) -> list[float]:
-    """Divergence of models put together from variants of their matrices, on the first windows. Each block is loaded once for all of them."""
+    """Divergence of models assembled from variants of their matrices, on the first windows. Each block is loaded once for all of them."""
     first = Flow(work.stream, work.windows_NL[:windows])
     flows = [first, *(first.twin() for _ in candidates[1:])]
     for index in range(len(work.stream.names)):
@@ -124,7 +124,7 @@ def assembled(work: Work, variants: Variants, dense: Flow, candidates: list[dict
 
 @dataclass(frozen=True)
 class Decision:
-    """What a run gives up in all, and each matrix of it."""
+    """The sparsity of a run, and the ratio of each matrix."""
 
     sparsity: float
     ratios: Ratios
@@ -136,7 +136,7 @@ def decide(
 ) -> Decision:
     """The plan's ratios; with ``most_increase``, the largest sparsity whose perplexity on the held windows is no more than this above the dense one.
 
-    frontier: steps that are known already. Raises RequestError when not even little sparsity stays within the increase.
+    frontier: known steps. Raises RequestError when not even a small sparsity stays within the increase.
     """
     measured = measure(work, listen)
     if most_increase is None:
@@ -174,7 +174,7 @@ def perplexity_at(work: Work, held: Windows, measured: Measured, sparsity: float
 
 
 def sparsest(increase_at: Callable[[float], float], limit: float, most: float) -> float:
-    """The largest sparsity up to ``most`` found whose increase lies within the limit, by bisection until one lies near it. 0: none was found."""
+    """The largest sparsity up to ``most`` found whose increase is within the limit, by bisection until one is close to it. 0: none was found."""
     low, high = 0.0, most
     guess = min(0.5, most)
     for _ in range(MOST_TRIALS):

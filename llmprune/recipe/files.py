@@ -1,4 +1,4 @@
-"""Recipe files for people and their editors: checked as a run reads them, begun with comments, described by a JSON schema."""
+"""Recipe files for people and their editors: checked as a run reads them, started with comments, described by a JSON schema."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llmprune.recipe.user_criterion import refuse_code
 from llmprune.recipe.values import spelt
 
 HEAD = """\
-# Run it: llmprune --recipe FILE, with flags on top of what stands here. Check it: llmprune recipe check FILE
-# For editors that know JSON schemas: llmprune recipe schema > recipe.schema.json, and a first line here that says
+# Run it: llmprune --recipe FILE; flags override it. Check it: llmprune recipe check FILE
+# For editors that know JSON schemas: llmprune recipe schema > recipe.schema.json, and this as the first line here:
 # #:schema ./recipe.schema.json
 """
-UNSET = "..."  # where a default hangs on the model, the pattern or the quality
+UNSET = "..."  # where a default depends on the model, the pattern or the quality
 
 
 def problem(path: Path) -> str | None:
@@ -33,7 +33,7 @@ def problem(path: Path) -> str | None:
 
 
 def draft(given: dict[str, Any]) -> str:
-    """A recipe of what is given (half of the weights of the bundled model, where nothing is), and every other key as a comment.
+    """A recipe of the given values (by default half of the weights of the bundled model), and every other key as a comment.
 
     Raises RequestError as a run of it would.
     """
@@ -45,7 +45,7 @@ def draft(given: dict[str, Any]) -> str:
     chosen = read_recipe(None, values).model_dump(exclude_unset=True)
     said = [_line(key, spelt(chosen[key])) for key in keys() if key in chosen]
     others = [f"# {_line(key, _default(key))}" for key in keys() if key not in chosen]
-    return "\n".join((HEAD, *said, "\n# What else can be said:", *others)) + "\n"
+    return "\n".join((HEAD, *said, "\n# Other keys:", *others)) + "\n"
 
 
 def _line(key: str, value: str) -> str:
@@ -58,7 +58,7 @@ def _default(key: str) -> str:
 
 
 def write_draft(path: Path, given: dict[str, Any]) -> None:
-    """``draft`` as a file. Raises RequestError where one is already, or none can be."""
+    """``draft`` as a file. Raises RequestError where it exists already, or cannot be written."""
     text = draft(given)
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def write_draft(path: Path, given: dict[str, Any]) -> None:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, from the fields of ``Recipe`` and the methods that there are."""
+    """The JSON schema of a recipe file, from the fields of ``Recipe`` and the methods."""
     raw = Recipe.model_json_schema()
     properties = {key: _property(raw["properties"][key]) for key in keys()}
     for key, known in _choices().items():
@@ -82,7 +82,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Recipe of llmprune",
-        "description": "What a pruning run can be asked for; flags of the command line go on top.",
+        "description": "The options of a pruning run; flags of the command line override them.",
         "type": "object",
         "properties": properties,
         "additionalProperties": False,
@@ -90,7 +90,7 @@ def schema() -> dict[str, Any]:
 
 
 def _property(raw: dict[str, Any]) -> dict[str, Any]:
-    """A field as an editor needs it: TOML has no null, and the key is title enough."""
+    """A field as an editor needs it: TOML has no null, and the key serves as the title."""
     kept = {key: value for key, value in raw.items() if key != "title" and not (key == "default" and value is None)}
     kinds = [kind for kind in kept.pop("anyOf", []) if kind != {"type": "null"}]
     return kept | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})

@@ -1,4 +1,4 @@
-"""How the command line shows a field of a recipe, said on the field itself; its text is the field's description."""
+"""How the command line shows a field of a recipe, declared on the field itself; its text is the field's description."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PANELS = (MOST_USED, WHAT, HOW, BUDGET, SMALLER, DATA, OUTPUT, HUB, MACHINE)  # 
 class Flag:
     """Metadata of a field.
 
-    value: what its value is, in the help's words (FLOAT, PATH); by the field's type where left out.
-    default: in words, where a fixed value does not say it.
-    name: of the flag, where it is not the field's: of a table, whose entries are given one by one.
+    value: the kind of its value, as shown in the help (FLOAT, PATH); by default from the field's type.
+    default: in words, where it is not a fixed value.
+    name: of the flag, where it is not the field's: for a table, whose entries are given one by one.
     """
 
     panel: str

@@ -1,4 +1,4 @@
-"""What the names of a recipe stand for: methods, qualities, patterns."""
+"""What the names in a recipe mean: methods, qualities, patterns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Group = Literal["row", "matrix"]
 
 @dataclass(frozen=True)
 class Method:
-    """What a name stands for: criterion, solver, the group in which unstructured weights compete, and what the solver aims at."""
+    """The meaning of a name: criterion, solver, the group in which unstructured weights compete, and the solver's target."""
 
     criterion: str | None
-    solver: str  # one that goes over matrices; "+reconstruct" goes over the block after it
+    solver: str  # one for matrices; "+reconstruct" trains the block after it
     group: Group
     asymmetric: bool = False  # aims at the dense path's outputs (llmprune.maths.asymmetric_target)
     fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
     allocation: str = "uniform"  # of unstructured sparsity
     polish_steps: int = 0  # of whole-model distillation at the end
-    mean_bias: bool = False  # biases make up for the means of what goes
+    mean_bias: bool = False  # biases compensate for the means of dropped inputs
 
 
 POLISH_STEPS = 100
@@ -58,7 +58,7 @@ STRUCTURED_PATTERNS = {
 STRUCTURED = tuple(STRUCTURED_PATTERNS)
 
 
-# What the qualities are there; scores are summed over the columns of the matrix that reads a unit.
+# The qualities for these; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
     "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="auto"),
     "balanced": Method(None, "block_obs", "matrix", asymmetric=True, fisher_rows=True, allocation="auto"),
@@ -76,7 +76,7 @@ DEFAULT_QUALITY = "balanced"
 
 
 def split_solver(text: str) -> tuple[str, str | None]:
-    """(the solver that goes over matrices, the one that goes over each block after it) of "admm", "admm+reconstruct" or "reconstruct", which is both.
+    """(the solver for matrices, the one for each block after it) of "admm", "admm+reconstruct" or "reconstruct", which is both.
 
     Raises RequestError for anything else.
     """
@@ -85,7 +85,7 @@ def split_solver(text: str) -> tuple[str, str | None]:
     if not plus:
         return first, first if over_blocks else None
     if over_blocks or last not in names("solvers") or not trait(find("solvers", last), "fits_blocks"):
-        raise RequestError(f"solver {text!r}", f"only a solver that goes over blocks can follow another: {', '.join(block_solvers())}")
+        raise RequestError(f"solver {text!r}", f"only a solver for blocks can follow another: {', '.join(block_solvers())}")
     return first, last
 
 

@@ -23,7 +23,7 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
     flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
     parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
-    for flag, replaced in parts.items():  # a flag also displaces what it stands against in the recipe
+    for flag, replaced in parts.items():  # a flag also replaces what it excludes in the recipe
         if flag in flags:
             stored = {k: v for k, v in stored.items() if k not in replaced}
     if flags.keys() & set(BUDGETS):  # one budget at a time
@@ -43,12 +43,12 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
 
 
 def keys() -> list[str]:
-    """What a recipe file may say: what leaves the machine is said by hand."""
+    """The keys of a recipe file: whatever leaves the machine is asked for by hand."""
     return [name for name in Recipe.model_fields if name != "push"]
 
 
 def _check_keys(stored: dict[str, Any]) -> None:
-    """Raises RequestError for keys that are none, all of them at once."""
+    """Raises RequestError for unknown keys, all of them at once."""
     unknown = [key for key in stored if key not in keys()]
     if len(unknown) > 1:
         raise RequestError(f"recipe keys {', '.join(map(repr, unknown))} are unknown", f"there are: {', '.join(keys())}")
@@ -57,14 +57,14 @@ def _check_keys(stored: dict[str, Any]) -> None:
 
 
 def _refusal(error: ValidationError) -> RequestError:
-    """All values that a field cannot take."""
+    """Names all invalid values."""
     found = {".".join(map(str, e["loc"])): f"{e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()}
     hints = [f"{field}: {_description(field)}" for field in found]
     return RequestError("; ".join(f"{field} {said}" for field, said in found.items()), "; ".join(hints))
 
 
 def recipes_of_sweep(path: Path | None, flags: dict[str, Any], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[Recipe]:
-    """A recipe for every method or quality, pattern and sparsity; N:M says by itself how much goes. Raises RequestError for any that is none."""
+    """A recipe for every method or quality, pattern and sparsity; N:M fixes the sparsity. Raises RequestError for anything unknown."""
     found = []
     for method in methods:
         check_name("method", method, [*METHODS, *QUALITIES])

@@ -1,4 +1,4 @@
-"""The request as a value. ``llmprune.recipe.reading`` makes one of a TOML recipe and flags; ``refusals`` says what cannot be asked for together."""
+"""The request as a value. ``llmprune.recipe.reading`` makes one from a TOML recipe and flags; ``refusals`` has what cannot be combined."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 
 BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
-NAMED = ("quality", "method", "criterion", "solver")  # how a recipe says what is done
-STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries on units
+NAMED = ("quality", "method", "criterion", "solver")  # the fields that name a method
+STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries for units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
 
@@ -58,7 +58,7 @@ def _read_criterion(value: Any) -> Any:
 
 
 class Recipe(BaseModel):
-    """Everything that a pruning run can be asked for. Unset fields take the defaults that README names."""
+    """Everything that a pruning run can be asked for. Unset fields get the defaults that README names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -87,22 +87,22 @@ class Recipe(BaseModel):
     )
     uniform: Annotated[bool, Flag(SMALLER)] = Field(False, description="structured: the same sizes in every layer")
     rotate: Annotated[bool, Flag(SMALLER)] = Field(
-        False, description="hidden: turn the residual stream to its principal axes first, as SliceGPT does"
+        False, description="hidden: rotate the residual stream to its principal axes first, as SliceGPT does"
     )
     pad: Annotated[bool, Flag(SMALLER)] = Field(
-        False, description="structured: zeros up to the widest layer, so that plain transformers load one size for all"
+        False, description="structured: zeros up to the widest layer, so that plain transformers loads one size for all"
     )
     quality: Annotated[str | None, Flag(MOST_USED, "NAME", DEFAULT_QUALITY)] = Field(
-        None, description="one of our own recipes: fast, balanced or max"
+        None, description="one of llmprune's own recipes: fast, balanced or max"
     )
     method: Annotated[str | None, Flag(HOW, "NAME")] = Field(
         None, description="a paper's own recipe, unimproved, for comparison; see llmprune methods"
     )
     criterion: Annotated[Any, PlainValidator(_read_criterion, str | None), Flag(HOW, "NAME")] = Field(
-        None, description="what scores the weights; on the command line also a function of one's own, my.py:score"
+        None, description="what scores the weights; on the command line also your own function, my.py:score"
     )
     solver: Annotated[str | None, Flag(HOW, "NAME")] = Field(
-        None, description="what chooses the mask and repairs the kept weights; +reconstruct goes over blocks after it"
+        None, description="what chooses the mask and repairs the kept weights; +reconstruct trains each block after it"
     )
     target: Annotated[Literal["symmetric", "asymmetric"] | None, Flag(HOW, "NAME")] = Field(
         None, description="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)"
@@ -116,10 +116,10 @@ class Recipe(BaseModel):
     )
     group: Annotated[Group | None, Flag(HOW, "NAME")] = Field(None, description="where unstructured weights compete: row or matrix")
     allocation: Annotated[str | None, Flag(HOW, "NAME")] = Field(
-        None, description="how the ratio is shared out over the matrices; see llmprune methods"
+        None, description="how the sparsity is shared out over the matrices; see llmprune methods"
     )
     ratios: Annotated[dict[str, float], Flag(HOW, "REGEX=FLOAT", name="ratio")] = Field(
-        default_factory=dict, description="allocation explicit: regular expression of a matrix's name, and its ratio"
+        default_factory=dict, description="allocation explicit: regular expression on a matrix's name, and its ratio"
     )
     options: Annotated[dict[str, float | int | str | bool], Flag(HOW, "NAME=VALUE", name="option")] = Field(
         default_factory=dict, description="options of the methods, such as damping=0.02 or solver.damping=0.02; llmprune methods NAME shows them"
@@ -137,12 +137,12 @@ class Recipe(BaseModel):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(MACHINE, "NAME")] = Field(
         "auto", description="compute dtype: auto, float32, bfloat16 or float16; the saved dtype is the source's"
     )
-    skip: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are left alone")
+    skip: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are not pruned")
     only: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
     eval: Annotated[list[str], Flag(DATA, "PATH|ID", "bundled text for llama, else windows held back of the calibration")] = Field(
         default_factory=list, description="data to measure the perplexity on, before and after"
     )
-    accept_damage: Annotated[bool, Flag(HOW)] = Field(False, description="go on when a block's output is destroyed")
+    accept_damage: Annotated[bool, Flag(HOW)] = Field(False, description="continue when a block's output is destroyed")
     output: Annotated[str | None, Flag(MOST_USED, "PATH", "./<model>-<pattern>-<sparsity>")] = Field(None, description="folder of the result")
     push: Annotated[str | None, Flag(HUB, "ID")] = Field(
         None, description="Hub repository that gets the result at the end, private, such as me/my-model"
@@ -169,12 +169,12 @@ class Recipe(BaseModel):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"is no regular expression ({error})") from None
+                raise ValueError(f"is not a regular expression ({error})") from None
         return value
 
     @property
     def in_groups(self) -> bool:
-        """N:M, which says by itself how much goes."""
+        """N:M, which fixes the sparsity."""
         return in_groups(self.pattern)
 
     @property
@@ -199,7 +199,7 @@ class Recipe(BaseModel):
 
     @property
     def most(self) -> float:
-        """The most that can go."""
+        """The largest possible sparsity."""
         return float(build_pattern(self.pattern).sparsity) if self.in_groups else MOST_SPARSITY
 
     @property
@@ -209,12 +209,12 @@ class Recipe(BaseModel):
 
     @property
     def makes_trials(self) -> bool:
-        """Whether windows have to be held back to try something out on."""
+        """Whether windows have to be held back for trials."""
         return self.max_ppl_increase is not None or is_tried(self.parts.allocation)
 
     @property
     def budget(self) -> str:
-        """What is asked for, in a word that can stand in a file's name."""
+        """What is asked for, in a word for a file's name."""
         if self.ratio is not None:
             return f"{self.ratio:g}"
         if self.target_size is not None:
@@ -225,12 +225,12 @@ class Recipe(BaseModel):
 
     @property
     def criterion_name(self) -> str | None:
-        """The criterion in a word, a function of the user's own by its file's last name and hash."""
+        """The criterion in a word, a user's function by its file's last name and hash."""
         return None if self.criterion is None else str(self.criterion)
 
     @property
     def parts(self) -> Method:
-        """What the quality or method stands for, or what was asked for one by one. Rows are only weighed where they compete."""
+        """The parts of the quality or method, or those asked for one by one. Rows are only weighted where they compete."""
         coarse = COARSE.get(self.pattern)
         if coarse is not None:
             repaired = coarse.repairs and self.target != "symmetric"
@@ -248,7 +248,7 @@ class Recipe(BaseModel):
             group = "matrix"  # where blocks and units compete
         allocation = named.allocation
         if self.max_ppl_increase is not None and is_tried(allocation):
-            allocation = "fisher"  # a budget that is found by trials leaves none to an allocation
+            allocation = "fisher"  # a budget that is found by trials excludes an allocation that makes trials
         one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
         return replace(
             named,
@@ -260,7 +260,7 @@ class Recipe(BaseModel):
         )
 
     def plan(self, structure: Any = None) -> Plan:
-        """The request in values, for the engine. Where another budget decides, the sparsity is the most that can go. structure: of a model, where the
+        """The request as values, for the engine. Where another budget decides, the sparsity is the largest possible. structure: of a model, where the
         pattern is a structured one.
         """
         from llmprune.pruners.plan import Plan
@@ -323,7 +323,7 @@ class Recipe(BaseModel):
         return f"{name}-{self.pattern.replace(':', 'of' if self.in_groups else '-')}-{self.budget}"
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as it is saved: paths as their last name, the quality by its name, what only names places left out."""
+        """The recipe as it is saved: paths as their last name, the quality by its name, output and repository left out."""
         value = self.model_dump(exclude={"output", "push"})
         parts = self.parts
         value |= {"sparsity": self.ratio, "criterion": parts.criterion, "solver": parts.solver}

@@ -1,4 +1,4 @@
-"""What a recipe cannot ask for together: budgets, N:M, methods and their parts, allocations, structured patterns."""
+"""What a recipe cannot combine: budgets, N:M, methods and their parts, allocations, structured patterns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmprune.recipe.recipe import BUDGETS, Recipe
 def check(recipe: Recipe) -> None:
     """Raises RequestError for fields that contradict each other."""
     if recipe.structured:
-        check_budget(recipe, "add --sparsity 0.25: the share of the pattern's own parameters that goes")
+        check_budget(recipe, "add --sparsity 0.25: the dropped share of the pattern's own parameters")
         refuse_group(recipe)
         check_structured(recipe)
     else:
@@ -45,13 +45,13 @@ def check_zeros(recipe: Recipe) -> None:
     else:
         check_budget(recipe, "add --sparsity 0.5, or --pattern 2:4")
     if recipe.permute and not trait(find_pattern(recipe.pattern), "n_of_m"):
-        raise RequestError(f"channels reordered for pattern {recipe.pattern}", "only N:M gains by it; leave --permute out")
+        raise RequestError(f"channels reordered for pattern {recipe.pattern}", "only N:M gains from it; omit --permute")
 
 
 def refuse_group(recipe: Recipe) -> None:
-    """Raises RequestError where something else than single weights competes."""
+    """Raises RequestError for a group where anything but single weights competes."""
     if recipe.group is not None:
-        raise RequestError(f"group {recipe.group!r} with pattern {recipe.pattern}", "groups are for unstructured; leave --group out")
+        raise RequestError(f"group {recipe.group!r} with pattern {recipe.pattern}", "groups are for unstructured; omit --group")
 
 
 def check_budget(recipe: Recipe, hint: str) -> None:
@@ -62,17 +62,17 @@ def check_budget(recipe: Recipe, hint: str) -> None:
     if len(given) > 1:
         raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
     if recipe.max_ppl_increase is not None and recipe.allocation is not None and is_tried(recipe.allocation):
-        raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials of its own", "take fisher or uniform")
+        raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials itself", "use fisher or uniform")
 
 
 def check_groups(recipe: Recipe) -> None:
     """Raises RequestError for a budget that N:M contradicts."""
     if recipe.mixed:
-        check_budget(recipe, f"{recipe.pattern} is the sparsest pattern of a matrix: say how much goes in all, as in --sparsity {recipe.most / 2:g}")
+        check_budget(recipe, f"{recipe.pattern} is the sparsest pattern of a matrix: give the total, as in --sparsity {recipe.most / 2:g}")
         if recipe.sparsity is not None and recipe.sparsity >= recipe.most:
             raise RequestError(
                 f"pattern {recipe.pattern} mixed by allocation {recipe.allocation!r} at sparsity {recipe.sparsity:g}",
-                f"{recipe.pattern} is the sparsest pattern of a matrix: ask for less than {recipe.most:g} in all, or leave --allocation out",
+                f"{recipe.pattern} is the sparsest pattern of a matrix: ask for less than {recipe.most:g} in all, or omit --allocation",
             )
         return
     others = [name for name in BUDGETS[1:] if getattr(recipe, name) is not None]
@@ -81,18 +81,18 @@ def check_groups(recipe: Recipe) -> None:
     if recipe.sparsity is not None and abs(recipe.sparsity - recipe.most) > 1e-9:
         raise RequestError(
             f"pattern {recipe.pattern} means sparsity {recipe.most:g}, not {recipe.sparsity:g}",
-            "leave one of them out, or add --allocation fisher to mix it with denser ones",
+            "omit one of them, or add --allocation fisher to mix it with denser ones",
         )
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Raises RequestError for an allocation that is none, or that pattern or ratios contradict."""
+    """Raises RequestError for an unknown allocation, or one that pattern or ratios contradict."""
     if recipe.allocation is not None:
         check_name("allocation", recipe.allocation, names("allocation"))
     if recipe.in_groups and recipe.allocation == "explicit":
         raise RequestError(f"allocation 'explicit' with pattern {recipe.pattern}", "name what stays dense with --skip")
     if recipe.in_groups and recipe.allocation is not None and trait(find("allocation", recipe.allocation), "evolves"):
-        raise RequestError(f"allocation {recipe.allocation!r} with pattern {recipe.pattern}", "it moves single weights; take auto or sensitivity")
+        raise RequestError(f"allocation {recipe.allocation!r} with pattern {recipe.pattern}", "it moves single weights; use auto or sensitivity")
     if bool(recipe.ratios) != (recipe.parts.allocation == "explicit"):
         raise RequestError(
             "ratios and allocation 'explicit' go together",
@@ -104,24 +104,24 @@ def check_allocation(recipe: Recipe) -> None:
 
 
 def check_structured(recipe: Recipe) -> None:
-    """Raises RequestError for what a structured pattern has no use for."""
+    """Raises RequestError for options that do not apply to a structured pattern."""
     pattern = recipe.pattern
     if recipe.permute:
-        raise RequestError(f"channels reordered for pattern {pattern}", "only N:M gains by it; leave --permute out")
+        raise RequestError(f"channels reordered for pattern {pattern}", "only N:M gains from it; omit --permute")
     if recipe.allocation is not None and (recipe.allocation == "explicit" or trait(find("allocation", recipe.allocation), "evolves")):
-        raise RequestError(f"allocation {recipe.allocation!r} with pattern {pattern}", "take sensitivity or uniform")
+        raise RequestError(f"allocation {recipe.allocation!r} with pattern {pattern}", "use sensitivity or uniform")
     if recipe.uniform and recipe.allocation not in (None, "uniform"):
-        raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "leave one of them out")
+        raise RequestError(f"uniform sizes with allocation {recipe.allocation!r}", "omit one of them")
     if recipe.rotate and pattern != "hidden":
-        raise RequestError(f"a rotated residual stream with pattern {pattern}", "it is for hidden alone; leave --rotate out")
+        raise RequestError(f"a rotated residual stream with pattern {pattern}", "it is for hidden alone; omit --rotate")
     if pattern in COARSE:
         check_coarse(recipe, COARSE[pattern])
     elif recipe.pad and recipe.one_size:
-        raise RequestError("zeros up to the widest layer where all have one size", "leave --pad out, or add --allocation sensitivity")
+        raise RequestError("zeros up to the widest layer where all have one size", "omit --pad, or add --allocation sensitivity")
 
 
 def check_coarse(recipe: Recipe, mode: Coarse) -> None:
-    """Raises RequestError for what a pattern that decides for the whole model has no use for."""
+    """Raises RequestError for options that do not apply to a pattern that decides for the whole model."""
     for name, why in mode.refuses.items():
         if getattr(recipe, name):
             raise RequestError(f"{name} with pattern {mode.name}, {why}", f"leave {name} out")
@@ -132,31 +132,31 @@ def check_coarse(recipe: Recipe, mode: Coarse) -> None:
 
 
 def refuse_structured(recipe: Recipe) -> None:
-    """Raises RequestError for what only a structured pattern has a use for."""
+    """Raises RequestError for options that apply to structured patterns alone."""
     if recipe.target_size is not None:
         raise RequestError(
-            f"target_size with pattern {recipe.pattern}: zeros take as much room as other weights", "take a structured pattern, or --target-params"
+            f"target_size with pattern {recipe.pattern}: zeros take as much space as other weights", "use a structured pattern, or --target-params"
         )
     if recipe.target_latency_ratio is not None:
-        raise RequestError(f"target_latency_ratio with pattern {recipe.pattern}: zeros take as long as others", "take a structured pattern")
+        raise RequestError(f"target_latency_ratio with pattern {recipe.pattern}: zeros take as long as others", "use a structured pattern")
     given = [name for name in ("round_to", "uniform", "pad", "rotate") if getattr(recipe, name)]
     if given:
         raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
 
 
 def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
-    """Raises RequestError for parts that do not go with the pattern's units, or are for units alone."""
+    """Raises RequestError for parts that do not fit the pattern's units, or are for units alone."""
     pattern = recipe.pattern
     if (recipe.structured or not trait(find_pattern(pattern), "in_slabs")) and trait(find("solvers", solver), "by_slab"):
         others = [name for name in names("solvers") if not trait(find("solvers", name), "by_slab")]
-        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", f"take one of {', '.join(others)}")
+        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", f"use one of {', '.join(others)}")
     for kind, name in (("criteria", criterion), ("solvers", solver)):
         if not recipe.structured and name in names(kind) and trait(find(kind, name), "units_only"):
             raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raises RequestError for a quality, a method and parts that are none, or stand against each other."""
+    """Raises RequestError for an unknown quality, method or part, or ones that exclude each other."""
     given = [name for name in ("quality", "method") if getattr(recipe, name) is not None]
     if recipe.criterion is not None or recipe.solver is not None:
         given.append("criterion or solver")
@@ -172,7 +172,7 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_parts(recipe: Recipe) -> None:
-    """Raises RequestError for a criterion, a solver, a target and a polish that do not go together."""
+    """Raises RequestError for a criterion, a solver, a target and a polish that cannot be combined."""
     if isinstance(recipe.criterion, str):
         check_name("criterion", recipe.criterion, names("criteria"))
     if recipe.solver is not None:
@@ -181,10 +181,10 @@ def check_parts(recipe: Recipe) -> None:
     check_units(recipe, criterion, solver)
     own_score = find("solvers", solver).own_score
     if own_score and criterion is not None:
-        raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "leave --criterion out, or take mask_only")
+        raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "omit --criterion, or use mask_only")
     if not own_score and criterion is None:
         raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
     if recipe.parts.asymmetric and not trait(find("solvers", solver), "repairs"):
-        raise RequestError(f"an asymmetric target with solver {solver!r}, which repairs nothing", "take refit, sparsegpt or admm")
+        raise RequestError(f"an asymmetric target with solver {solver!r}, which repairs nothing", "use refit, sparsegpt or admm")
     if recipe.polish_steps is not None and recipe.polish is None and not recipe.parts.polish_steps:
-        raise RequestError(f"{recipe.polish_steps} polish steps of no polish", "add --polish kd")
+        raise RequestError(f"{recipe.polish_steps} polish steps without a polish", "add --polish kd")

@@ -1,12 +1,12 @@
-"""A criterion of the user's own: a function in a Python file, ``--criterion my.py:score``, or in Python the function itself.
+"""A user's own criterion: a function in a Python file, ``--criterion my.py:score``, or in Python the function itself.
 
     needs = ("input_sq",)  # the statistics that it reads, by their names in llmprune.types.Stat; none by default
 
 
-    def score(weight_RC, stats):  # the smallest scores go first
+    def score(weight_RC, stats):  # the smallest scores are dropped first
         return weight_RC.abs() * stats.input_sq_C.sqrt()
 
-It is code, so no recipe file may name one. A run knows it by the content of its file; what that imports is not looked at.
+It is code, so no recipe file may name one. A run identifies it by the content of its file, not of what that imports.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHOWN = 16  # digits of the hash
 ROWS, COLUMNS = 3, 8  # of the matrix that it is tried on
-# What a mistake in somebody's code raises. Anything stranger keeps its traceback, which leads into that code.
+# What a mistake in a user's code raises. Anything else keeps its traceback, which points into that code.
 MISTAKES: tuple[type[Exception], ...] = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
     *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
@@ -38,7 +38,7 @@ MISTAKES: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True)
 class UserCriterion:
-    """A Criterion (``llmprune.types``) by somebody's function. name: last name of the file, and the function's."""
+    """A Criterion (``llmprune.types``) by a user's function. name: last name of the file, and the function's."""
 
     name: str
     sha256: str
@@ -49,10 +49,10 @@ class UserCriterion:
         return f"{self.name}@{self.sha256[:SHOWN]}"
 
     def score(self, weight_RC: Tensor, stats: Stats) -> Tensor:
-        """Raises StoppedError for scores that are none."""
+        """Raises StoppedError for invalid scores."""
         score_RC, wrong = self.attempt(weight_RC, stats)
         if wrong:
-            raise StoppedError(f"criterion {self.name}: {wrong}", "mend the function, and add --restart to begin anew with it")
+            raise StoppedError(f"criterion {self.name}: {wrong}", "fix the function, and add --restart to start over with it")
         return score_RC
 
     def attempt(self, weight_RC: Tensor, stats: Stats) -> tuple[Tensor, str]:
@@ -72,14 +72,16 @@ def read_criterion(value: Any) -> Any:
 
 
 def is_code(value: Any) -> bool:
-    """Whether a recipe's criterion names a file, and not one of llmprune's own."""
+    """Whether a recipe's criterion names a file, not a built-in one."""
     return isinstance(value, str) and (":" in value or value.endswith(".py"))
 
 
 def refuse_code(where: str, value: Any) -> None:
     """Raises RequestError where a recipe file names code."""
     if is_code(value):
-        raise RequestError(f"{where}: criterion {value!r} is code of one's own, which no recipe may run", "say it by hand: --criterion my.py:score")
+        raise RequestError(
+            f"{where}: criterion {value!r} is user code, which no recipe may run", "give it on the command line: --criterion my.py:score"
+        )
 
 
 def from_file(text: str) -> UserCriterion:
@@ -103,7 +105,7 @@ def from_file(text: str) -> UserCriterion:
 
 
 def from_function(function: FunctionType) -> UserCriterion:
-    """Of a function whose source can be read: what it takes from elsewhere is not part of what a run is known by. Raises RequestError."""
+    """Of a function whose source can be read; whatever it uses from elsewhere is not part of its identity. Raises RequestError."""
     try:
         source = "".join(inspect.findsource(function)[0])
     except OSError:
@@ -133,15 +135,15 @@ def tried(name: str, source: bytes, function: Any, needs: Any) -> UserCriterion:
 
 
 def fault(score_RC: Any, weight_RC: Tensor) -> str:
-    """What is wrong with scores; nothing, most of the time."""
+    """What is wrong with scores; usually nothing."""
     from torch import Tensor
 
     if not isinstance(score_RC, Tensor):
-        return f"gives {type(score_RC).__name__}, no tensor"
+        return f"gives {type(score_RC).__name__}, not a tensor"
     if score_RC.shape != weight_RC.shape:
         return f"gives scores {list(score_RC.shape)} for weights {list(weight_RC.shape)}"
     if not score_RC.is_floating_point():
-        return f"gives {str(score_RC.dtype).removeprefix('torch.')}, no floating-point scores"
+        return f"gives {str(score_RC.dtype).removeprefix('torch.')}, not floating-point scores"
     if score_RC.device != weight_RC.device:
         return f"gives scores on {score_RC.device} for weights on {weight_RC.device}"
     return "gives scores that are NaN" if bool(score_RC.isnan().any()) else ""

@@ -1,4 +1,4 @@
-"""Values of a recipe out of text and back: shares, counts, and TOML files."""
+"""Values of a recipe from text and back: shares, counts, and TOML files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _scaled(value: Any, units: dict[str, float], wrong: str) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_RECIPE:
-            raise RequestError(f"{path.name}: larger than {MAX_RECIPE} bytes", "this is no recipe")
+            raise RequestError(f"{path.name}: larger than {MAX_RECIPE} bytes", "this is not a recipe")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"recipe {path.name}: {error.strerror}", "check the path") from None
@@ -78,7 +78,7 @@ def spelt(value: Any) -> str:
     """A value as TOML has it in one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{spelt(name)} = {spelt(one)}" for name, one in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)  # JSON's escapes of characters beyond 16 bits are none of TOML's
+    return json.dumps(value, ensure_ascii=False)  # TOML does not have JSON's escapes of characters beyond 16 bits
 
 
 def listed(text: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""What a run will hold in memory at its widest point, from metadata alone: printed before it starts, and refused where it cannot fit.
+"""The peak memory of a run, from metadata alone: printed before it starts, and refused where it cannot fit.
 
-A run goes through phases, each with terms of its own; the plan is that of the largest. Bytes; the libraries themselves are not counted.
+A run has phases, each with its own terms; the plan is that of the largest. Bytes; the libraries themselves are not counted.
 
 Shapes: N = windows, L = tokens of a window, B = windows of a micro-batch, D = hidden width, V = vocabulary, R, C = rows, columns of a matrix.
 """
@@ -50,18 +50,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The phases of a run, and the bytes that this process may take."""
+    """The phases of a run, and the bytes that this process may allocate."""
 
     phases: tuple[Phase, ...]
     limit: int
-    spilled: int  # bytes of hidden states and the like that wait in files
+    spilled: int  # bytes of hidden states and the like that are kept in files
 
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
     def __str__(self) -> str:
-        spilled = f"; {in_units(self.spilled)} wait in files" if self.spilled else ""
+        spilled = f"; {in_units(self.spilled)} are kept in files" if self.spilled else ""
         return (
             f"memory: {in_units(self.peak.total)} at most, while it {self.peak.name} ({self.peak.largest(3)}); {in_units(self.limit)} free{spilled}"
         )
@@ -82,7 +82,7 @@ def in_units(size: int) -> str:
 
 def footprint(stream: Stream, plan: Plan, matrices: dict[int, list[Matrix]], data: RunData) -> Footprint:
     """The plan of a run that starts now."""
-    if plan.structure is not None and plan.asymmetric:  # what loses nothing makes up for the others
+    if plan.structure is not None and plan.asymmetric:  # unpruned matrices compensate for the others
         matrices = {i: plan.structure.repaired(i, block) for i, block in enumerate(stream.walk.blocks)}
     return _Estimate(stream, plan, matrices, data, memory_of(stream.device_of(0))).footprint()
 
@@ -104,7 +104,7 @@ class _Estimate:
         return Footprint(tuple(phases), self.limit, spilled)
 
     def phases(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[int, int]]]]:
-        """(name, what has to be in memory, what may wait in files as (so many, of this size)) of every phase."""
+        """(name, what has to be in memory, what may be kept in files as (count, size)) of every phase."""
         answers = {"hidden states of the evaluation": (1, self.evaluated())}
         yield "reads the embeddings", {"embeddings and head": self.outer(loading=True)}, {"hidden states": (1, self.hidden())}
         yield "measures perplexities", {"embeddings and head": self.outer(), "logits": self.logits()}, answers
@@ -139,7 +139,7 @@ class _Estimate:
         return self.item * max(sum(p.numel() for p in block.parameters()) for block in self.stream.walk.blocks)
 
     def outer(self, loading: bool = False) -> int:
-        """What lies outside the blocks; while it is read, its largest tensor in both dtypes."""
+        """The tensors outside the blocks; while they are read, its largest tensor in both dtypes."""
         inside = {id(p) for p in self.stream.walk.blocks.parameters()}
         sizes = [p.numel() for p in self.stream.walk.model.parameters() if id(p) not in inside]
         return self.item * sum(sizes) + (self.item * max(sizes) if loading else 0)
@@ -163,12 +163,12 @@ class _Estimate:
         return min(max(1, TOKENS_PER_BATCH.get(device, 2048) // length), len(self.data.calibration.ids_NL)) * length
 
     def activations(self) -> int:
-        """Of one micro-batch in one block: what enters its matrices and what leaves them."""
+        """Of one micro-batch in one block: the inputs and outputs of its matrices."""
         widest = max((sum({m.columns for m in ms}) + max(m.rows for m in ms) for ms in self.matrices.values() if ms), default=0)
         return 2 * self.tokens_at_once() * widest * self.item
 
     def kept(self) -> int:
-        """What entered every stage of a block on the dense path, and what was added to its outputs."""
+        """The inputs of every stage of a block on the dense path, and the partners of its outputs."""
         if not self.plan.asymmetric:
             return 0
         tokens = self.data.calibration.ids_NL.numel()
@@ -176,7 +176,7 @@ class _Estimate:
         return tokens * (widest + 2 * self.config.hidden_size) * self.item
 
     def gradients(self) -> int:
-        """Of the weights of one block; those of the others wait in a file."""
+        """Of the weights of one block; those of the others are kept in a file."""
         widest = max((sum(m.rows * m.columns for m in ms) for ms in self.matrices.values()), default=0)
         return len(self.plan.needs & PER_WEIGHT) * FLOAT * widest
 
@@ -202,7 +202,7 @@ class _Estimate:
         return {"Gram matrices": max([*single, *(self.at_most(sizes) for sizes in stacks.values())]), "solver": solving}
 
     def at_most(self, sizes: list[int]) -> int:
-        """Of Gram matrices that are wanted at the same time; where they are too large, some wait for another forward."""
+        """Of Gram matrices that are wanted at the same time; where they are too large, some are left for another forward."""
         return max(max(sizes), min(sum(sizes), self.limit // GRAM_SHARE))
 
     def work(self, matrix: Matrix) -> int:
@@ -212,12 +212,12 @@ class _Estimate:
         return max(a_square * matrix.columns**2, KEPT_FACTOR * matrix.columns**2 * (a_square > 0) + weights)
 
 
-KEPT_FACTOR = 8  # bytes for every C^2 that stay of a factorisation
+KEPT_FACTOR = 8  # bytes for every C^2 that are kept of a factorisation
 
 
 def inputs_of(matrices: list[Matrix]) -> list[tuple[int, bool]]:
-    """(columns, whether it is an expert's) of the inputs that the matrices do not share: those beside each other in a module share theirs, but for
-    the last, which leads back to the stream.
+    """(columns, whether it is an expert's) of the inputs that the matrices do not share: neighbours in a module share theirs, except for
+    the last, which writes into the stream.
     """
     by_module: dict[tuple[str, int | None], list[int]] = {}
     for m in matrices:

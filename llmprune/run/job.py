@@ -40,7 +40,7 @@ from llmprune.types import SILENT, Listener
 
 
 def run(job: Job, listen: Listener = SILENT) -> Report:
-    """Prune, or go on with what an interrupted run of the same request has left. The output appears whole, or not at all."""
+    """Prune, or resume what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
     data = job.data
     journal = Journal(job.output, job.identity, job.restart)
@@ -69,7 +69,7 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
 def report_of(
     job: Job, done: Done, found: tuple[Evaluation, ...], smaller: Smaller | None, manifest: Manifest, written: Sample | NoSample, seconds: float
 ) -> Report:
-    """What the run has done. found: perplexities; written: what the dense and the pruned model write after a prompt."""
+    """The report of the run. found: perplexities; written: how the dense and the pruned model continue a prompt."""
     return Report(
         recipe=job.recipe.resolved(),
         source=described(job.source),
@@ -101,7 +101,7 @@ def publish(folder: Path, report: Report, job: Job) -> None:
 
 
 def check_still(job: Job, journal: Journal) -> None:
-    """The output may be written now that nobody else can: another run may have finished it since ``prepare``."""
+    """Check that the output may still be written, now that no other process can: another run may have finished it since ``prepare``."""
     try:
         check_output(job.output, job.source.folder, job.overwrite)
     except RequestError:
@@ -111,7 +111,7 @@ def check_still(job: Job, journal: Journal) -> None:
 
 
 def rotated(job: Job, journal: Journal, listen: Listener) -> Job:
-    """The same job for the model with its residual stream turned, which lies in the partial folder."""
+    """The same job for the model with its residual stream rotated, stored in the partial folder."""
     folder = journal.folder / "rotated"
     record = journal.read("rotated")
     if record is None or file_hashes(folder) != record["files"]:
@@ -167,7 +167,7 @@ def record_polish(job: Job, journal: Journal, polished: list[Polished], done: Po
 
 
 def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Smaller | None]:
-    """(the folder of the finished checkpoint, what has become of it if units have been cut out)."""
+    """(the folder of the finished checkpoint, the smaller one if units have been cut out)."""
     gone = any(row.gone for block in done.blocks for row in block.rows)
     if gone and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
         ids_NL = job.data.calibration.ids_NL

@@ -76,7 +76,7 @@ def check_options(recipe: Recipe) -> None:
     """Raises RequestError for options that are about a checkpoint."""
     asked = [name for name in OF_A_CHECKPOINT if getattr(recipe, name) != type(recipe).model_fields[name].get_default(call_default_factory=True)]
     if asked:
-        raise RequestError(f"{asked[0]} with a model in memory", f"leave {asked[0]} out, or prune the model's checkpoint, with output=...")
+        raise RequestError(f"{asked[0]} with a model in memory", f"omit {asked[0]}, or prune the model's checkpoint, with output=...")
 
 
 def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:

@@ -32,7 +32,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         check_matrices(matrices, stream, plan)
         return plan, matrices
     if isinstance(stream, WholeStream):
-        raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "take an unstructured or N:M pattern")
+        raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "use an unstructured or N:M pattern")
     structure = structure_of(
         stream.walk.model,
         stream.names,

@@ -22,16 +22,16 @@ from llmprune.ratios.measured import allocations, is_tried, share
 from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 
-PAGES = 1 << 20  # bytes of the reports, the card and a run's records of its blocks, about
+PAGES = 1 << 20  # approximate bytes of the reports, the card and a run's records of its blocks
 
 
 def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
-    """The output may be written: not the source, no file, not there yet unless it may be replaced, in a writable folder. result: the file that
-    one to be replaced must hold. A finished output's leftovers go.
+    """Check that the output may be written: not the source, not a file, not existing unless it may be replaced, in a writable folder. result: the
+    file that an output to be replaced must contain. Leftovers of a finished output are removed.
     """
     other = "choose another --output"
     if output.name in ("", ".."):
-        raise RequestError(f"output {str(output)!r}: is no name for a new folder", other)
+        raise RequestError(f"output {str(output)!r}: is not a name for a new folder", other)
     check_apart(output, source)
     partial = partial_folder(output)
     for path in (output, partial):
@@ -41,39 +41,39 @@ def check_output(output: Path, source: Path, overwrite: bool, result: str = "con
         drop_leftover(output)
         raise RequestError(f"output {output.name}: exists already", f"add --overwrite to replace it at the end, or {other}")
     if output.exists() and not ((output / result).exists() or not any(output.iterdir())):
-        raise RequestError(f"output {output.name}: holds no {result}, so it is not replaced", other)
+        raise RequestError(f"output {output.name}: contains no {result}, so it is not replaced", other)
     parent = _disk_of(output)
-    for place in (parent, partial):  # where the names are made
+    for place in (parent, partial):  # where the names are created
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             raise RequestError(f"output {output.name}: {place.name or place} cannot be written to", other)
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """Neither the output nor what it is made in is the source, lies in it, or holds it; and neither lies in the Hub's cache."""
+    """Check that neither the output nor its partial folder is the source, is inside it, or contains it; and that neither is in the Hub's cache."""
     for folder in (output, partial_folder(output)):
         if folder.exists() and folder.samefile(source):
             raise RequestError(
                 f"output {output.name}: {'is' if folder == output else folder.name + ' is'} the source model", "choose another --output"
             )
         if _inside(folder, source) or _inside(source, folder):
-            raise RequestError(f"output {output.name}: it and the source model's folder lie inside each other", "choose another --output")
+            raise RequestError(f"output {output.name}: one of it and the source model's folder is inside the other", "choose another --output")
     if _inside(output, Path(constants.HF_HUB_CACHE).expanduser()):
-        raise RequestError(f"output {output.name}: lies in the Hub's cache, whose files belong to others", "choose another --output")
+        raise RequestError(f"output {output.name}: is in the Hub's cache, whose files are shared", "choose another --output")
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """By whatever names the two go; neither need be there."""
+    """Whether two paths are the same, by whatever names; neither has to exist."""
     true = folder.resolve()
     return any(above == true or (true.exists() and above.exists() and above.samefile(true)) for above in (path.resolve(), *path.resolve().parents))
 
 
 def _disk_of(output: Path) -> Path:
-    """The folder above an output that is there already."""
+    """The nearest existing folder above an output."""
     return next(path for path in output.absolute().parents if path.exists())
 
 
 def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> None:
-    """What a run writes fits on the output's disk; what an interrupted run has laid out already counts as had.
+    """Check that what a run writes fits on the output's disk; space that an interrupted run has reserved counts as available.
 
     source: its folder. weights: bytes of all tensors to be written, at most. windows: bytes of the token ids.
     """
@@ -86,7 +86,7 @@ def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> N
 
 
 def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, plan: Plan) -> None:
-    """Something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
+    """Check that something is pruned, and the pattern fits every matrix; all that do not fit are counted, the first are named."""
     if not any(matrices.values()):
         raise RequestError("no matrix is selected", "check --skip and --only; llmprune inspect lists the names")
     pattern = plan.pattern
@@ -99,22 +99,22 @@ def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, plan: Plan
         )
         raise RequestError(
             f"{len(bad)} matrices have {wanted}: {', '.join(bad[:2])}",
-            "choose another pattern, or leave them out with --skip",
+            "choose another pattern, or exclude them with --skip",
         )
 
 
 def check_outside(stream: Stream, selection: Selection) -> None:
-    """What --only names outside the blocks can be pruned: the head, where it is not the embeddings too."""
+    """Check what --only names outside the blocks: only the head can be pruned, and only if it is not tied to the embeddings."""
     walk = stream.walk
     embeddings, head = f"{walk.embeddings_path}.weight", f"{walk.head_path}.weight"
     if selection.names(embeddings):
-        raise RequestError(f"{embeddings}: embeddings are looked up, not multiplied, so no input ranks their weights", "leave them out with --skip")
+        raise RequestError(f"{embeddings}: embeddings are looked up, not multiplied, so no input ranks their weights", "exclude them with --skip")
     if selection.names(head) and not walk.head_free:
-        raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "leave it out with --skip")
+        raise RequestError(f"{head}: is tied to the embeddings, which would lose its weights too", "exclude it with --skip")
 
 
 def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dtype: torch.dtype) -> None:
-    """What the parts of a plan need is there."""
+    """Check that everything the parts of a plan need exists."""
     check_polish(plan, stream, matrices)
     check_permute(plan, dtype)
     check_trials(plan, matrices, stream)
@@ -123,32 +123,32 @@ def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dt
 
 
 def check_biases(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
-    """There are biases that can make up for means."""
+    """Check that there are biases that can compensate for means."""
     for index, ms in matrices.items() if plan.mean_bias else ():
         held = dict(stream.walk.model.get_submodule(stream.path_of(index)).named_parameters())
         missing = [m.name for m in ms if m.bias not in held]
         if missing:
             raise RequestError(
-                f"{stream.path_of(index)}.{missing[0]}: has no bias to make up for the means of what goes",
-                "store the model with biases of zero first (Llama: attention_bias, mlp_bias), or take --criterion fluctuation --solver refit",
+                f"{stream.path_of(index)}.{missing[0]}: has no bias to compensate for the means of dropped units",
+                "store the model with biases of zero first (Llama: attention_bias, mlp_bias), or use --criterion fluctuation --solver refit",
             )
 
 
 def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
-    """An allocation that looks at nothing can be tried out at once."""
+    """An allocation that looks at nothing can be checked at once."""
     for name, allocation in allocations(plan).items():
         if allocation.looks_at == "nothing":
-            share(Work(stream, torch.empty(0), plan, matrices), {}, name)  # no window is looked at
+            share(Work(stream, torch.empty(0), plan, matrices), {}, name)  # no window is read
 
 
 def share_for(name: str, target: int, total: int, room: int) -> float:
     """The sparsity that leaves ``target`` of ``total`` (non-zero parameters of the whole model, or bytes), where only ``room`` of them can be pruned.
 
-    Raises RequestError where they cannot give it.
+    Raises RequestError where that is impossible.
     """
     if not total - room < target <= total:
         raise RequestError(
-            f"{name} {target:,}: the model has {total:,}, of which {room:,} are in what is pruned",
+            f"{name} {target:,}: the model has {total:,}, of which {room:,} can be pruned",
             f"ask for more than {total - room:,} and at most {total:,}",
         )
     return (total - target) / room
@@ -157,24 +157,24 @@ def share_for(name: str, target: int, total: int, room: int) -> float:
 def check_trials(plan: Plan, matrices: dict[int, list[Matrix]], stream: Stream) -> None:
     """Trials compare predictions under one head."""
     if is_tried(plan.allocation) and len(stream.names) in matrices:
-        raise RequestError("trials of ratios with a pruned head: they need the unpruned one", "leave the head out with --skip, or take fisher")
+        raise RequestError("trials of ratios with a pruned head: they need the unpruned one", "exclude the head with --skip, or use fisher")
 
 
 def check_permute(plan: Plan, dtype: torch.dtype) -> None:
-    """Whether channels can trade places is tried out on each block, which takes the precision of float32."""
+    """Whether channels can be reordered is tested on each block, which needs the precision of float32."""
     if plan.permute and dtype != torch.float32:
-        raise RequestError(f"permute with {str(dtype).removeprefix('torch.')} computing", "add --dtype float32, or leave --permute out")
+        raise RequestError(f"permute with {str(dtype).removeprefix('torch.')} computing", "add --dtype float32, or omit --permute")
 
 
 def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) -> None:
-    """A whole model that is trained fits in memory, and its head is the teacher's too."""
+    """Check that the whole model can be trained in memory, and that its head is not pruned: the teacher uses it too."""
     if not plan.polish_steps:
         return
     if len(stream.names) in matrices:
-        raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "leave the head out with --skip, or add --polish none")
+        raise RequestError("polish kd with a pruned head: the teacher needs the unpruned one", "exclude the head with --skip, or add --polish none")
     need, free = count_parameters(stream.walk.model) * BYTES_PER_WEIGHT, memory_of(stream.device_of(0))
     if need > free:
-        raise RequestError(f"polish kd: training the whole model takes some {need:,} bytes, {free:,} are free", "add --polish none")
+        raise RequestError(f"polish kd: training the whole model takes about {need:,} bytes, {free:,} are free", "add --polish none")
 
 
 def check_length(length: int, config: Any) -> None:

@@ -56,12 +56,12 @@ class Job:
 
     @property
     def writes_again(self) -> bool:
-        """What was pruned and is on the disk is distilled at the end, and written a second time, beside it."""
+        """Whether the pruned tensors on disk are distilled at the end, and written a second time beside the first."""
         return bool(self.plan.polish_steps) and self.stream.resumable
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that must be equal for a run to go on where another stopped."""
+        """Everything that must be equal for a run to resume another."""
         return {
             "recipe": self.recipe.resolved(),
             "source": self.source.hashes,
@@ -112,17 +112,17 @@ class Job:
 
 
 def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, *reads: str) -> Environment:
-    """reads: further libraries that have read the source."""
+    """reads: further libraries that read the source."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors", *reads)}
     versions = libraries | {"llmprune": llmprune.__version__, "python": platform.python_version()}
     return Environment(versions, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), block_by_block)
 
 
 def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
-    """Check a request against the model, its data and the disk. No forward is run, and nothing is written; what a crash has left beside a finished
-    output goes.
+    """Check a request against the model, its data and the disk. No forward is run, and nothing is written; leftovers of a crash beside a
+    finished output are removed.
 
-    windows: calibration token ids [N, L] that stand in for a text. result: a file by which an output that may be replaced is known. Raises
+    windows: calibration token ids [N, L] instead of a text. result: a file that an output to be replaced must contain. Raises
     RequestError.
     """
     source = open_source(recipe.model, recipe.revision)
@@ -150,7 +150,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
 
 
 def asked_windows(recipe: Recipe) -> str:
-    """The request that a run's windows were made for: those of another one are not taken for them."""
+    """Identifies the request that a run's windows were made for, so that those of another one are not reused."""
     return hashlib.sha256(to_json(recipe.resolved())).hexdigest()
 
 
@@ -165,7 +165,7 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
 
 
 def described(source: Source) -> Origin:
-    """What a report says of the source."""
+    """The source as in the report."""
     quantised = source.decoder.method if source.decoder else None
     return Origin(source.name, source.revision, source.hashes, source.bytes, quantised, tuple(too_large(source.folder)))
 

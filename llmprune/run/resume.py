@@ -1,4 +1,4 @@
-"""What an interrupted run has left, and the records that it goes on by."""
+"""What an interrupted run has left, and the records by which it is resumed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from llmprune.results import BlockReport, Polished
 
 
 def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str, ...]) -> tuple[dict[int, BlockReport], Polished | None]:
-    """(the leading blocks that an earlier process finished and whose tensors still have their hashes, what its distillation did if it came
-    that far). needed: records that all blocks rest on.
+    """(the leading blocks that an earlier process finished and whose tensors still have their hashes, the result of its distillation if it got
+    that far). needed: records that all blocks depend on.
     """
     if any(journal.read(name) is None for name in needed):
         return {}, None
@@ -22,7 +22,7 @@ def finished_parts(journal: Journal, sink: Sink, blocks: int, needed: tuple[str,
     for index in range(blocks):
         record = journal.read(f"block-{index:05d}")
         if record is None or not sink.accept({key: h for key, h in record["hashes"].items() if key not in later}):
-            if polished:  # the blocks before this one are not as they were when they were finished: begin anew
+            if polished:  # the blocks before this one have changed since they were finished: start over
                 sink.forget()
                 return {}, None
             break

@@ -25,17 +25,17 @@ from llmprune.types import Listener, Records
 
 
 class Forgetful:
-    """The records of a run that no later process can go on with."""
+    """The records of a run that no later process can resume."""
 
     def read(self, name: str) -> dict[str, Any] | None:
         return None
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """Nothing is stored."""
 
 
 def with_gradients(work: Work, listen: Listener) -> Work:
-    """With the gradients of the dense model that its pruning and its allocation rest on; to be called before anything is pruned."""
+    """With the gradients of the dense model that its pruning and its allocation need; call it before anything is pruned."""
     wanted = graded(work.stream, work.matrices, work.plan)
     return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, needs_of(work.plan), listen))
 

@@ -1,9 +1,9 @@
 """Many prunings of one model under one calibration: a table, and a plot of perplexity against sparsity.
 
-Windows, loss gradients, what allocations measure and the dense perplexity are had once; every row is then pruned and measured exactly as a run of
-its own would be, but nothing is saved except its figures. A quick sweep also has the statistics once, of the dense model, and prunes all rows in
-one pass by them; a run takes those of the pruned model, so quick rows are a little worse than runs, and aim at the matrices' own outputs. A killed
-sweep goes on from the last finished row.
+Windows, loss gradients, measures of allocations and the dense perplexity are computed once; every row is then pruned and measured exactly as a
+separate run would be, but nothing is saved except its figures. A quick sweep also computes the statistics once, on the dense model, and prunes all
+rows in one pass by them; a run uses those of the pruned model, so quick rows are a little worse than runs, and aim at the matrices' own outputs. A
+killed sweep resumes after the last finished row.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from llmprune.types import SILENT, Listener, Stat
 
 @dataclass
 class Sweep:
-    """A checked sweep, ready to start. quick: all rows rest on the dense model's statistics, which are had once."""
+    """A checked sweep, ready to start. quick: all rows use the dense model's statistics, which are computed once."""
 
-    job: Job  # of the first row; its model and windows are everybody's
+    job: Job  # of the first row; its model and windows are shared by all
     rows: list[tuple[Recipe, Plan]]
     quick: bool = False
 
@@ -59,7 +59,7 @@ def prepare_sweep(
     """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
     smaller = [recipe.pattern for recipe in asked if recipe.structured]
     if smaller:
-        raise RequestError(f"a sweep with pattern {smaller[0]}", "prune by structured patterns one at a time")
+        raise RequestError(f"a sweep with pattern {smaller[0]}", "prune with structured patterns one at a time")
     job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result=SWEEP)
     rows = []
     for recipe in asked:
@@ -74,16 +74,16 @@ def prepare_sweep(
 
 
 def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
-    """One pass over the blocks for all rows leaves no room for what needs the pruned model."""
+    """Raises RequestError for rows that need the pruned model: a quick sweep has one pass over the blocks for all rows."""
     slow = [
         recipe.quality or recipe.method for recipe, plan in rows if plan.reconstruct or plan.polish_steps or plan.permute or is_tried(plan.allocation)
     ]
     if slow:
-        raise RequestError(f"quick sweep of {slow[0]}, which trains or tries out pruned models", "leave it, or --quick, out")
+        raise RequestError(f"quick sweep of {slow[0]}, which trains or tries out pruned models", "omit it, or --quick")
     if not isinstance(job.stream, CheckpointStream):
         raise RequestError("quick sweep of a model that cannot be loaded block by block", "leave --quick out")
     if len(job.stream.names) in job.matrices:
-        raise RequestError("quick sweep with a pruned head", "leave the head out with --skip, or leave --quick out")
+        raise RequestError("quick sweep with a pruned head", "exclude the head with --skip, or omit --quick")
 
 
 def run_sweep(sweep: Sweep, listen: Listener = SILENT) -> SweepReport:
@@ -121,7 +121,7 @@ def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
 
 
 class Common:
-    """What the rows have in common, made when the first of them needs it."""
+    """What the rows share, computed when the first of them needs it."""
 
     def __init__(self, sweep: Sweep, listen: Listener) -> None:
         self._sweep, self._listen = sweep, listen
@@ -140,7 +140,7 @@ class Common:
         return replace(self._sweep.job.work, plan=plan, gradients=self.gradients())
 
     def ratios(self, plan: Plan) -> Ratios:
-        """What each matrix gives up by a plan."""
+        """The ratio of each matrix by a plan."""
         return choose(self.work(plan), self._sweep.job.data.held, self.measured(plan), self._listen)
 
     def measured(self, plan: Plan) -> Measured:
@@ -152,7 +152,7 @@ class Common:
 
 
 def whole_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], common: Common) -> Iterator[SweepRow]:
-    """Each as a run of its own."""
+    """Each row as a separate run."""
     for recipe, plan in rows:
         yield prune_row(job, recipe, plan, dense, common)
 
@@ -189,7 +189,7 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], co
             statistics = survey(flow, index, block, matrices, needs)
             if gradients is not None:
                 gradients.add_to(index, statistics)
-            sums = dict.fromkeys({plan.ours for _, plan in rows}, statistics)  # the two kinds trust them differently where tokens are few
+            sums = dict.fromkeys({plan.ours for _, plan in rows}, statistics)  # the two kinds trust them differently where there are few tokens
             if len(sums) == 2 and any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
                 sums[False] = deepcopy(statistics)
             for ours, own in sums.items():

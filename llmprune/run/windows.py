@@ -29,8 +29,8 @@ HELD_BACK = 32  # windows of the calibration source kept for evaluation when not
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that a run asks for, found but not read. calibration: None where token ids are given. identities: of all that windows are made from,
-    the texts and the tokenizer's files, by name; None where it is unknown.
+    """The texts that a run asks for, found but not read. calibration: None where token ids are given. identities: of everything that windows are
+    made from, the texts and the tokenizer's files, by name; None where it is unknown.
     """
 
     calibration: TextSource | None
@@ -39,7 +39,7 @@ class Texts:
 
 
 def find_texts(recipe: Recipe, folder: Path, given: Tensor | None) -> Texts:
-    """folder: of the model. Raises RequestError for a text that is not there."""
+    """folder: of the model. Raises RequestError for a missing text."""
     spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
     calibration = None if given is not None else find_source(spec, "calibration")
     evaluation = tuple(find_source(spec, "evaluation") for spec in (recipe.eval if given is not None else evaluation_sets(recipe)))
@@ -98,7 +98,7 @@ def check_given(recipe: Recipe, ids_NL: Tensor) -> None:
         raise RequestError(f"calibration token ids: {kind}", "give whole numbers of shape [windows, length]")
     if recipe.sequence_length not in (None, ids_NL.shape[1]):
         raise RequestError(
-            f"sequence_length {recipe.sequence_length} with token ids in windows of {ids_NL.shape[1]}", "cut them to that length, or leave it out"
+            f"sequence_length {recipe.sequence_length} with token ids in windows of {ids_NL.shape[1]}", "cut them to that length, or omit it"
         )
 
 

@@ -1,8 +1,8 @@
-"""min over allowed V of tr (V - W) H (V - W)^T by ADMM, finished by conjugate gradients on the weights that stay.
+"""min over allowed V of tr (V - W) H (V - W)^T by ADMM, finished by conjugate gradients on the kept weights.
 
 Columns are scaled to a unit diagonal of H. A ridge solve, X = (W H - Y + rho D)(H + rho I)^-1, alternates with the projection of X + Y / rho onto
 the pattern; rho grows as the support settles (Meng et al., ALPS, algorithm 1, https://arxiv.org/abs/2406.07831). Row weights sqrt(lam_r), where they
-are known (Fisher information of the row's output), only weigh rows against each other in the choice of what goes. rho is fixed where an eigenbasis,
+are known (Fisher information of the row's output), only weigh rows against each other in the choice of the mask. rho is fixed where an eigenbasis,
 which gives the ridge solve for any rho, would take too long.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from llmprune.maths.linalg import Damping, Eigen, eigen_of, masked_refit, ridge_inverse_of, scaled_of
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 
-CHECK_EVERY = 3  # iterations between two looks at the support
+CHECK_EVERY = 3  # iterations between two checks of the support
 LEAST_ITERATIONS = 30
 # share of the support that changed -> growth of rho
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -30,7 +30,7 @@ class ADMM:
     damping: Damping = 0.01
     iterations: Annotated[int, Field(ge=1, description="at most, of ADMM")] = 100
     refit_steps: Annotated[int, Field(ge=0, description="of conjugate gradients on the weights that stay")] = 10
-    # an eigenbasis costs some 40 times as much as one Cholesky factor, which is enough for a fixed rho
+    # an eigenbasis costs about 40 times as much as one Cholesky factor, which is enough for a fixed rho
     wide: Annotated[int, Field(ge=1, description="columns from which a CPU takes a fixed rho")] = 4096
     wide_rho: Annotated[float, Field(gt=0, description="the fixed rho of wide matrices")] = 1.0
     wide_iterations: Annotated[int, Field(ge=1, description="of wide matrices")] = 30
@@ -97,7 +97,7 @@ class ADMM:
             if changed > GROWTH[1][0] or (moving and changed > 0):
                 rho *= next(growth for above, growth in GROWTH if changed > above)
                 moving = True
-            else:  # rho is still too stiff for anything to move: start again with less
+            else:  # rho is too large for the support to change: start again with a smaller one
                 rho /= 5
                 if changed:
                     primal_RC, dual_RC = first_RC, torch.zeros_like(dual_RC)

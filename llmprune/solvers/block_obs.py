@@ -1,5 +1,5 @@
-"""Whole units of a structured pattern: the greedy choice of those that the matrix can best do without, then the least-squares values of what stays,
-min tr (V - W) H (V - W)^T over V that is zero in the columns that went. Both are exact, under the same damping.
+"""Whole units of a structured pattern: the greedy choice of those whose removal costs least, then the least-squares values of the kept columns,
+min tr (V - W) H (V - W)^T over V that is zero in the dropped columns. Both are exact, under the same damping.
 
 Kurtic et al., ZipLM, https://arxiv.org/abs/2302.04089, for the choice; see maths/greedy_obs.py and maths/least_squares.py.
 """

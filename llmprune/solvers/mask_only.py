@@ -1,4 +1,4 @@
-"""Zero what the pattern drops by the criterion's score; the other weights stay as they are."""
+"""Zero the weights that the pattern drops by the criterion's score; the others keep their values."""
 
 from __future__ import annotations
 

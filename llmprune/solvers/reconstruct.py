@@ -1,7 +1,8 @@
-"""Any criterion's mask, then Adam on all that survives in a block, min ||block(x') - y||^2: x' enters the block on the pruned path, y is what the
-dense block gave. Masks are frozen; norm scales and biases move too. After another solver (``admm+reconstruct``) it goes on from that one's weights.
+"""Any criterion's mask, then Adam on all kept weights of a block, min ||block(x') - y||^2: x' is the block's input on the pruned path, y the
+output of the dense block. Masks are frozen; norm scales and biases are trained too. After another solver (``admm+reconstruct``) it starts from that
+one's weights.
 
-Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks in the place of rounding; Adam as in maths/masked_adam.py.
+Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks instead of rounding; Adam as in maths/masked_adam.py.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Reconstruct:
         batches: int,
         settle: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Train parameters of a block in place. outputs: micro-batch -> (what leaves the block, what should). settle: rounds the parameters to what
-        is stored. False: nothing was gained, and they are as before.
+        """Train parameters of a block in place. outputs: micro-batch -> (the block's output, the wanted one). settle: rounds the parameters to
+        their stored dtype. False: nothing was gained, and they are as before.
         """
 
         def error() -> float:

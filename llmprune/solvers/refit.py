@@ -1,4 +1,4 @@
-"""Any criterion's mask, then the least-squares values of the weights that stay: min tr (V - W) H (V - W)^T over V inside the mask,
+"""Any criterion's mask, then the least-squares values of the kept weights: min tr (V - W) H (V - W)^T over V inside the mask,
 by conjugate gradients on all rows at once (Jacobi-preconditioned by the scaling to a unit diagonal of H).
 """
 

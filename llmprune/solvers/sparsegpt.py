@@ -37,7 +37,7 @@ class SparseGPT:
         weight_RC = weight_RC.clone()
         keep_RC = torch.empty_like(weight_RC, dtype=torch.bool)
         slab = _multiple(self.slab, pattern.unit)
-        piece = 1 if pattern.local else pattern.tall * pattern.unit  # weights that go together
+        piece = 1 if pattern.local else pattern.tall * pattern.unit  # weights that are dropped together
         lost = weight_RC.new_zeros(())
         for a in range(0, columns, slab):
             b = min(a + slab, columns)

@@ -30,7 +30,7 @@ class Watch(TorchFunctionMode):
 
     ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
     Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
-    first matrix that used it; ``own`` what each matrix was last given. ``follow`` is told of every operation; ``until`` names matrices whose use
+    first matrix that used it; ``own`` each matrix's last input. ``follow`` is called for every operation; ``until`` names matrices whose use
     ends the forward by ``Reached``.
     """
 
@@ -48,7 +48,7 @@ class Watch(TorchFunctionMode):
         self._products = Products(block, [*matrices, *(until or ())])
         self._found: set[str] = set()  # matrices that were used at least once
         self._tokens = dict.fromkeys(self.stats, 0)
-        self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, held so that no address is used again
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, kept alive so that no address is used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,7 +73,7 @@ class Watch(TorchFunctionMode):
 
     def _accumulate(self, matrix: Matrix, value: Tensor) -> None:
         tokens = value.numel() // value.shape[-1]
-        if tokens == 0:  # an expert that got none; empty tensors share an address, so they would seem shared
+        if tokens == 0:  # an expert without tokens; empty tensors have one address, so they would seem shared
             return
         self._tokens[matrix.name] += tokens
         version = 0 if value.is_inference() else value._version  # a change in place makes it another input

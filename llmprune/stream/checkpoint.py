@@ -44,7 +44,7 @@ class CheckpointStream:
         self.loader.sink = sink
 
     def finish(self) -> None:
-        """Nothing is left to write: every block was kept as it was done."""
+        """Nothing: every block has been written when it was done."""
 
     def path_of(self, index: int) -> str:
         return [*self.names, self.walk.head_path][index]
@@ -63,7 +63,7 @@ class CheckpointStream:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        self._heap = Heap()  # the embeddings begin a pass, the head ends one
+        self._heap = Heap()  # a pass starts with the embeddings and ends with the head
         try:
             self.loader.load_outer(self.device)
             yield
@@ -90,7 +90,7 @@ class CheckpointStream:
 
     @contextmanager
     def trial(self, draft: Draft | None = None) -> Iterator[None]:
-        """What is kept inside goes to the draft, and is in place whenever that is given again."""
+        """Inside, changed tensors are kept in the draft, and are loaded from it when it is passed again."""
         before = self.loader.sink
         self.loader.sink = draft or self.draft()
         try:
@@ -103,7 +103,7 @@ class CheckpointStream:
 
 
 class Draft:
-    """Stands in for a sink while something is tried out: checkpoint tensors, in memory or a nameless file."""
+    """Stands in for a sink during a trial: checkpoint tensors, in memory or an unnamed file."""
 
     def __init__(self, store: MemoryHidden | FileHidden) -> None:
         self.written: set[str] = set()

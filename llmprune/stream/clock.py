@@ -6,7 +6,7 @@ from time import perf_counter
 
 
 class Clock:
-    """``lap`` gives the time since the last one to a part; time that was measured elsewhere is split off it by ``of_which``."""
+    """``lap`` adds the time since the last one to a part; ``of_which`` splits off time that was measured elsewhere."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

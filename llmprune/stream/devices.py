@@ -10,7 +10,7 @@ from llmprune.errors import RequestError, first_line
 
 
 def choose_device(device: str) -> torch.device:
-    """The device asked for; "auto" is what accelerate finds best, or the CPU where that has no float64, in which sums are taken (Apple's ``mps``).
+    """The device asked for; "auto" is accelerate's choice, or the CPU if that device has no float64, which sums need (Apple's ``mps``).
 
     Raises RequestError.
     """

@@ -21,7 +21,7 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 def moved_to(device: torch.device, value: Any) -> Any:
-    """An argument of a block on ``device``. A mapping stays itself: blocks of some models fill it for the blocks after them."""
+    """An argument of a block on ``device``. A mapping is not copied: blocks of some models fill it for later blocks."""
     if type(value) is tuple:
         return tuple(moved_to(device, v) for v in value)
     if isinstance(value, MutableMapping):
@@ -32,7 +32,7 @@ def moved_to(device: torch.device, value: Any) -> Any:
 
 
 def with_mappings(call: Call, own: dict[int, Any]) -> Call:
-    """A call with copies of its mappings in their places; ``own`` holds the copies by the id of what they are copies of."""
+    """A call with copies of its mappings; ``own`` holds the copies by the id of the original."""
 
     def replaced(value: Any) -> Any:
         return own.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
@@ -41,7 +41,7 @@ def with_mappings(call: Call, own: dict[int, Any]) -> Call:
 
 
 class Flow:
-    """Windows on their way through the blocks: ``hidden`` enters the next block, ``outputs`` has left it."""
+    """Windows on their way through the blocks: ``hidden`` are the inputs of the next block, ``outputs`` its outputs."""
 
     def __init__(self, stream: Stream, windows_NL: Tensor, size: int | None = None, dense: bool = False) -> None:
         """size: windows of a micro-batch, else as many as are fast on the device. dense: with all residual channels, whatever the stream drops."""
@@ -75,7 +75,7 @@ class Flow:
         return Flow(self.stream, torch.cat(self.ids), len(self.ids[0]), dense=True)
 
     def twin(self) -> Flow:
-        """A second flow of the same windows, with hidden states of its own; so too what blocks leave in their calls for blocks behind them."""
+        """A second flow of the same windows, with separate hidden states, and separate mappings that blocks fill for later blocks."""
         other = copy(self)
         other.calls = []
         for calls in self.calls:
@@ -88,30 +88,30 @@ class Flow:
         return other
 
     def entering(self, index: int, batch: int, hidden_NLD: Tensor | None = None) -> tuple[Tensor, Call]:
-        """What enters a block with one micro-batch, on its device: ``hidden_NLD`` or else what waits in ``hidden``, and the other arguments."""
+        """The arguments of a block for one micro-batch, on its device: ``hidden_NLD`` or else the stored hidden states, and the others."""
         device = self.stream.device_of(index)
         call = self.calls[batch][index]
         moved = Call(moved_to(device, call.args), {k: moved_to(device, v) for k, v in call.kwargs.items()}, call.keyword)
         return (self.hidden[batch] if hidden_NLD is None else hidden_NLD).to(device), moved
 
     def run(self, index: int, block: nn.Module, batch: int, hidden_NLD: Tensor | None = None) -> Tensor:
-        """Hidden states of one micro-batch that leave the block."""
+        """The block's output for one micro-batch."""
         return self.stream.walk.replay(block, *self.entering(index, batch, hidden_NLD))
 
     def advance(self) -> None:
-        """What left the block enters the next one."""
+        """The outputs become the inputs of the next block."""
         self.hidden, self.outputs = self.outputs, self.hidden
 
     def through(self, index: int, block: nn.Module) -> None:
-        """Run the block on every micro-batch and go on to the next block."""
+        """Run the block on every micro-batch and advance to the next block."""
         for batch in range(len(self)):
             self.outputs[batch] = self.run(index, block, batch)
         self.advance()
 
     def rest(self) -> None:
-        """After the last block, for a flow that waits while others go: let go of all but the hidden states, and of the device."""
+        """After the last block, for a flow that is kept while others run: free everything but the hidden states, and the device's memory."""
         if isinstance(self.hidden, MemoryHidden):
-            waiting = place_hidden(4 * self.size, torch.device("cpu"), self.stream.scratch)  # a small part of what is free
+            waiting = place_hidden(4 * self.size, torch.device("cpu"), self.stream.scratch)  # so that they take a small part of the free memory
             for batch in range(len(self)):
                 waiting[batch] = self.hidden[batch]
             self.hidden = waiting

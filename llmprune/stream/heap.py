@@ -1,4 +1,4 @@
-"""What glibc's allocator needs to be told so that memory neither grows with the number of blocks nor is fetched anew all the time.
+"""Settings of glibc's allocator, so that memory neither grows with the number of blocks nor is returned and fetched again all the time.
 
 Elsewhere (musl, macOS) nothing is done.
 """
@@ -12,14 +12,14 @@ import psutil
 
 GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
-LARGE = 8 << 20  # tensors from here on have memory of their own, which goes back when they are freed; smaller ones come and go too often
+LARGE = 8 << 20  # tensors from this size on are mapped separately, and returned when they are freed; smaller ones are allocated too often
 FIRST = 2  # blocks that show how much memory a block leaves resident
-GROWTH = 1.05  # of that, until what is free goes back
+GROWTH = 1.05  # of that, until free memory is returned
 
 
 def steady() -> None:
-    """One heap for all threads, without the large tensors; it shrinks only when trimmed. By itself glibc would come to put tensors of up to 32 MiB
-    among small objects that outlive them, give every thread a heap of its own, and give back the end of a heap at every chance.
+    """One heap for all threads, without the large tensors; it shrinks only when trimmed. By default glibc ends up placing tensors of up to 32 MiB
+    among small objects that outlive them, gives every thread a separate heap, and returns the end of a heap at every chance.
 
     It holds for the process until its end, so it is for the command line, never for a library's caller.
     """
@@ -30,10 +30,10 @@ def steady() -> None:
 
 
 class Heap:
-    """Told after every block of a pass, it returns freed memory to the system when more is resident than after the first blocks.
+    """Called after every block of a pass; returns freed memory to the system when more is resident than after the first blocks.
 
-    glibc hardly finds the holes again that aligned tensors leave, so a run would grow from block to block; what the next block will take
-    again is better left.
+    glibc rarely reuses the holes that aligned tensors leave, so a run would grow from block to block; memory that the next block needs
+    again is better kept.
     """
 
     def __init__(self) -> None:

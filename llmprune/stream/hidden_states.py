@@ -1,4 +1,4 @@
-"""Where hidden states wait between blocks: the device, RAM, or a file."""
+"""Where hidden states are kept between blocks: the device, RAM, or a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MemoryHidden:
 
 
 class FileHidden:
-    """Hidden states of each micro-batch, in a nameless file: read and written, never mapped, gone with the process."""
+    """Hidden states of each micro-batch, in an unnamed file: read and written, never mapped, deleted with the process."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
@@ -44,10 +44,10 @@ class FileHidden:
         return torch.frombuffer(read_range(self._file.fileno(), start, shape.numel() * dtype.itemsize, "hidden states"), dtype=dtype).view(shape)
 
     def __delitem__(self, batch: Hashable) -> None:
-        """Nothing: its place is not needed by others."""
+        """Nothing: no one else needs its memory."""
 
     def __setitem__(self, batch: Hashable, hidden_NLD: Tensor) -> None:
-        if self._places.get(batch, (0,))[1:] != (hidden_NLD.shape, hidden_NLD.dtype):  # some models go on in float32 after the first block
+        if self._places.get(batch, (0,))[1:] != (hidden_NLD.shape, hidden_NLD.dtype):  # some models continue in float32 after the first block
             self._places[batch] = (self._end, hidden_NLD.shape, hidden_NLD.dtype)
             self._end += hidden_NLD.nbytes
         data = hidden_NLD.cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -55,7 +55,7 @@ class FileHidden:
 
 
 def memory_limit() -> int:
-    """Bytes this process may still take: free RAM, or what its control group or its limit of address space leaves."""
+    """Bytes this process may still allocate: free RAM, or the rest of its control group's or address space's limit."""
     free = psutil.virtual_memory().available
     addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
     if addresses != resource.RLIM_INFINITY:
@@ -74,7 +74,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def place_hidden(size: int, device: torch.device, folder: Path | None) -> MemoryHidden | FileHidden:
-    """Where one generation of hidden states of ``size`` bytes goes: the compute device, RAM, or a file; two generations must fit in half."""
+    """Where to keep one generation of hidden states of ``size`` bytes: the compute device, RAM, or a file; two generations must fit in half."""
     for place in (device, torch.device("cpu")):
         if 4 * size < memory_of(place):
             return MemoryHidden(place)

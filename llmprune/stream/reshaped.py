@@ -1,4 +1,4 @@
-"""A stream whose blocks come as structured pruning leaves them, where zeros cannot say it: without experts, or not at all."""
+"""A stream that shows blocks as structured pruning leaves them, where zeros cannot express it: without experts, or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmprune.structured.structure import Structure
 
 
 class Passed(nn.Module):
-    """Stands in for a block that has gone."""
+    """Stands in for a dropped block."""
 
     def __init__(self, tuples: bool) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Passed(nn.Module):
 
 
 class Reshaped:
-    """Another stream's blocks, rebuilt with what ``keeps`` says of them; those that are ``gone`` pass on what enters them.
+    """Another stream's blocks, rebuilt with the units in ``keeps``; those that are ``gone`` pass on their inputs.
     ``width``: the residual channels that come from the embeddings; the others start as zeros, and the blocks write nothing to them.
     """
 
@@ -55,7 +55,7 @@ class Reshaped:
                 yield block
 
     def rebuilt(self, index: int, block: nn.Module) -> nn.Module:
-        """A loaded block without what has gone from it."""
+        """A loaded block without its dropped units."""
         device = next(block.parameters()).device
         return rebuild(block, self.structure.config, index, self.structure.spaces[index], self.keeps[index]).to(device)
 

@@ -14,17 +14,17 @@ from llmprune.model.blocks import Walk
 
 
 class Stream(Protocol):
-    """A model whose blocks come one at a time. Blocks keep what ``keep`` was told of when they are loaded again."""
+    """A model whose blocks come one at a time. Parameters passed to ``keep`` have their new values when a block is loaded again."""
 
     walk: Walk
     names: list[str]  # path of every block
 
     def path_of(self, index: int) -> str:
-        """Path of a block; of the head, which comes after the last one."""
+        """Path of a block, or of the head, which comes after the last one."""
         ...
 
     def block(self, index: int, dense: bool = False) -> AbstractContextManager[nn.Module]:
-        """A block in place (or the head, with all that ``outer`` has); as the source has it if ``dense``."""
+        """A block in place (or the head, with everything of ``outer``); as in the source if ``dense``."""
         ...
 
     def outer(self) -> AbstractContextManager[None]:
@@ -44,7 +44,7 @@ class Stream(Protocol):
         ...
 
     def trial(self) -> AbstractContextManager[None]:
-        """What is kept inside is forgotten at the end."""
+        """Context in which changes are forgotten at the end."""
         ...
 
     def device_of(self, index: int) -> torch.device: ...

@@ -21,7 +21,7 @@ from llmprune.stream.live import LiveStream
 
 
 class WholeStream(LiveStream):
-    """A live model loaded by ``from_pretrained``; ``finish`` saves it by ``save_pretrained`` and puts what changed into the sink."""
+    """A live model loaded by ``from_pretrained``; ``finish`` saves it by ``save_pretrained`` and writes the changed tensors to the sink."""
 
     resumable = False
 
@@ -45,7 +45,7 @@ class WholeStream(LiveStream):
         self.sink = sink
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
-        """The most frequent float dtype of the checkpoint: which of its tensors a parameter is made of is not known here."""
+        """The most frequent float dtype of the checkpoint: the tensors that a parameter is made of are unknown here."""
         stored = [DTYPES[e.dtype] for e in self.source.tensors.values() if e.dtype in DTYPES and DTYPES[e.dtype].is_floating_point]
         return max(set(stored), key=stored.count)
 
@@ -53,14 +53,14 @@ class WholeStream(LiveStream):
         return {}
 
     def finish(self) -> None:
-        """Write every tensor that differs from the source. Raises StoppedError when save_pretrained names or shapes tensors otherwise."""
+        """Write every tensor that differs from the source. Raises StoppedError when save_pretrained names or shapes tensors differently."""
         assert self.sink is not None
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             self.skeleton.save_pretrained(folder)
             saved = open_folder(Path(folder), self.source.name)
             odd = sorted(k for k, e in saved.tensors.items() if k not in self.source.tensors or self.source.tensors[k].shape != e.shape)
             if odd:
-                raise StoppedError(f"{odd[0]}: save_pretrained stores it otherwise than the source", "report this architecture")
+                raise StoppedError(f"{odd[0]}: save_pretrained stores it differently from the source", "report this architecture")
             for key in saved.tensors:
                 before = self.source.read(key)
                 after = saved.read(key).to(before.dtype)

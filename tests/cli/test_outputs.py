@@ -36,23 +36,23 @@ def test_the_source_by_any_spelling(cli, model):
     Path("up").symlink_to(model.parent)
     for spelling in ("link", "link/", "up/model", model / ".." / "model", "../here/link"):
         refused(cli, model, spelling, "is the source model", "--overwrite")
-    refused(cli, model, "link/inside", "lie inside each other")
-    refused(cli, model, "up", "lie inside each other", "--overwrite")
+    refused(cli, model, "link/inside", "is inside the other")
+    refused(cli, model, "up", "is inside the other", "--overwrite")
 
 
 def test_the_source_is_where_the_output_would_be_made(cli, model):
     source = model.rename(model.with_name("out.partial"))
     refused(cli, source, source.with_name("out"), "out.partial is the source model")
     inside = Path(shutil.copytree(source, source.with_name("new.partial") / "output"))
-    refused(cli, inside, source.with_name("new"), "lie inside each other")
+    refused(cli, inside, source.with_name("new"), "is inside the other")
 
 
 def test_the_hubs_cache(cli, model, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    refused(cli, model, tmp_path / "hub" / "out", "lies in the Hub's cache")
+    refused(cli, model, tmp_path / "hub" / "out", "is in the Hub's cache")
     (tmp_path / "hub").mkdir()
     Path("link").symlink_to(tmp_path / "hub")
-    refused(cli, model, "link/models--a--b/snapshots/c", "lies in the Hub's cache")
+    refused(cli, model, "link/models--a--b/snapshots/c", "is in the Hub's cache")
 
 
 def test_what_is_in_the_way(cli, model):
@@ -62,8 +62,8 @@ def test_what_is_in_the_way(cli, model):
     refused(cli, model, "nowhere", "is a file, or a link to nothing", "--overwrite")
     refused(cli, model, "file/out", "cannot be written to")
     refused(cli, model, "new", "new.partial is a file, or a link to nothing")
-    refused(cli, model, ".", "is no name for a new folder", "--overwrite")
-    refused(cli, model, "..", "is no name for a new folder", "--overwrite")
+    refused(cli, model, ".", "is not a name for a new folder", "--overwrite")
+    refused(cli, model, "..", "is not a name for a new folder", "--overwrite")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -61,7 +61,7 @@ def refused(cli, *words: object, says: str, hint: str = "") -> None:
         (("--sparsity", "0.5", "--criterion", "wanda", "--solver", "sparsegpt"), "ranks by its own saliency"),
         (("--sparsity", "0.5", "--solver", "mask_only"), "needs a criterion"),
         (("--sparsity", "0.5", "--method", "wanda", "--criterion", "wanda"), "together with"),
-        (("--sparsity", "0.5", "--skip", "("), "is no regular expression"),
+        (("--sparsity", "0.5", "--skip", "("), "is not a regular expression"),
         (("--sparsity", "0.5", "--samples", "0"), "samples 0"),
         (("--sparsity", "0.5", "--samples", "x"), "--samples"),
         (("--sparsity", "0.5", "--dtype", "int8"), "dtype 'int8'"),
@@ -249,8 +249,8 @@ def test_existing_outputs(cli, model):
     refused(cli, *ask, "notes", "--overwrite", says="holds no config.json")
     refused(cli, *ask, model, "--overwrite", says="is the source model")
     refused(cli, *ask, model / ".." / "model", "--overwrite", says="is the source model")
-    refused(cli, *ask, model / "inside", says="lie inside each other")
-    refused(cli, *ask, model.parent, "--overwrite", says="lie inside each other")
+    refused(cli, *ask, model / "inside", says="is inside the other")
+    refused(cli, *ask, model.parent, "--overwrite", says="is inside the other")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_flat_words_and_a_default_name(cli, small):
         (("--pattern", "hidden", "--sparsity", 0.5, "--only", "mlp"), "every matrix reads or writes"),
         (("--pattern", "width", "--sparsity", 0.5), "there are: unstructured"),
         (("--pattern", "channels", "--sparsity", 0.1, "--round-to", 512), "none of the 384 can go"),
-        (("--pattern", "unstructured", "--target-size", "1MB"), "zeros take as much room"),
+        (("--pattern", "unstructured", "--target-size", "1MB"), "zeros take as much space"),
     ],
 )
 def test_refused_with_the_way_out(cli, words, said):

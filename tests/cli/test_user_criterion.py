@@ -73,7 +73,7 @@ def test_a_run_knows_it_by_its_content(tmp_path: Path) -> None:
         ("def score(weight_RC, stats): return weight_RC * stats.input_sq_C", "raises TypeError"),
         ("def score(weight_RC, stats): return 1.0", "gives float, no tensor"),
         ("def score(weight_RC, stats): return weight_RC.abs().sum(1)", "gives scores [3] for weights [3, 8]"),
-        ("def score(weight_RC, stats): return weight_RC > 0", "gives bool, no floating-point scores"),
+        ("def score(weight_RC, stats): return weight_RC > 0", "gives bool, not floating-point scores"),
         ("def score(weight_RC, stats): return weight_RC.log()", "gives scores that are NaN"),
         ("def score(weight_RC, stats): return weight_RC.abs_()", "changes its weights in place"),
         (
@@ -101,7 +101,7 @@ def test_what_is_no_criterion_is_refused_before_any_work(cli: Cli, text: str, sa
         (("--criterion", "my.py:score", "--quality", "fast"), "quality together with criterion or solver"),
         (("--criterion", "my.py:score", "--solver", "sparsegpt"), "ranks by its own saliency, not by 'my.py:score@"),
         (("--criterion", "my.py:score", "--pattern", "layers"), "is unknown"),
-        (("--recipe", "r.toml"), "recipe r.toml: criterion 'my.py:score' is code of one's own, which no recipe may run"),
+        (("--recipe", "r.toml"), "recipe r.toml: criterion 'my.py:score' is user code, which no recipe may run"),
     ],
 )
 def test_where_it_does_not_go(cli: Cli, words: tuple[str, ...], says: str) -> None:

@@ -95,8 +95,8 @@ def test_ratios_by_name() -> None:
         ({"sparsity": 0.5, "allocation": "explicit"}, "ratios and allocation 'explicit' go together"),
         ({"sparsity": 0.5, "ratios": {"o_proj": 0.5}}, "ratios and allocation 'explicit' go together"),
         ({"sparsity": 0.5, "allocation": "explicit", "ratios": {"o_proj": 1.0}}, "ratios: 1 is outside"),
-        ({"sparsity": 0.5, "allocation": "explicit", "ratios": {"q_porj": 0.5}}, "'q_porj' is in no matrix's name"),
-        ({"sparsity": 0.9, "allocation": "explicit", "ratios": {"mlp": 0.0}}, "matrices would have to give up"),
+        ({"sparsity": 0.5, "allocation": "explicit", "ratios": {"q_porj": 0.5}}, "'q_porj' matches no matrix's name"),
+        ({"sparsity": 0.9, "allocation": "explicit", "ratios": {"mlp": 0.0}}, "matrices would have to lose"),
     ],
 )
 def test_refused(ask: dict[str, Any], says: str, tmp_path: Path) -> None:

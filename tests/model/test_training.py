@@ -141,12 +141,12 @@ def test_a_live_model_is_distilled_like_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        ({"polish_steps": 5}, "5 polish steps of no polish"),
-        ({"polish_steps": 5, "quality": "balanced"}, "5 polish steps of no polish"),
+        ({"polish_steps": 5}, "5 polish steps without a polish"),
+        ({"polish_steps": 5, "quality": "balanced"}, "5 polish steps without a polish"),
         ({"polish": "kd", "only": "proj|lm_head"}, "polish kd with a pruned head"),
         ({"solver": "reconstruct"}, "needs a criterion"),
-        ({"solver": "admm+refit"}, "only a solver that goes over blocks can follow another: reconstruct"),
-        ({"solver": "reconstruct+reconstruct", "criterion": "wanda"}, "only a solver that goes over blocks can follow another: reconstruct"),
+        ({"solver": "admm+refit"}, "only a solver for blocks can follow another: reconstruct"),
+        ({"solver": "reconstruct+reconstruct", "criterion": "wanda"}, "only a solver for blocks can follow another: reconstruct"),
         ({"solver": "adm+reconstruct"}, "did you mean 'admm'"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_repair_that_would_fit_the_sample_is_held_back(solver: Any) -> None:
     ("plan", "says"),
     [
         (plan_of(None, SparseGPT()), "8 calibration tokens for 32 inputs: correlations divided by 13"),
-        (plan_of(Wanda(), MaskOnly(), ours=False), "8 calibration tokens for 32 inputs: norms drawn to their mean"),
+        (plan_of(Wanda(), MaskOnly(), ours=False), "8 calibration tokens for 32 inputs: norms shrunk to their mean"),
         (plan_of(Magnitude(), MaskOnly()), ""),
     ],
 )
