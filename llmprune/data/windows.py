@@ -42,7 +42,7 @@ class Windows:
 
     def shuffled(self, seed: int) -> Windows:
         order = torch.randperm(len(self.ids_NL), generator=torch.Generator().manual_seed(seed))
-        return replace(self, ids_NL=self.ids_NL[order])
+        return replace(self, ids_NL=self.ids_NL[order], drawn_from=f"{len(order):,} windows, seed {seed}")
 
     @property
     def sha256(self) -> str:
@@ -97,8 +97,8 @@ def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | No
         raise RequestError(f"{text.dataset}: {tokens} tokens, less than one window of {length}", "give more text, or a smaller --sequence-length")
     if draw is None:
         return windows
-    among = f"{len(windows.ids_NL):,} windows" if source.file else f"a stream shuffled in a buffer of {BUFFER:,} rows"
-    return replace(windows.shuffled(draw), drawn_from=f"{among}, seed {draw}")
+    windows = windows.shuffled(draw)
+    return windows if source.file else replace(windows, drawn_from=f"a stream shuffled in a buffer of {BUFFER:,} rows, seed {draw}")
 
 
 def drawn(source: TextSource, tokenizer: Any, length: int, wanted: int, seed: int) -> Windows:

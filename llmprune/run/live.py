@@ -23,7 +23,7 @@ from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
 from llmprune.run.prepare import describe, environment
 from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
-from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, given_windows
+from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, divided, given_windows
 from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
@@ -85,18 +85,21 @@ def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: An
         check_given(recipe, given)
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
     check_length(length, model.config)
-    if given is None:
+    if given is not None:
+        data = given_windows(recipe, given)
+    else:
         if tokenizer is None or recipe.calibration is None:
             raise RequestError(
                 "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
             )
         samples = recipe.samples or DEFAULT_SAMPLES
         draw = recipe.seed if recipe.shuffle else None
-        given = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples).ids_NL
-        if recipe.samples and len(given) < recipe.samples:
-            raise RequestError(f"calibration: {len(given)} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
-        recipe = recipe.model_copy(update={"samples": None, "shuffle": False})  # obeyed above
-    data = given_windows(recipe, given)
+        windows = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples)
+        have = len(windows.ids_NL)
+        if recipe.samples and have < recipe.samples:
+            raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
+        windows, held = divided(recipe, windows)
+        data = RunData(windows, (), held)
     check_ids(data.calibration, model)
     return data
 

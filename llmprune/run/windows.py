@@ -67,10 +67,8 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
     have = len(windows.ids_NL)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
-    held = None
-    if recipe.makes_trials:
-        windows, held = windows.held_back(HELD_BACK)
-        have = len(windows.ids_NL)
+    windows, held = divided(recipe, windows)
+    have = len(windows.ids_NL)
     if not evaluation:
         spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
         samples = min(samples, have - min(spare, HELD_BACK))
@@ -78,13 +76,15 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
     return RunData(windows.first(samples), evaluation, held, texts.identities)
 
 
+def divided(recipe: Recipe, windows: Windows) -> tuple[Windows, Windows | None]:
+    """(what is calibrated on, what is held back for trials if the recipe makes any)."""
+    return windows.held_back(HELD_BACK) if recipe.makes_trials else (windows, None)
+
+
 def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:
     """Token ids as they are given; ``shuffle`` and ``samples`` choose among them. Raises RequestError for fewer than ``samples``."""
-    windows, held = Windows(ids_NL.cpu(), "given token ids", "all"), None
-    if recipe.shuffle:
-        windows = windows.shuffled(recipe.seed)
-    if recipe.makes_trials:
-        windows, held = windows.held_back(HELD_BACK)
+    windows = Windows(ids_NL.cpu(), "given token ids", "all")
+    windows, held = divided(recipe, windows.shuffled(recipe.seed) if recipe.shuffle else windows)
     have = len(windows.ids_NL)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"given token ids: {have} windows to calibrate on, {recipe.samples} asked for", "give more, or smaller samples")

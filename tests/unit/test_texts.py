@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import llmprune
+from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.data import windows
 from llmprune.data.sources import find_source, read_text
 from llmprune.data.windows import read_windows
@@ -141,3 +145,14 @@ def test_memory_is_bounded_by_the_windows_and_a_piece(tmp_path: Path, monkeypatc
     read_windows(str(numbered(tmp_path / "lines.txt", 1000)), "calibration", Watched(), LENGTH, 10, draw=0)
     assert max(longest) <= 408
     assert sum(longest) == 8000
+
+
+def test_a_model_in_memory_says_which_text_it_was_calibrated_on() -> None:
+    model, tokenizer = llmprune.load(BUNDLED / "llama")
+    ask: dict[str, Any] = {"pattern": "2:4", "method": "magnitude", "calibration": "bundled-calibration", "tokenizer": tokenizer}
+    report = llmprune.prune(model, **ask, samples=4, sequence_length=64, shuffle=True, seed=5)
+    assert (report.calibration.dataset, report.calibration.split, report.calibration.windows) == ("bundled text", "calibration", 4)
+    assert re.fullmatch(r"[\d,]+ windows, seed 5", report.calibration.drawn_from)
+    ids_NL = torch.randint(3, 90, (12, 32), generator=torch.Generator().manual_seed(0))
+    given = llmprune.prune(model, pattern="2:4", method="magnitude", calibration=ids_NL, samples=4, shuffle=True)
+    assert (given.calibration.dataset, given.calibration.drawn_from) == ("given token ids", "12 windows, seed 0")
