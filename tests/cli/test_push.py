@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import LlmpruneError
 from llmprune.publish.card import PLACE
 from llmprune.publish.hub import MARK, push
+from llmprune.report.stored import read_run
 
 QUICK = {"model": "llama", "samples": 8, "sequence_length": 64}
 # Every kind of output, by the recipe that makes it.
@@ -335,6 +337,21 @@ def test_the_python_face(hub: Hub, output, tmp_path):
     report = llmprune.prune(**ask)
     pushed = report.push("tiny", public=True)
     assert (pushed.repo, pushed.public, pushed.complete) == ("me/tiny", True, True)
+    assert pushed.commit is not None
+    held = [llmprune.push(result, "tiny", public=True) for result in (report, report.output, str(report.output), read_run(report.output))]
+    assert [(h.repo, h.commit, h.complete) for h in held] == [("me/tiny", None, True)] * 4
+    planned = llmprune.push(report, "me/other", dry_run=True)
+    assert (planned.complete, "models/me/other" in hub.repositories) == (False, False)
+    assert planned == report.push("me/other", dry_run=True)
+
+
+def test_a_live_model_has_nothing_to_push(hub: Hub, output):
     model, _ = llmprune.load(output)
+    ask = {"pattern": "2:4", "method": "magnitude", "calibration": torch.ones(1, 8, dtype=torch.long)}
     with pytest.raises(LlmpruneError, match="live model"):
-        llmprune.prune(model, pattern="2:4", calibration=torch.ones(1, 8, dtype=torch.long), push="me/x")
+        llmprune.prune(model, **ask, push="me/x")
+    report = llmprune.prune(model, **ask)
+    for push_it in (report.push, partial(llmprune.push, report)):
+        with pytest.raises(LlmpruneError, match="live model"):
+            push_it("me/x")
+    assert hub.repositories == {}
