@@ -90,7 +90,7 @@ class Row:
 
     @property
     def sparsity(self) -> float:
-        return self.gone / self.size
+        return self.gone / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True)

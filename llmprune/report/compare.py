@@ -181,7 +181,7 @@ def _sparsities(runs: Sequence[tuple[str, Report]]) -> Section:
         points = []
         for n, block in enumerate(grid.blocks):
             groups = [group for (b, _), group in grid.groups.items() if b == block]
-            share = sum(g.zeros for g in groups) / sum(g.weights for g in groups)
+            share = sum(g.zeros for g in groups) / max(1, sum(g.weights for g in groups))
             points.append((float(n), share))
             rows.append((say(name), say(short_blocks((block,))[0]), percent(share)))
         lines[name] = points

@@ -25,7 +25,7 @@ class MatrixGroup:
 
     @property
     def sparsity(self) -> float:
-        return self.zeros / self.weights
+        return self.zeros / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_json_and_half_precision_computed_in_float32(cli, tmp_path):
     ran = cli("bench", folder, *SHORT, "--json")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
-    assert told.keys() == {"setting", "models", "ratios", "kernels", "notes"}
+    assert told.keys() == {"format", "setting", "models", "ratios", "kernels", "notes"}
     assert told["ratios"] == told["kernels"] == []
     (model,) = told["models"]
     assert (model["role"], model["dtype"]) == ("model", "float32")
