@@ -157,7 +157,7 @@ def push(result: Report | str | PathLike[str], repo: str, *, public: bool = Fals
 
     result: a report, or an output folder. Raises RequestError for a live model's report, which has no folder.
     """
-    folder = result.output if isinstance(result, Report) else Path(result)
+    folder = result.output if isinstance(result, Report) else Path(result).expanduser()
     if folder is None:
         raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
     return publish(folder, repo, public=public, existing=existing, dry_run=dry_run)

@@ -348,7 +348,7 @@ def test_the_python_face(hub: Hub, output, tmp_path):
 def test_a_live_model_has_nothing_to_push(hub: Hub, output):
     model, _ = llmprune.load(output)
     ask = {"pattern": "2:4", "method": "magnitude", "calibration": torch.ones(1, 8, dtype=torch.long)}
-    with pytest.raises(LlmpruneError, match="live model"):
+    with pytest.raises(LlmpruneError, match="push with a model in memory"):
         llmprune.prune(model, **ask, push="me/x")
     report = llmprune.prune(model, **ask)
     for push_it in (report.push, partial(llmprune.push, report)):

@@ -213,7 +213,7 @@ def test_nothing_of_another_type_gets_through(finished: Path) -> None:
         (("blocks", 0, "rows", 0, "zeros"), "7", "blocks.0.rows.0.zeros: input should be a valid integer"),
         (("perplexity", 0, "dense", "value"), "5.5", "perplexity.0.dense.value: input should be a valid number"),
         (("sparsity",), 0.5, "has no 'sparsity.parameters'"),
-        (("timings", "blocks"), [], "timings of 0 blocks, and there are 8"),
+        (("timings", "blocks"), [], "timings of 0 blocks, but there are 8"),
         (("sample",), {"prompt": "a"}, "sample."),
         (("blocks", 0, "rows", 0, "kept"), [], None),  # of the right type, and of no units
     ],
