@@ -5,6 +5,7 @@ C = input columns of a matrix, T = tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,12 @@ from llmprune.statistics.products import Products
 from llmprune.types import Stat, Stats
 
 PANEL = 192  # columns of the Gram matrix summed by one product; only panels up to the diagonal are computed
+
+# statistic -> its [C] of one micro-batch, of what enters a matrix
+COLUMN_SUMS: dict[Stat, Callable[[Tensor], Tensor]] = {
+    "input_sq": lambda value_TC: value_TC.square().sum(0),
+    "input_sum": lambda value_TC: value_TC.sum(0),
+}
 
 
 class Reached(Exception):
@@ -124,10 +131,8 @@ def accumulate_input(stats: Stats, value: Tensor, needs: frozenset[Stat]) -> Non
         for a in range(0, width, PANEL):  # lower triangle, panel by panel
             b = min(a + PANEL, width)
             stats.gram_CC[a:b, :b].addmm_(value_TC[:, a:b].T, value_TC[:, :b])
-    if "input_sq" in needs:
-        stats.accumulate("input_sq_C", value_TC.square().sum(0))
-    if "input_sum" in needs:
-        stats.accumulate("input_sum_C", value_TC.sum(0))
+    for stat in COLUMN_SUMS.keys() & needs:
+        stats.accumulate(f"{stat}_C", COLUMN_SUMS[stat](value_TC))
 
 
 def _mirror(gram_CC: Tensor) -> None:
