@@ -15,6 +15,7 @@ from llmprune.data.windows import Windows
 from llmprune.recipe.reading import recipes_of_sweep
 from llmprune.run import sweep as sweeping
 from llmprune.run.sweep import prepare_sweep, run_sweep
+from llmprune.types import Listener
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "balanced"]
 SPARSITIES = ["0.3", "0.4", "0.5", "0.6"]
@@ -68,7 +69,7 @@ def test_four_methods_by_four_sparsities_survive_a_kill(cli: Cli, small: tuple[o
     whole = run_sweep(prepare_sweep(rows, Path("whole")))
     assert passes == ["gradients"]
     with pytest.raises(Killed):
-        run_sweep(prepare_sweep(rows, Path("table")), killed_after_five)
+        run_sweep(prepare_sweep(rows, Path("table")), Listener(progress=killed_after_five))
     assert not Path("table").exists()
     pruned = []
     prune_row = sweeping.prune_row
