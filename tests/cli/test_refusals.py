@@ -246,7 +246,7 @@ def test_existing_outputs(cli, model):
     refused(cli, *ask, "file", says="is a file")
     refused(cli, *ask, "file", "--overwrite", says="is a file")
     refused(cli, *ask, "full", says="exists already", hint="--overwrite")
-    refused(cli, *ask, "notes", "--overwrite", says="holds no config.json")
+    refused(cli, *ask, "notes", "--overwrite", says="contains no config.json")
     refused(cli, *ask, model, "--overwrite", says="is the source model")
     refused(cli, *ask, model / ".." / "model", "--overwrite", says="is the source model")
     refused(cli, *ask, model / "inside", says="is inside the other")

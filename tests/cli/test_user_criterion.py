@@ -71,7 +71,7 @@ def test_a_run_knows_it_by_its_content(tmp_path: Path) -> None:
         ("needs = 3\ndef score(weight_RC, stats): return weight_RC.abs()", "needs 3 is unknown"),
         ("def score(weight_RC): return weight_RC.abs()", "raises TypeError"),
         ("def score(weight_RC, stats): return weight_RC * stats.input_sq_C", "raises TypeError"),
-        ("def score(weight_RC, stats): return 1.0", "gives float, no tensor"),
+        ("def score(weight_RC, stats): return 1.0", "gives float, not a tensor"),
         ("def score(weight_RC, stats): return weight_RC.abs().sum(1)", "gives scores [3] for weights [3, 8]"),
         ("def score(weight_RC, stats): return weight_RC > 0", "gives bool, not floating-point scores"),
         ("def score(weight_RC, stats): return weight_RC.log()", "gives scores that are NaN"),
