@@ -83,14 +83,14 @@ class Row:
         return self.parameters if self.kept is not None else self.rows * self.columns
 
     @property
-    def gone(self) -> int:
+    def dropped(self) -> int:
         if self.kept is None or not self.units:
             return self.zeros
         return self.parameters // self.units * (self.units - len(self.kept))
 
     @property
     def sparsity(self) -> float:
-        return self.gone / self.size if self.size else 0.0
+        return self.dropped / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def load(task: Task) -> Any:
     loader: Any = AutoModelForCausalLM
     options = {"dtype": getattr(torch, task.dtype), "trust_remote_code": task.trust_remote_code, "output_loading_info": True}
     try:
-        model, told = loader.from_pretrained(task.folder, **options)
+        model, loaded = loader.from_pretrained(task.folder, **options)
         model = model.to(task.device).eval()
     except (*UNBUILDABLE, OSError) as error:
         if out_of_memory(error):
@@ -114,8 +114,8 @@ def load(task: Task) -> Any:
         raise RequestError(
             f"transformers cannot load it ({first_line(error)[:160]})", "check the checkpoint; its own model code needs --trust-remote-code"
         ) from None
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
         raise RequestError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]!r}", "fetch the checkpoint again")
     return model
 

@@ -126,14 +126,14 @@ def _code(source: Source, module: str, scheme: Any, form: Any) -> Code:
     return Code(tuple(f"{module}.{part}" for part in held), shape, decode)
 
 
-def _unpacked(source: Source, module: str, bits: Any, told: bool) -> tuple[int, ...]:
-    """The shape of a weight whose codes are packed along its rows. told: whether the checkpoint holds it."""
+def _unpacked(source: Source, module: str, bits: Any, stored: bool) -> tuple[int, ...]:
+    """The shape of a weight whose codes are packed along its rows. stored: whether the checkpoint holds it."""
     packed = source.tensors[f"{module}.weight_packed"]
     if len(packed.shape) != 2 or packed.dtype not in WORD or type(bits) is not int or not 0 < bits <= 16:
         raise RequestError(f"{module}: {bits} bits packed as {packed.dtype} {list(packed.shape)}, not as rows of integers", AGAIN)
     rows, words = packed.shape
     columns = words * WORD[packed.dtype] // bits
-    if told:
+    if stored:
         entry = source.tensors[f"{module}.weight_shape"]
         if entry.dtype not in ("I32", "I64") or entry.shape != (2,):
             raise RequestError(f"{module}.weight_shape: {entry.dtype} {list(entry.shape)} instead of two integers", AGAIN)

@@ -53,6 +53,6 @@ def run_tasks(model: Any, tokenizer: Any, manager: Any, names: Sequence[str], li
 def _result(name: str, metrics: dict[str, Any], found: dict[str, Any], dtype: str) -> TaskResult:
     numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "," in key}
     samples = found.get("n-samples", {}).get(name, {}).get("effective")
-    told = found.get("versions", {}).get(name)
+    task_version = found.get("versions", {}).get(name)
     shots = found.get("n-shot", {}).get(name)
-    return TaskResult(name, numbers, samples, shots, None if told is None else str(told), version("lm-eval"), dtype)
+    return TaskResult(name, numbers, samples, shots, None if task_version is None else str(task_version), version("lm-eval"), dtype)

@@ -68,7 +68,7 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 
 def kept_layers(shown: Reshaped) -> list[int]:
-    return [index for index in range(len(shown.names)) if index not in shown.gone]
+    return [index for index in range(len(shown.names)) if index not in shown.dropped]
 
 
 def cuts(structure: Structure, blocks: Sequence[BlockReport], pad: bool) -> Sequence[Keeps]:

@@ -34,7 +34,7 @@ class Chosen:
     """Which units are kept; and the dropped ones in order, which is also the choice for any smaller number."""
 
     keep_U: Tensor  # bool
-    gone: tuple[int, ...]  # units in the order in which they were dropped
+    dropped: tuple[int, ...]  # units in the order in which they were dropped
     prices: tuple[float, ...]  # what each has added to ``lost``
     notes: tuple[str, ...] = ()
 
@@ -71,11 +71,11 @@ def greedy_obs(
     left, notes = _start(rows_RC, gram_CC, columns_UK, damping)
     keep_U = torch.ones(units, dtype=torch.bool, device=gram_CC.device)
     quota_G = torch.full((groups,), remove // groups, device=gram_CC.device)
-    gone: list[tuple[int, float]] = []
-    while len(gone) < remove:
-        left, more = _slab(left, keep_U, quota_G, min(remove - len(gone), max(1, slab // width)))
-        gone += more
-    return Chosen(keep_U, tuple(unit for unit, _ in gone), tuple(price for _, price in gone), notes)
+    dropped: list[tuple[int, float]] = []
+    while len(dropped) < remove:
+        left, more = _slab(left, keep_U, quota_G, min(remove - len(dropped), max(1, slab // width)))
+        dropped += more
+    return Chosen(keep_U, tuple(unit for unit, _ in dropped), tuple(price for _, price in dropped), notes)
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ def _slab(left: _Left, keep_U: Tensor, quota_G: Tensor, steps: int) -> tuple[_Le
     group_U = left.units_U // (len(keep_U) // len(quota_G))
     closed = torch.tensor(torch.inf, dtype=torch.float64, device=left.units_U.device)
     here_U = torch.ones(units, dtype=torch.bool, device=left.units_U.device)
-    gone = []
+    dropped = []
     for _ in range(steps):
         price_U = torch.where(here_U & (quota_G[group_U] > 0), changes.prices(), closed)
         unit = int((~drop_smallest(price_U, 1)).nonzero())
-        gone.append((int(left.units_U[unit]), max(0.0, float(price_U[unit]))))
+        dropped.append((int(left.units_U[unit]), max(0.0, float(price_U[unit]))))
         changes.take(unit)
         here_U[unit] = False
         keep_U[left.units_U[unit]] = False
         quota_G[group_U[unit]] -= 1
-    return changes.settle(here_U), gone
+    return changes.settle(here_U), dropped
 
 
 class _Changes:

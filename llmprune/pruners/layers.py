@@ -56,29 +56,29 @@ def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order
             chosen[least] = influence[least]
         return chosen
     dense = after_blocks(stream, windows_NL) if count else None
-    gone: dict[int, float] = {}
+    dropped: dict[int, float] = {}
     for _ in range(count):
         assert dense is not None
-        costs = without_each(stream, windows_NL, frozenset(gone), dense)
-        least = least_of(costs, stream, gone)
-        gone[least] = costs[least]
-        listen.progress("layers", len(gone), count)
-    return gone
+        costs = without_each(stream, windows_NL, frozenset(dropped), dense)
+        least = least_of(costs, stream, dropped)
+        dropped[least] = costs[least]
+        listen.progress("layers", len(dropped), count)
+    return dropped
 
 
-def least_of(costs: dict[int, float], stream: Reshaped, gone: Iterable[int]) -> int:
+def least_of(costs: dict[int, float], stream: Reshaped, dropped: Iterable[int]) -> int:
     """The cheapest block without which at least one has attention."""
-    left = set(range(len(stream.names))) - set(gone)
+    left = set(range(len(stream.names))) - set(dropped)
     fixed = [index for index in costs if not attends(stream.structure.config, left - {index})]
     return least_needed(costs, 1, fixed)[0]
 
 
-def without_each(stream: Reshaped, windows_NL: Tensor, gone: frozenset[int], dense: Flow) -> dict[int, float]:
-    """The divergence from the dense model without ``gone`` and one more block, for each remaining one. Every block is loaded once."""
+def without_each(stream: Reshaped, windows_NL: Tensor, dropped: frozenset[int], dense: Flow) -> dict[int, float]:
+    """The divergence from the dense model without ``dropped`` and one more block, for each remaining one. Every block is loaded once."""
     flow = Flow(stream, windows_NL)
     twins: dict[int, Flow] = {}
     for index in range(len(stream.names)):
-        if index in gone:
+        if index in dropped:
             continue
         left_out = flow.twin()
         with stream.block(index) as block:
@@ -109,10 +109,10 @@ def layer_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterio
     if record is None:
         count = layers_to_drop(structure, work.plan.sparsity, structure.exact)
         order: Order = "block_influence" if criterion == "block_influence" else "measured"
-        record = {"gone": [[index, cost] for index, cost in choose_layers(stream, work.windows_NL, count, order, listen).items()]}
+        record = {"dropped": [[index, cost] for index, cost in choose_layers(stream, work.windows_NL, count, order, listen).items()]}
         records.write("choice", record)
-    dropped = {int(index): cost for index, cost in record["gone"]}
-    stream.gone = frozenset(dropped)
+    dropped = {int(index): cost for index, cost in record["dropped"]}
+    stream.dropped = frozenset(dropped)
     return LayerPruner(work.plan, structure, dropped)
 
 

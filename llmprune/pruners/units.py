@@ -102,7 +102,7 @@ class UnitPruner:
             stats = replace(stats, beside_C=beside(self.structure, index, block, name, plan.criterion, self.gradients))
         before_RC = matrix.view(block).clone() if plan.mean_bias else None
         row = prune_matrix(stream, index, block, matrix, stats, plan, self.asked[name])
-        return row, [make_up(stream, index, block, matrix, before_RC, stats)] if before_RC is not None and row.gone else []
+        return row, [make_up(stream, index, block, matrix, before_RC, stats)] if before_RC is not None and row.dropped else []
 
     def _mask(self, flow: Flow, aim: Flow | None, index: int, block: nn.Module, rows: list[Row]) -> list[str]:
         """Zero everything that belongs to the dropped units of a block; names of the changed parameters."""

@@ -82,5 +82,5 @@ def short_blocks(names: tuple[str, ...]) -> list[str]:
 def _group(block: str, kind: str, rows: list[Row]) -> MatrixGroup:
     asked = [row.asked for row in rows]
     lost = [row.lost for row in rows if row.lost is not None]
-    weights, zeros = sum(row.size for row in rows), sum(row.gone for row in rows)
+    weights, zeros = sum(row.size for row in rows), sum(row.dropped for row in rows)
     return MatrixGroup(block, kind, len(rows), weights, zeros, (min(asked), max(asked)), sum(lost) if lost else None)

@@ -83,7 +83,7 @@ class Report:
     @property
     def zeros(self) -> int:
         """Weights that were dropped: exact zeros, or what a structured pattern has cut out."""
-        return sum(row.gone for row in self.rows)
+        return sum(row.dropped for row in self.rows)
 
     @property
     def weights(self) -> int:

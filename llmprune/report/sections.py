@@ -134,7 +134,7 @@ def sparsity(grid: Grid) -> Section:
     picture = heat_map("heat", "Dropped share by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
     low, high = (end(v for row in values for v in row if v is not None) for end in (min, max))
     said = f"Dropped share of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
-    heads = ("block", "matrices", "count", "weights", "gone", "sparsity", "asked", "squared error")
+    heads = ("block", "matrices", "count", "weights", "dropped", "sparsity", "asked", "squared error")
     rows = tuple(
         (
             say(g.block),

@@ -31,15 +31,15 @@ def print_report(report: Report, console: Console) -> None:
         column.justify = "right"
     for block in report.blocks:
         weights = sum(r.size for r in block.rows)
-        sparsity = sum(r.gone for r in block.rows) / weights if weights else 0.0
+        sparsity = sum(r.dropped for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
         cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
         table.add_row(block.block, units_of(block) if smaller else str(len(block.rows)), ratios_of(block), *cells)
     console.print(table)
     share = report.zeros / report.parameters
-    gone = f"{'cut out' if smaller else 'zeros'}: {report.zeros:,} of {report.weights:,}"
+    dropped = f"{'cut out' if smaller else 'zeros'}: {report.zeros:,} of {report.weights:,}"
     whose = f"parameters of {report.recipe['pattern']}" if smaller else "weights in pruned matrices"
-    console.print(f"{gone} {whose} ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model", soft_wrap=True)
+    console.print(f"{dropped} {whose} ({report.sparsity:.4%}, asked {report.asked:.4%}), {share:.2%} of the model", soft_wrap=True)
     if report.smaller:
         print_smaller(report, report.smaller, console)
     for trial in report.tried:

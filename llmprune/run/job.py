@@ -168,8 +168,8 @@ def record_polish(job: Job, journal: Journal, polished: list[Polished], done: Po
 
 def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Smaller | None]:
     """(the folder of the finished checkpoint, the smaller one if units have been cut out)."""
-    gone = any(row.gone for block in done.blocks for row in block.rows)
-    if gone and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
+    dropped = any(row.dropped for block in done.blocks for row in block.rows)
+    if dropped and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
         ids_NL = job.data.calibration.ids_NL
         smaller = save_smaller(job.stream, done.now, done.blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
         return journal.smaller, smaller

@@ -26,7 +26,7 @@ class Passed(nn.Module):
 
 
 class Reshaped:
-    """Another stream's blocks, rebuilt with the units in ``keeps``; those that are ``gone`` pass on their inputs.
+    """Another stream's blocks, rebuilt with the units in ``keeps``; those that are ``dropped`` pass on their inputs.
     ``width``: the residual channels that come from the embeddings; the others start as zeros, and the blocks write nothing to them.
     """
 
@@ -37,7 +37,7 @@ class Reshaped:
         self.scratch = stream.scratch
         self.structure = structure
         self.keeps: dict[int, Keeps] = {}
-        self.gone: frozenset[int] = frozenset()
+        self.dropped: frozenset[int] = frozenset()
         self.width: Tensor | None = None
 
     def path_of(self, index: int) -> str:
@@ -45,7 +45,7 @@ class Reshaped:
 
     @contextmanager
     def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
-        if index in self.gone and not dense:
+        if index in self.dropped and not dense:
             yield Passed(bool(self.walk.tuples))
             return
         with self.stream.block(index, dense) as block:

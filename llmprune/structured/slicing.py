@@ -71,10 +71,10 @@ def sizes(spaces: Sequence[Space], keeps: Keeps) -> Sizes:
 
     Raises RequestError when two spaces disagree on one field, such as experts of different widths, or heads and KV groups at once.
     """
-    gone, patterns = _gone_experts(spaces, keeps), {space.pattern for space in _cut(spaces, keeps)}
+    dropped, patterns = _dropped_experts(spaces, keeps), {space.pattern for space in _cut(spaces, keeps)}
     found: dict[str, tuple[int, Space]] = {}
     for space in spaces:
-        if space.pattern not in patterns or _expert(space) in gone:
+        if space.pattern not in patterns or _expert(space) in dropped:
             continue
         count = len(keeps[space.name]) if space.name in keeps else space.units
         for field, per_unit in space.config:
@@ -165,7 +165,7 @@ def _expert(space: Space) -> int | None:
     return space.axes[0].expert if space.axes else None
 
 
-def _gone_experts(spaces: Sequence[Space], keeps: Keeps) -> set[int]:
+def _dropped_experts(spaces: Sequence[Space], keeps: Keeps) -> set[int]:
     return {int(e) for space in spaces if space.pattern == "experts" and space.name in keeps for e in _dropped(space, keeps[space.name])}
 
 
@@ -179,9 +179,9 @@ class _Kept:
     def of(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> _Kept:
         tensors, matrices = tensors_of(block), _matrices(block)
         masks: dict[tuple[str, int | None, int], Tensor] = {}
-        gone = _gone_experts(spaces, keeps)
+        dropped = _dropped_experts(spaces, keeps)
         for space in _cut(spaces, keeps):
-            if _expert(space) in gone:
+            if _expert(space) in dropped:
                 continue
             dropped_N = _dropped(space, keeps[space.name])
             for axis in _axes(space, matrices):

@@ -61,10 +61,10 @@ def test_greedy_obs_is_the_greedy_removal_by_solving_anew(units: int, width: int
 def test_the_choice_for_fewer_is_how_it_began() -> None:
     weight_RC, value_TC = make_weight(6, 20), make_inputs(20)
     most = greedy_obs(weight_RC, value_TC.T @ value_TC, runs(20, 1), 15, slab=4)
-    assert sorted(most.gone) == (~most.keep_U).nonzero().flatten().tolist()
+    assert sorted(most.dropped) == (~most.keep_U).nonzero().flatten().tolist()
     for fewer in range(15):
         chosen = greedy_obs(weight_RC, value_TC.T @ value_TC, runs(20, 1), fewer)
-        assert chosen.gone == most.gone[:fewer]
+        assert chosen.dropped == most.dropped[:fewer]
         assert chosen.prices == pytest.approx(most.prices[:fewer], rel=1e-8)
 
 
