@@ -11,17 +11,21 @@ from families import save_tiny, tiny_windows
 
 import llmprune
 
-IDS_NL = torch.cat([tiny_windows()] * 3)
+IDS_NL = tiny_windows(18)
 DRAWS: dict[str, dict[str, Any]] = {
     "shuffle": {"model": "llama", "method": "wanda", "pattern": "2:4", "samples": 4, "sequence_length": 32, "shuffle": True},
     "permute": {"method": "wanda", "pattern": "2:4", "permute": True},
     "polish": {"method": "wanda", "pattern": "2:4", "polish": "kd", "polish_steps": 2},
+    "random": {"criterion": "random", "sparsity": 0.5},
+    # more windows than one micro-batch holds: it draws among micro-batches
+    "reconstruct": {"calibration": tiny_windows(300), "criterion": "wanda", "solver": "reconstruct", "pattern": "2:4", "options": {"steps": 4}},
+    "search": {"method": "wanda", "sparsity": 0.5, "allocation": "search"},
 }
 
 
 def weights(ask: dict[str, Any], seed: int, folder: Path) -> bytes:
     given = {} if "model" in ask else {"model": str(folder / "model"), "calibration": IDS_NL}
-    llmprune.prune(**given, **ask, seed=seed, device="cpu", output=str(folder / "out"), overwrite=True)
+    llmprune.prune(**given | ask, seed=seed, device="cpu", output=str(folder / "out"), overwrite=True)
     return (folder / "out" / "model.safetensors").read_bytes()
 
 
