@@ -32,7 +32,7 @@ DEFAULTS = MappingProxyType(
         "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; by default the most of any built-in one
         # of patterns
         "parse": lambda text: {},  # the fields that a spelling stands for; raises RequestError
-        "fixes_ratio": False,  # says by itself how much is dropped, as its ``sparsity``
+        "fixes_ratio": False,  # has a fixed ratio, its ``sparsity``
         "in_slabs": True,  # some columns of a matrix can be decided by themselves
         "n_of_m": False,  # keeps ``n`` of every ``m`` neighbours, so reordered input channels may hold more
         # of allocations

@@ -116,7 +116,7 @@ class Polished:
 
 @dataclass(frozen=True)
 class Trial:
-    """An allocation that was tried out: mean KL from the dense model on held-back windows, in nats, and whether its ratios were taken."""
+    """An allocation that was tried: mean KL from the dense model on held-back windows, in nats, and whether its ratios were taken."""
 
     allocation: str
     divergence: float

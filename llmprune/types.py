@@ -275,7 +275,7 @@ class Listener:
 
     progress: Callable[[str, int, int], None] = _nothing  # (step, done, total)
     on_block: Callable[[int, BlockReport, dict[str, str]], None] = _nothing  # (number, report, hashes of what was written) of a pruned block
-    on_step: Callable[[Step], None] = _nothing  # of a sparsity that was tried out for a budget
+    on_step: Callable[[Step], None] = _nothing  # of a sparsity that was tried for a budget
     on_polish: Callable[[Polished, dict[str, str]], None] = _nothing  # (report, hashes of what was written)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory against the plan that was printed before, for twelve pairs of a model and a method, each run in a process of its own.
+"""Peak memory against the plan that was printed before, for twelve pairs of a model and a method, each run in a separate process.
 
     python scripts/bench_plan.py                 all twelve (about ten minutes on two cores)
     python scripts/bench_plan.py --only wanda    those whose name holds this
@@ -56,7 +56,7 @@ def child(model: str, options: dict[str, Any]) -> dict[str, Any]:
     import accelerate  # noqa: F401
     import torch
 
-    import llmprune.api  # noqa: F401  (what a run imports is no part of it)
+    import llmprune.api  # noqa: F401  (imports are not part of a run's peak)
     from llmprune.benchmark.memory import forget_peak, peak_resident, resident
     from llmprune.recipe.reading import read_recipe
     from llmprune.run.job import run

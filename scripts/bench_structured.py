@@ -2,7 +2,7 @@
 
     python scripts/bench_structured.py --threads 2 --kv-heads 12
 
-The cut model is what structured pruning by 50 % leaves, made straight from its config: speed does not hang on which units stay. Both are saved,
+The cut model is what structured pruning by 50 % leaves, made straight from its config: speed does not depend on which units are kept. Both are saved,
 loaded by plain transformers, measured by turns, and deleted afterwards.
 
 The most that decode can reach: a token reads every weight of the blocks and of the head once, and the cache; the head stays whole, so
@@ -78,7 +78,7 @@ def bounds(args: argparse.Namespace, blocks: tuple[int, int], caches: list[int],
 
 
 def bench(dense: Path, cut: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """``llmprune bench`` in a process of its own; its table goes to standard output, its findings come back."""
+    """``llmprune bench`` in a separate process; its table goes to standard output, its findings come back."""
     flags = ("threads", "prompt_length", "new_tokens", "batch", "repeat")
     words = [f"--{flag.replace('_', '-')}={getattr(args, flag)}" for flag in flags]
     command = [sys.executable, "-m", "llmprune", "bench", str(cut), "--against", str(dense), "--device", "cpu", *words, "--json"]

@@ -1,4 +1,4 @@
-"""Seconds of a sweep of four sparsities against four runs of their own, start-up excluded, on a random Llama of 134M parameters.
+"""Seconds of a sweep of four sparsities against four separate runs, start-up excluded, on a random Llama of 134M parameters.
 
     python scripts/bench_sweep.py --methods wanda sparsegpt balanced --windows 32 --length 256
 

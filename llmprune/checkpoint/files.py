@@ -99,7 +99,7 @@ def to_json(value: Any) -> bytes:
 
 
 def to_versioned_json(value: dict[str, Any]) -> bytes:
-    """As ``to_json``, but the format stands first, for whoever reads the file with another version."""
+    """As ``to_json``, with the format first, for readers of another version."""
     return b'{\n "format": %d,' % FORMAT + to_json({k: v for k, v in value.items() if k != "format"}).removeprefix(b"{")
 
 

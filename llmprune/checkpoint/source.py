@@ -199,7 +199,7 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
 
 
 def check_places(folder: Path) -> None:
-    """Every file lies in the folder itself; in a snapshot of the Hub's cache, in the blobs beside it. Files that are read whole are of sane size.
+    """Check that every file is in the folder itself; in a snapshot of the Hub's cache, in the blobs beside it. Those read whole are of sane size.
 
     Raises RequestError: a link to elsewhere would copy a file of the model author's choice into the output.
     """

@@ -79,7 +79,7 @@ class Text:
 
 
 def find_source(spec: str, purpose: str) -> TextSource:
-    """What ``spec`` names. ``purpose`` is "calibration" or "evaluation"; it picks the split. Raises RequestError when there is no such thing."""
+    """What ``spec`` names. ``purpose`` is "calibration" or "evaluation"; it picks the split. Raises RequestError when it does not exist."""
     if spec in BUNDLED_NAMES:
         path = BUNDLED / BUNDLED_NAMES[spec]
         return TextSource("bundled text", path.stem, "text", "", path)

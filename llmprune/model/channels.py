@@ -88,7 +88,7 @@ def find_channels(
 
 
 def layouts(reader: Matrix, writers: list[Matrix], heads: tuple[int, int]) -> Iterator[Channels]:
-    """How the channels of a reader could lie in its writers, the likeliest first."""
+    """The possible layouts of a reader's channels in its writers, the likeliest first."""
     width = reader.columns
     all_11W = torch.arange(width).view(1, 1, width)
     same = [w for w in writers if w.expert == reader.expert]

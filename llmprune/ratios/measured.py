@@ -26,7 +26,7 @@ from llmprune.types import Allocation, Listener, Seen, Stat, Stats, TriedAllocat
 
 Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> its measures
 SURVEY_WINDOWS = 64  # of the dense model, for the measures of allocations
-MOST_LEVELS = 9  # at which a matrix with levels of its own is pruned to be measured
+MOST_LEVELS = 9  # at which a matrix with its own levels is pruned to be measured
 FISHER_WINDOWS = 64  # one vector per matrix is stable after a few windows
 
 

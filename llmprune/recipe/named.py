@@ -127,7 +127,7 @@ def takes_group(pattern: type[Any]) -> bool:
 
 
 def in_groups(text: str) -> bool:
-    """Whether a pattern says by itself how much is dropped, as N:M does. Raises RequestError for what is none."""
+    """Whether a pattern fixes the sparsity, as N:M does. Raises RequestError for an unknown pattern."""
     return text not in STRUCTURED and bool(trait(find_pattern(text), "fixes_ratio"))
 
 

@@ -54,7 +54,7 @@ Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_inpu
 def _read_criterion(value: Any) -> Any:
     if value is None or isinstance(value, str | UserCriterion):
         return value
-    raise ValueError("is no name")
+    raise ValueError("is not a name")
 
 
 class Recipe(BaseModel):
@@ -285,7 +285,7 @@ class Recipe(BaseModel):
         )
 
     def methods(self) -> list[Part]:
-        """The methods that it is made of; a criterion of the user's own, and measures of the coarse patterns, are none of them."""
+        """The methods that it uses; a user's own criterion and the measures of coarse patterns are not among them."""
         parts, (solver, over_blocks) = self.parts, split_solver(self.parts.solver)
         found = [
             Part("solver", solver, find("solvers", solver)),
@@ -302,7 +302,7 @@ class Recipe(BaseModel):
         return found
 
     def made(self) -> dict[str, Any]:
-        """Role -> method, with its options. Raises RequestError for options that are none."""
+        """Role -> method, with its options. Raises RequestError for unknown options."""
         parts = self.methods()
         given = assigned(self.options, parts)
         made = {part.role: part.make(given[part.role], self.seed) for part in parts}

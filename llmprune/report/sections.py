@@ -187,7 +187,7 @@ def frontier(found: Sequence[Step]) -> Section:
     points = [(step.sparsity, step.perplexity) for step in steps]
     picture = curves("frontier", "Perplexity by sparsity", {"tried": points}, ("sparsity", "perplexity"))
     rows = tuple((percent(step.sparsity), number(step.perplexity), percent(step.increase)) for step in steps)
-    said = "Sparsities that were tried out to meet the allowed increase, on held-back calibration windows."
+    said = "Sparsities that were tried to meet the allowed increase, on held-back calibration windows."
     return Section("frontier", "Frontier", (said,), picture, PageTable(("sparsity", "perplexity", "increase over dense"), rows))
 
 

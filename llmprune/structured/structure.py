@@ -23,8 +23,8 @@ ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the archit
 
 @dataclass(frozen=True, eq=False)
 class Cuttable:
-    """One space that may lose units. size: the numbers that all its units hold; counts: how many units may stay, ascending; native: those of them
-    that a config of the model's own kind can say for all layers.
+    """One space that may lose units. size: the parameters of all its units; counts: how many units may be kept, ascending; native: those of them
+    that a config of the model's own kind can express for all layers.
     """
 
     block: int
@@ -35,7 +35,7 @@ class Cuttable:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The ratios that it can give up."""
+        """The ratios that it can lose."""
         return self.ratios(self.counts)
 
     def ratios(self, counts: Sequence[int]) -> tuple[float, ...]:
@@ -49,18 +49,18 @@ class Cuttable:
 class Structure:
     """What a structured run may cut. ``cut`` holds what may be cut by the full name of its reader, or of the space where none reads it."""
 
-    name: str  # as it was asked for
+    name: str  # as asked for
     patterns: tuple[str, ...]
     config: PreTrainedConfig
     spaces: tuple[tuple[Space, ...], ...]  # of each block, under every pattern that its family knows
-    blocks: tuple[int, ...]  # numbers that each block holds
+    blocks: tuple[int, ...]  # parameters of each block
     cut: dict[str, Cuttable]
     uniform: bool  # the same sizes in every layer
     exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
     padded: bool  # every layer is saved as wide as the widest
-    others: tuple[tuple[str, ...], ...]  # of each block, matrices that lose no units, by their names in it
+    others: tuple[tuple[str, ...], ...]  # of each block, matrices without units to drop, by their names in it
     outer: Space | None = None  # the residual channels outside the blocks, where the width is cut
-    outside: int = 0  # numbers that they hold there
+    outside: int = 0  # parameters that they have there
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Structure:
 
     @property
     def described(self) -> str:
-        """What may go, counted."""
+        """What may be dropped, counted."""
         if self.name == "layers":
             return f"{len(self.blocks)} layers"
         if self.outer is not None:
@@ -89,17 +89,17 @@ class Structure:
         return Units(space.readers[0].columns_UK, space.groups, space.least)
 
     def readers(self, index: int, block: nn.Module) -> list[Matrix]:
-        """The matrices of a block that read units that may go."""
+        """The matrices of a block that read units that may be dropped."""
         wanted = {r.matrix for c in self.cut.values() if c.block == index for r in c.space.readers}
         return [m for m in block_matrices(block) if m.name in wanted]
 
     def repaired(self, index: int, block: nn.Module) -> list[Matrix]:
-        """The readers of a block, and the matrices that can make up for what other blocks have lost."""
+        """The readers of a block, and the matrices that can compensate for the losses of other blocks."""
         wanted = {m.name for m in self.readers(index, block)} | set(self.others[index])
         return [m for m in block_matrices(block) if m.name in wanted]
 
     def keeps(self, rows: Iterable[Row]) -> list[dict[str, Tensor]]:
-        """The units that stay in each block after these rows; spaces that stay whole are left out."""
+        """The kept units of each block by these rows; spaces that are kept whole are left out."""
         found: list[dict[str, Tensor]] = [{} for _ in self.spaces]
         for row in rows:
             cut = self.cut.get(row.matrix)
@@ -111,12 +111,12 @@ class Structure:
 
     @property
     def outer_units(self) -> int:
-        """How wide the residual stream is."""
+        """The width of the residual stream."""
         assert self.outer is not None
         return self.outer.units
 
     def width_at(self, asked: dict[str, float]) -> int:
-        """How many residual channels stay: as many in every block."""
+        """The number of kept residual channels: the same in every block."""
         (count,) = {round(c.kept(asked[name])) for name, c in self.cut.items()}
         return count
 
@@ -126,13 +126,13 @@ class Structure:
         return replace(row, what=cut.space.pattern, units=cut.space.units, kept=self.units_of(row.matrix).kept(keep_RC), parameters=cut.size)
 
     def mask(self, index: int, block: nn.Module, keeps: Keeps) -> list[str]:
-        """Zero everything else that goes with the dropped units; names of the parameters that this has changed."""
+        """Zero everything else that belongs to the dropped units; names of the parameters that this changed."""
         cut = [space for space in self.spaces[index] if space.name in keeps]
         mask_block(block, cut, keeps)
         return list(dict.fromkeys(axis.parameter for space in cut for axis in space.axes))
 
     def rescales(self, index: int, keeps: Keeps) -> bool:
-        """Whether a norm runs over the units, so that zeros in those that go change what stays."""
+        """Whether a norm runs over the units, so that zeros in dropped ones change the kept ones."""
         return any(space.scales for space in self.spaces[index] if space.name in keeps)
 
     def legal(self, asked: dict[str, float], sparsity: float) -> dict[str, float]:
@@ -155,7 +155,7 @@ class Structure:
         return {name: ratios[key] for key, names in together.items() for name in names}
 
     def _together(self, uniform: bool) -> dict[str, list[str]]:
-        """What has to keep equally many units: all of one config field, in one layer or (uniform) in all."""
+        """The cuts that have to keep equally many units: all of one config field, in one layer or (uniform) in all."""
         found: dict[str, list[str]] = {}
         for name, c in self.cut.items():
             key = c.space.config[0][0]
@@ -166,7 +166,7 @@ class Structure:
         count, space = closest_count(list(cut.native), cut.kept(ratio)), cut.space
         if self.exact and space.pattern not in ROUNDED and abs(count - cut.kept(ratio)) > 1e-6 * space.units:
             raise RequestError(
-                f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would stay", _ratios(cut.native, space)
+                f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would be kept", _ratios(cut.native, space)
             )
         if self.exact and ratio > 0 and count == space.units:
             raise RequestError(
@@ -179,13 +179,13 @@ class Structure:
 def _ratios(counts: Sequence[int], space: Space) -> str:
     cut = [n for n in reversed(counts) if n < space.units]
     if not cut:
-        return f"none of the {space.units} can go; take a smaller --round-to"
-    shown = [f"{1 - n / space.units:.6g} ({n} stay)" for n in (cut if len(cut) <= 8 else [*cut[:4], *cut[-4:]])]
+        return f"none of the {space.units} can be dropped; use a smaller --round-to"
+    shown = [f"{1 - n / space.units:.6g} ({n} kept)" for n in (cut if len(cut) <= 8 else [*cut[:4], *cut[-4:]])]
     return "legal sparsities: " + ", ".join(shown)
 
 
 def resolved(config: PreTrainedConfig, pattern: str) -> tuple[str, ...]:
-    """The patterns of spaces that a name stands for. Raises RequestError where the architecture cannot be cut so."""
+    """The patterns of spaces that a name means. Raises RequestError where the architecture cannot be cut so."""
     if pattern != "structured":
         required(config, pattern)
         return (pattern,)
@@ -231,7 +231,7 @@ def structure_of(
 
 
 def parameters_outside(model: PreTrainedModel, outer: Space) -> int:
-    """How many numbers the residual channels hold outside the blocks."""
+    """The number of parameters of the residual channels outside the blocks."""
     return sum(model.get_parameter(axis.parameter).numel() for axis in outer.axes)
 
 

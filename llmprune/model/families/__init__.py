@@ -1,4 +1,4 @@
-"""What about a family's blocks cannot be derived, and has to stand in a table?
+"""What about a family's blocks cannot be derived, and needs a table?
 
 Words: family (the table of a model_type), cut (one way to make a block smaller), part (where units lie in a parameter), residual (what touches the
 residual stream).

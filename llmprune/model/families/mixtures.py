@@ -8,7 +8,7 @@ from llmprune.model.families.gated import MLP, NORMS, READS, WRITES
 from llmprune.model.families.table import HEADS, KV_HEADS, Cut, Family, Part, Residual, Table, attention, feed_forward, residual, routed
 
 WIDE_NORMS = "its query norm runs over all heads and is always as wide as the hidden size"
-ONE_KEY_A_HEAD = "every head has a key and a value of its own (MLA): use heads, which removes them together"
+ONE_KEY_A_HEAD = "every head has its own key and value (MLA): use heads, which removes them together"
 
 # in addition to those of dense blocks
 EXPERT_READS = (*READS, "mlp.gate", "mlp.experts.gate_up_proj")
