@@ -11,6 +11,19 @@ def at_home(text: object) -> str:
     return str(text).replace(home, "~") if len(home) > 1 else str(text)
 
 
+# What a mistake in other people's code raises. Anything else keeps its traceback, which points into that code.
+MISTAKES: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
+
+
+def mistake(error: BaseException) -> str:
+    """A mistake in a line: its kind, and what it says first."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:120]}" if first else type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, or at least its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,5 @@
 """A method is a file: ``llmprune/<kind>/<name>.py`` holds one public dataclass. There is no registry to edit; ``_name.py`` beside it is a helper.
+Other packages offer theirs by entry points of the groups ``llmprune.criteria``, ``.solvers``, ``.allocations`` and ``.patterns``.
 
 The dataclass's fields are the method's options; its class attributes describe it, with ``DEFAULTS`` for those that it omits.
 Listing and checking names imports nothing heavy; only ``find`` imports the method asked for.
@@ -11,11 +12,14 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import RequestError
+from llmprune.errors import MISTAKES, RequestError, mistake
 
 if TYPE_CHECKING:
     from llmprune.types import Allocation, Criterion, Pattern, Solver, TriedAllocation
@@ -48,9 +52,30 @@ def trait(method: Any, name: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """The methods of one kind, in alphabetical order."""
+    """The methods of one kind, in alphabetical order, those of other packages last."""
+    return own_names(kind) + sorted(offered(kind))
+
+
+def own_names(kind: str) -> list[str]:
+    """Those that llmprune has itself."""
     package = importlib.import_module(f"llmprune.{kind}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+@cache
+def offered(kind: str) -> dict[str, list[EntryPoint]]:
+    """The methods that other packages offer, by name; none is loaded. A name that llmprune has stays llmprune's."""
+    found: dict[str, list[EntryPoint]] = {}
+    own = own_names(kind)
+    for entry in entry_points(group=f"llmprune.{'allocations' if kind == 'allocation' else kind}"):
+        if entry.name not in own:
+            found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def packages(kind: str, name: str) -> dict[str, str]:
+    """Name and version of the package that a method comes from; nothing for one of llmprune's own."""
+    return {entry.dist.name: entry.dist.version for entry in offered(kind).get(name, []) if entry.dist}
 
 
 def check_name(what: str, name: str, known: list[str]) -> None:
@@ -62,9 +87,27 @@ def check_name(what: str, name: str, known: list[str]) -> None:
 
 
 def find(kind: str, name: str) -> type[Any]:
-    """The class of the method of that name. Raises RequestError for an unknown name, or a file without one public dataclass."""
+    """The class of the method of that name. Raises RequestError for an unknown name, one that several packages have, or a file or an entry point
+    that is no method.
+    """
+    if name in own_names(kind):
+        return public_class(importlib.import_module(f"llmprune.{kind}.{name}"))
     check_name(KINDS[kind], name, names(kind))
-    return public_class(importlib.import_module(f"llmprune.{kind}.{name}"))
+    if len(offered(kind)[name]) > 1:
+        raise RequestError(f"{KINDS[kind]} {name!r} is in several packages: {', '.join(sorted(packages(kind, name)))}", "uninstall all but one")
+    return loaded(KINDS[kind], offered(kind)[name][0])
+
+
+def loaded(what: str, entry: EntryPoint) -> type[Any]:
+    """The class of an entry point, whose package is imported. Raises RequestError."""
+    where = f"{what} {entry.name!r} of {entry.dist.name if entry.dist else entry.value}"
+    try:
+        cls = entry.load()
+    except MISTAKES as error:
+        raise RequestError(f"{where}: does not import ({mistake(error)})", "ask its authors, or uninstall it") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise RequestError(f"{where}: {entry.value} is not a dataclass", "ask its authors, or uninstall it")
+    return cls
 
 
 def public_class(module: Any) -> type[Any]:
@@ -107,13 +150,19 @@ def allocation(name: str, **options: Any) -> Allocation | TriedAllocation:
 
 
 def spellings(name: str) -> dict[str, str]:
-    """How recipes spell a pattern (a capital letter stands for a number), each with an example; read without importing it."""
+    """How recipes spell a pattern (a capital letter stands for a number), each with an example; read without importing it. Another package's is
+    spelled as its entry point is named.
+    """
+    if name in offered("patterns"):
+        return {name: name}
     tree = ast.parse((Path(__file__).parent / "patterns" / f"{name}.py").read_text(encoding="utf-8"))
     said = (n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "spellings" and n.value is not None)
     return next((ast.literal_eval(node.value) for node in said if node.value is not None), {})
 
 
 def document(kind: str, name: str) -> str:
-    """The docstring of a method's file (equation, paper, link), read without importing it."""
+    """The docstring of a method's file (equation, paper, link), read without importing it; of another package's module, which is imported."""
+    if name in offered(kind):
+        return (sys.modules[find(kind, name).__module__].__doc__ or "").strip()
     path = Path(__file__).parent / kind / f"{name}.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

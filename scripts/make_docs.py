@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from llmprune.methods import KINDS, document, names
+from llmprune.methods import KINDS, document, own_names
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llmprune"
@@ -36,7 +36,7 @@ def methods() -> Iterator[str]:
     for kind in KINDS:
         title, said = TITLES[kind]
         yield from (f"## {title}", "", said, "")
-        for name in names(kind):
+        for name in own_names(kind):
             equation, _, rest = document(kind, name).partition("\n\n")
             yield from (f"### {name}", "", "```text", equation, "```", "", *([escaped(rest), ""] if rest else []))
 

@@ -209,7 +209,7 @@ def compare(
 def methods(name: Annotated[Text, typer.Argument(help="one method; without it, all are listed", metavar="NAME")] = None) -> None:
     """List what can be asked for, or show one method's equation, paper and options."""
     from llmprune.checkpoint.aliases import ALIASES
-    from llmprune.methods import KINDS, check_name, document, find, names
+    from llmprune.methods import KINDS, check_name, document, find, names, packages
     from llmprune.recipe.named import DEFAULT_QUALITY, METHODS, QUALITIES, STRUCTURED_PATTERNS
     from llmprune.recipe.options import options_of
 
@@ -235,11 +235,11 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; without it, a
             out.print(f"--pattern {pattern}: {text}", markup=False, soft_wrap=True)
     for kind, ns in everything.items():
         for one in ns:
-            text = document(kind, one)
+            origin = " ".join(f"from {package} {version}" for package, version in packages(kind, one).items())
             if name is None:
-                out.print(f"{kind}/{one}: {text.splitlines()[0]}", markup=False)
+                out.print(f"{kind}/{one}: {origin or document(kind, one).splitlines()[0]}", markup=False)
             elif name == one:
-                out.print(f"\n{kind}/{one}\n{text}", markup=False)
+                out.print("\n" + "\n".join(line for line in (f"{kind}/{one}", origin, document(kind, one)) if line), markup=False)
                 for option in options_of(find(kind, one)).values():
                     out.print(f"  --option {option}", markup=False, soft_wrap=True)
     if name is None:

@@ -70,7 +70,7 @@ def is_bundled(source: Source) -> bool:
 
 def method_of(recipe: Recipe) -> str:
     """The name of what was done: a quality, a method, or a method's parts."""
-    named = recipe.method or recipe.quality or "+".join(p for p in (recipe.criterion_name, recipe.solver) if p)
+    named = recipe.method or recipe.quality or "+".join(str(p) for p in (recipe.criterion_name, recipe.solver) if p)
     return named or (recipe.parts.criterion if recipe.pattern in COARSE else None) or DEFAULT_QUALITY
 
 
@@ -206,7 +206,8 @@ def said(kind: str, name: str) -> str:
 def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     """What was asked for, without paths and with the source's revision pinned; read as a recipe, it asks for the same again."""
     chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
-    chosen |= {key: report.recipe[key] for key in ("model", "criterion", "calibration", "eval") if key in chosen}  # paths are their last names there
+    shown = ("model", "criterion", "solver", "calibration", "eval")  # paths are their last names there
+    chosen |= {key: report.recipe[key] for key in shown if key in chosen}
     if report.source.revision:
         chosen["revision"] = report.source.revision
     return chosen if chosen.keys() & set(NAMED) or recipe.pattern in COARSE else chosen | {"quality": DEFAULT_QUALITY}

@@ -12,7 +12,7 @@ from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.named import METHODS, QUALITIES, STRUCTURED, STRUCTURED_METHODS, as_regex, block_solvers, in_groups
 from llmprune.recipe.reading import keys, read_recipe
 from llmprune.recipe.recipe import BUDGETS, Recipe
-from llmprune.recipe.user_criterion import refuse_code
+from llmprune.recipe.user_methods import refuse_code
 from llmprune.recipe.values import spelt
 
 HEAD = """\
@@ -37,7 +37,7 @@ def draft(given: dict[str, Any]) -> str:
 
     Raises RequestError as a run of it would.
     """
-    refuse_code("a recipe", given.get("criterion"))
+    refuse_code("a recipe", given)
     values = {"model": "llama"} | given
     pattern = values.get("pattern", "unstructured")
     if not values.keys() & set(BUDGETS) and not in_groups(pattern):

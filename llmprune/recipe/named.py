@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llmprune.errors import RequestError
-from llmprune.methods import find, names, spellings, trait
+from llmprune.methods import find, names, offered, own_names, spellings, trait
 from llmprune.pruners.coarse import COARSE
 
 Group = Literal["row", "matrix"]
@@ -84,14 +84,19 @@ def split_solver(text: str) -> tuple[str, str | None]:
     over_blocks = trait(find("solvers", first), "fits_blocks")
     if not plus:
         return first, first if over_blocks else None
-    if over_blocks or last not in names("solvers") or not trait(find("solvers", last), "fits_blocks"):
-        raise RequestError(f"solver {text!r}", f"only a solver for blocks can follow another: {', '.join(block_solvers())}")
+    check_after(text, find("solvers", first), last)
     return first, last
 
 
+def check_after(text: str, first: type[Any], last: str) -> None:
+    """Raises RequestError unless the solver called ``last`` goes over blocks, and can do so after the class ``first``."""
+    if trait(first, "fits_blocks") or last not in names("solvers") or not trait(find("solvers", last), "fits_blocks"):
+        raise RequestError(f"solver {text!r}", f"only a solver for blocks can follow another: {', '.join(block_solvers())}")
+
+
 def block_solvers() -> list[str]:
-    """The solvers that can follow another, as in admm+reconstruct."""
-    return [name for name in names("solvers") if trait(find("solvers", name), "fits_blocks")]
+    """Our solvers that can follow another, as in admm+reconstruct. Those of other packages would have to be loaded to know."""
+    return [name for name in own_names("solvers") if trait(find("solvers", name), "fits_blocks")]
 
 
 def is_tried(allocation: str) -> bool:
@@ -100,11 +105,16 @@ def is_tried(allocation: str) -> bool:
 
 
 def find_pattern(text: str) -> type[Any]:
-    """The class of the pattern that ``text`` spells, such as "unstructured", "2:4", "block:4x4", "row". Raises RequestError."""
+    """The class of the pattern that ``text`` spells. Raises RequestError."""
+    return find("patterns", pattern_name(text))
+
+
+def pattern_name(text: str) -> str:
+    """The name of the pattern that ``text`` spells, such as "unstructured", "2:4", "block:4x4", "row". Raises RequestError."""
     for name in names("patterns"):
         if any(re.fullmatch(as_regex(spelling), text) for spelling in spellings(name)):
-            return find("patterns", name)
-    raise RequestError(f"pattern {text!r} is unknown", f"there are: {', '.join((*spelled_patterns(), *STRUCTURED))}")
+            return name
+    raise RequestError(f"pattern {text!r} is unknown", f"there are: {', '.join((*spelled_patterns(), *offered('patterns'), *STRUCTURED))}")
 
 
 def build_pattern(text: str, group: Group = "matrix") -> Any:
@@ -138,6 +148,6 @@ def as_regex(spelling: str) -> str:
 
 def spelled_patterns() -> list[str]:
     """How patterns that are not structured are spelled, with examples; the default first."""
-    found = {spelling: example for name in names("patterns") for spelling, example in spellings(name).items()}
+    found = {spelling: example for name in own_names("patterns") for spelling, example in spellings(name).items()}
     ordered = sorted(found, key=lambda spelling: spelling != "unstructured")
     return [spelling if found[spelling] == spelling else f"{spelling} such as {found[spelling]}" for spelling in ordered]

@@ -12,7 +12,7 @@ from llmprune.methods import check_name
 from llmprune.recipe.named import METHODS, QUALITIES, in_groups
 from llmprune.recipe.recipe import BUDGETS, NAMED, Recipe
 from llmprune.recipe.refusals import check
-from llmprune.recipe.user_criterion import read_criterion, refuse_code
+from llmprune.recipe.user_methods import READERS, refuse_code
 from llmprune.recipe.values import read_toml
 
 
@@ -20,8 +20,8 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
     stored = read_toml(path) if path else {}
     _check_keys(stored)
-    refuse_code(f"recipe {path.name if path else ''}", stored.get("criterion"))
-    flags = {key: read_criterion(value) if key == "criterion" else value for key, value in flags.items()}
+    refuse_code(f"recipe {path.name if path else ''}", stored)
+    flags = {key: READERS[key](value) if key in READERS else value for key, value in flags.items()}
     parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
     for flag, replaced in parts.items():  # a flag also replaces what it excludes in the recipe
         if flag in flags:

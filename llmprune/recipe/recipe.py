@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
-from llmprune.methods import find, trait
+from llmprune.methods import trait
 from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, SMALLER, WHAT, Flag
 from llmprune.recipe.named import (
@@ -27,11 +27,10 @@ from llmprune.recipe.named import (
     in_groups,
     is_tried,
     spelled_patterns,
-    split_solver,
     takes_group,
 )
-from llmprune.recipe.options import Part, assigned
-from llmprune.recipe.user_criterion import UserCriterion
+from llmprune.recipe.parts import Part, assigned, packages_of, parts_of
+from llmprune.recipe.user_methods import UserClass, UserCriterion, UserSolver
 from llmprune.recipe.values import read_bytes, read_count, read_share
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ Count = Annotated[int, Field(gt=0), BeforeValidator(read_count, json_schema_inpu
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_input_type=int | str)]
 
 
-def _read_criterion(value: Any) -> Any:
-    if value is None or isinstance(value, str | UserCriterion):
+def _read_method(value: Any) -> Any:
+    if isinstance(value, str | UserCriterion | UserClass | None):
         return value
     raise ValueError("is not a name")
 
@@ -98,11 +97,12 @@ class Recipe(BaseModel):
     method: Annotated[str | None, Flag(HOW, "NAME")] = Field(
         None, description="a paper's own recipe, unimproved, for comparison; see llmprune methods"
     )
-    criterion: Annotated[Any, PlainValidator(_read_criterion, str | None), Flag(HOW, "NAME")] = Field(
+    criterion: Annotated[Any, PlainValidator(_read_method, str | None), Flag(HOW, "NAME")] = Field(
         None, description="what scores the weights; on the command line also your own function, my.py:score"
     )
-    solver: Annotated[str | None, Flag(HOW, "NAME")] = Field(
-        None, description="what chooses the mask and repairs the kept weights; +reconstruct trains each block after it"
+    solver: Annotated[Any, PlainValidator(_read_method, str | None), Flag(HOW, "NAME")] = Field(
+        None,
+        description="what chooses the mask and repairs the kept weights; +reconstruct trains each block after it; also your own class, my.py:Mine",
     )
     target: Annotated[Literal["symmetric", "asymmetric"] | None, Flag(HOW, "NAME")] = Field(
         None, description="what a repair aims at: symmetric (the matrix's own outputs) or asymmetric (the dense path's)"
@@ -238,7 +238,7 @@ class Recipe(BaseModel):
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:
-            named = Method(self.criterion_name, self.solver or "mask_only", "row")
+            named = Method(self.criterion_name, str(self.solver or "mask_only"), "row")
         else:
             named = (STRUCTURED_QUALITIES if self.structured else QUALITIES)[self.quality or DEFAULT_QUALITY]
         group = self.group or named.group
@@ -286,20 +286,9 @@ class Recipe(BaseModel):
 
     def methods(self) -> list[Part]:
         """The methods that it uses; a user's own criterion and the measures of coarse patterns are not among them."""
-        parts, (solver, over_blocks) = self.parts, split_solver(self.parts.solver)
-        found = [
-            Part("solver", solver, find("solvers", solver)),
-            Part("allocation", parts.allocation, find("allocation", parts.allocation), self._ratios()),
-        ]
-        if over_blocks and over_blocks != solver:
-            found.append(Part("block_solver", over_blocks, find("solvers", over_blocks)))
-        if parts.criterion and not isinstance(self.criterion, UserCriterion) and (self.pattern not in COARSE or COARSE[self.pattern].scores):
-            found.append(Part("criterion", parts.criterion, find("criteria", parts.criterion)))
-        if not self.structured:
-            cls = find_pattern(self.pattern)
-            said = trait(cls, "parse")(self.pattern) | ({"group": parts.group} if self.takes_group else {})
-            found.append(Part("pattern", self.pattern, cls, said))
-        return found
+        ranked = isinstance(self.criterion, str | None) and (self.pattern not in COARSE or COARSE[self.pattern].scores)
+        solver = self.parts.solver if isinstance(self.solver, str | None) else self.solver
+        return parts_of(self.parts, solver, None if self.structured else self.pattern, ranked, self._ratios())
 
     def made(self) -> dict[str, Any]:
         """Role -> method, with its options. Raises RequestError for unknown options."""
@@ -308,6 +297,8 @@ class Recipe(BaseModel):
         made = {part.role: part.make(given[part.role], self.seed) for part in parts}
         if trait(made["solver"], "fits_blocks"):
             made["block_solver"] = made["solver"]
+        if isinstance(self.solver, UserClass):
+            made["solver"] = UserSolver(self.solver.name, made["solver"])
         return made | ({"criterion": self.criterion} if isinstance(self.criterion, UserCriterion) else {})
 
     def _ratios(self) -> dict[str, Any]:
@@ -331,8 +322,10 @@ class Recipe(BaseModel):
             value["quality"] = DEFAULT_QUALITY
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
         value["fisher_rows"] = parts.fisher_rows
-        given = assigned(self.options, self.methods()) if self.options else {}
+        methods = self.methods()
+        given = assigned(self.options, methods)
         value["options"] = {f"{role}.{name}": said for role, options in given.items() for name, said in sorted(options.items())}
+        value["packages"] = packages_of(methods)
         value["allocation"] = parts.allocation
         value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
         value["group"] = parts.group if self.takes_group else None

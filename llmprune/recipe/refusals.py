@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmprune.errors import RequestError
-from llmprune.methods import check_name, find, names, trait
+from llmprune.methods import check_name, find, names, own_names, trait
 from llmprune.pruners.coarse import COARSE, Coarse
 from llmprune.recipe.named import (
     METHODS,
@@ -13,9 +13,10 @@ from llmprune.recipe.named import (
     build_pattern,
     find_pattern,
     is_tried,
-    split_solver,
 )
+from llmprune.recipe.parts import Part
 from llmprune.recipe.recipe import BUDGETS, Recipe
+from llmprune.recipe.user_methods import UserClass, try_solver
 
 
 def check(recipe: Recipe) -> None:
@@ -144,15 +145,16 @@ def refuse_structured(recipe: Recipe) -> None:
         raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
 
 
-def check_units(recipe: Recipe, criterion: str | None, solver: str) -> None:
+def check_units(recipe: Recipe, parts: list[Part]) -> None:
     """Raises RequestError for parts that do not fit the pattern's units, or are for units alone."""
     pattern = recipe.pattern
-    if (recipe.structured or not trait(find_pattern(pattern), "in_slabs")) and trait(find("solvers", solver), "by_slab"):
-        others = [name for name in names("solvers") if not trait(find("solvers", name), "by_slab")]
-        raise RequestError(f"solver {solver!r} with pattern {pattern}: it decides slab by slab", f"use one of {', '.join(others)}")
-    for kind, name in (("criteria", criterion), ("solvers", solver)):
-        if not recipe.structured and name in names(kind) and trait(find(kind, name), "units_only"):
-            raise RequestError(f"{name!r} with pattern {pattern}", "it is for structured patterns alone")
+    whole = recipe.structured or not trait(find_pattern(pattern), "in_slabs")
+    for part in parts:
+        if whole and trait(part.cls, "by_slab"):
+            others = [name for name in own_names("solvers") if not trait(find("solvers", name), "by_slab")]
+            raise RequestError(f"solver {part.name!r} with pattern {pattern}: it decides slab by slab", f"use one of {', '.join(others)}")
+        if not recipe.structured and trait(part.cls, "units_only"):
+            raise RequestError(f"{part.name!r} with pattern {pattern}", "it is for structured patterns alone")
 
 
 def check_names(recipe: Recipe) -> None:
@@ -173,18 +175,17 @@ def check_names(recipe: Recipe) -> None:
 
 def check_parts(recipe: Recipe) -> None:
     """Raises RequestError for a criterion, a solver, a target and a polish that cannot be combined."""
-    if isinstance(recipe.criterion, str):
-        check_name("criterion", recipe.criterion, names("criteria"))
-    if recipe.solver is not None:
-        split_solver(recipe.solver)
-    criterion, (solver, _) = recipe.parts.criterion, split_solver(recipe.parts.solver)
-    check_units(recipe, criterion, solver)
-    own_score = find("solvers", solver).own_score
-    if own_score and criterion is not None:
-        raise RequestError(f"solver {solver!r} ranks by its own saliency, not by {criterion!r}", "omit --criterion, or use mask_only")
-    if not own_score and criterion is None:
-        raise RequestError(f"solver {solver!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
-    if recipe.parts.asymmetric and not trait(find("solvers", solver), "repairs"):
-        raise RequestError(f"an asymmetric target with solver {solver!r}, which repairs nothing", "use refit, sparsegpt or admm")
+    parts = {part.role: part for part in recipe.methods()}
+    criterion, solver = recipe.parts.criterion, parts["solver"]
+    check_units(recipe, [parts[role] for role in ("criterion", "solver") if role in parts])
+    if solver.cls.own_score and criterion is not None:
+        raise RequestError(f"solver {solver.name!r} ranks by its own saliency, not by {criterion!r}", "omit --criterion, or use mask_only")
+    if not solver.cls.own_score and criterion is None:
+        raise RequestError(f"solver {solver.name!r} needs a criterion", f"add --criterion, one of {', '.join(names('criteria'))}")
+    if recipe.parts.asymmetric and not trait(solver.cls, "repairs"):
+        raise RequestError(f"an asymmetric target with solver {solver.name!r}, which repairs nothing", "use refit, sparsegpt or admm")
     if recipe.polish_steps is not None and recipe.polish is None and not recipe.parts.polish_steps:
         raise RequestError(f"{recipe.polish_steps} polish steps without a polish", "add --polish kd")
+    if isinstance(recipe.solver, UserClass):
+        made = recipe.made()
+        try_solver(made["solver"], made.get("pattern"))

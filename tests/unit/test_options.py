@@ -13,7 +13,8 @@ from pydantic import Field
 import llmprune
 from llmprune.errors import RequestError
 from llmprune.methods import KINDS, find, names
-from llmprune.recipe.options import Part, assigned, options_of
+from llmprune.recipe.options import options_of
+from llmprune.recipe.parts import Part, assigned
 from llmprune.recipe.reading import read_recipe
 from llmprune.recipe.values import read_toml
 
@@ -32,7 +33,7 @@ class Mine:
             raise ValueError(f"{self.steps} steps are not even")
 
 
-PART = Part("criterion", "mine", Mine)
+PART = Part("criterion", "criteria", "mine", Mine)
 
 
 def recipe(**values):
@@ -81,9 +82,9 @@ def test_an_option_goes_to_the_part_that_has_it():
 
 
 def test_an_option_of_two_parts_needs_its_role():
-    with pytest.raises(RequestError, match="option 'damping' is one of solver and criterion") as refused:
+    with pytest.raises(RequestError, match="option 'damping' is one of criterion and solver") as refused:
         recipe(criterion="obs", solver="refit", options={"damping": 0.1})
-    assert refused.value.hint == "write solver.damping"
+    assert refused.value.hint == "write criterion.damping"
     made = recipe(criterion="obs", solver="refit", options={"solver.damping": 0.1}).made()
     assert (made["criterion"].damping, made["solver"].damping) == (0.01, 0.1)
 
