@@ -30,7 +30,7 @@ class OWL:
         if seen.stats.input_sq_C is None:
             return seen.weight_RC.new_zeros(0)
         score_RC = seen.weight_RC.abs() * seen.stats.input_sq_C.sqrt()
-        return torch.cat([score_RC.sum(dtype=torch.float64).view(1), log_histogram(score_RC.log2())])
+        return torch.cat([score_RC.sum(dtype=torch.float64).view(1).cpu(), log_histogram(score_RC.log2())])
 
     def share(
         self, measured: dict[str, Tensor], sizes: dict[str, int], blocks: dict[str, str], sparsity: float

@@ -46,7 +46,7 @@ class Units:
     def mask(self, keep_U: Tensor, like_RC: Tensor) -> Mask:
         """The keep-mask of a matrix that keeps these units."""
         keep_C = torch.ones(like_RC.shape[1], dtype=torch.bool, device=like_RC.device)
-        keep_C[self.columns_UK[~keep_U].flatten()] = False
+        keep_C[self.columns_UK.to(keep_C.device)[~keep_U].flatten()] = False
         return keep_C.expand(like_RC.shape).clone()
 
     def kept(self, keep_RC: Mask) -> tuple[int, ...]:

@@ -179,8 +179,9 @@ class Walk:
             out = hidden_NLD if i == last else hidden
             return (out,) if self.tuples else out
 
+        embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
         with _replaced(self.blocks, receive):
-            return self.model(input_ids=ids_NL, use_cache=False).logits
+            return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits  # the ids may be where the head is
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
         """Run one block with its recorded call; the hidden states that leave it."""

@@ -83,6 +83,7 @@ def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, accept_damag
     """
     wrong = total = 0.0
     for dense, pruned in pairs:
+        dense = dense.to(pruned.device)  # they may have waited in different places
         total += float(dense.float().square().sum(dtype=torch.float64))
         wrong += float((dense.float() - pruned.float()).square().sum(dtype=torch.float64))
     error = wrong / total if total else 0.0

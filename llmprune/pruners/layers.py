@@ -95,8 +95,8 @@ def influences(stream: Reshaped, windows_NL: Tensor) -> dict[int, float]:
         mean = Mean()
         with stream.block(index) as block:
             for batch in range(len(flow)):
-                flow.outputs[batch] = flow.run(index, block, batch)
-                mean += block_influence(flow.hidden[batch], flow.outputs[batch])
+                left_NLD = flow.outputs[batch] = flow.run(index, block, batch)
+                mean += block_influence(flow.hidden[batch].to(left_NLD.device), left_NLD)
         flow.advance()
         found[index] = mean.value
     return found

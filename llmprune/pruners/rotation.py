@@ -100,7 +100,7 @@ def principal_axes(stream: Stream, residual: Residual, windows_NL: Tensor) -> Te
             for handle in handles:
                 handle.remove()
     for batch in range(len(flow)):
-        accumulate_axes(nn.Identity(), (flow.hidden[batch],), {})
+        accumulate_axes(nn.Identity(), (flow.hidden[batch].to(sums["DD"].device),), {})
     return torch.linalg.eigh(sums["DD"].double().cpu()).eigenvectors.flip(1)
 
 

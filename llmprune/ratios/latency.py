@@ -55,8 +55,8 @@ class Timer:
         for index in range(len(stream.names)):
             self._kinds.setdefault(kind_of(self._structure, index), []).append(index)
         with stream.outer():
-            hidden_1LD = self._flow.hidden[0][:, -1:]
-            self._outer = min(seconds(lambda: stream.walk.logits(ids_1L[:, -1:], hidden_1LD)) for _ in range(ROUNDS))
+            last_11, hidden_11D = next((ids_1L[:, -1:], hidden_1LD[:, -1:]) for ids_1L, hidden_1LD in self._flow.windows())
+            self._outer = min(seconds(lambda: stream.walk.logits(last_11, hidden_11D)) for _ in range(ROUNDS))
 
     def ratio(self, sparsity: float) -> float:
         """Time of the model at a sparsity relative to the dense one, timed beside it."""

@@ -82,7 +82,7 @@ def measure(work: Work, listen: Listener) -> Measured:
             for m in matrices:
                 seen = seen_of(work, index, m, m.view(block).float(), statistics.pop(m.name), needs, list(looking.values()))
                 for name, allocation in looking.items():
-                    measured[name][work.name_of(index, m)] = allocation.measure(seen)
+                    measured[name][work.name_of(index, m)] = allocation.measure(seen).cpu()  # blocks may be on several devices
         listen.progress("allocation", index + 1, len(work.matrices))
     return measured
 
