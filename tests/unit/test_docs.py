@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 COMMAND = re.compile(r"^(?: {4}|\$ )((?:python -m )?llmprune .*)", re.MULTILINE)
 SCRIPT = re.compile(r"(?:bash|python) ((?:scripts|tests)/\S+?\.(?:sh|py))\b")
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)\)")
+FILE = re.compile(r"`((?:llmprune|tests|scripts|recipes)/[\w/.-]+\.\w+)`")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -66,7 +67,7 @@ def test_there_are_commands() -> None:
 def test_links_and_scripts_are_there(page: Path) -> None:
     text = page.read_text()
     gone = [target for target in LINK.findall(text) if not (page.parent / target).exists()]
-    gone += [script for script in SCRIPT.findall(text) if not (ROOT / script).exists()]
+    gone += [file for file in SCRIPT.findall(text) + FILE.findall(text) if not (ROOT / file).exists()]
     assert gone == []
 
 
