@@ -10,10 +10,9 @@ if [ ! -e "$stamp" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
     # without a GPU the newest torch would bring gigabytes of CUDA libraries along
     if command -v nvidia-smi > /dev/null; then torch="torch"; else torch="torch==2.13.0"; fi
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[test]" ${TRANSFORMERS:+"transformers==$TRANSFORMERS"}
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[quantised]" ${TRANSFORMERS:+"transformers==$TRANSFORMERS"} ||
-        echo "no compressed-tensors to be had here: its tests are skipped" >&2
+    # what is imported is compiled then; all of it would take as long as fetching it
+    install_with() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$torch" ${TRANSFORMERS:+"transformers==$TRANSFORMERS"} --editable "$1"; }
+    install_with ".[test,quantised]" || { echo "no compressed-tensors to be had here: its tests are skipped" >&2; install_with ".[test]"; }
     touch "$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"

@@ -50,7 +50,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-MAX = {"method": None, "quality": "max", "polish_steps": 3}
+MAX = {"method": None, "quality": "max", "polish_steps": 3, "samples": 4, "sequence_length": 32}
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,12 @@ def each(things: list[Any]) -> list[Any]:
     return [pytest.param(t, id=t.id) for t in things]
 
 
+def rare(combo: Combo) -> bool:
+    """Whether a combo waits for the slow tests: a solver repairs alike whichever criterion has chosen, so blocks and lines are repaired after one."""
+    repairs = combo.criterion is not None and bool(combo.solver.needs)
+    return repairs and combo.criterion != CRITERIA[0].method and combo.id.split("+")[1].startswith(("block", "vector"))
+
+
 def every(combos: list[Combo]) -> Callable[[Test], Test]:
     """Call the test for each; combos that differ in nothing but the pattern's variant (N and M, block, group) are folded into one test."""
     families: dict[str, list[Combo]] = {}
@@ -132,7 +138,7 @@ def every(combos: list[Combo]) -> Callable[[Test], Test]:
                 with Case(combo.id):
                     test(combo=combo, **given)
 
-        cases = [pytest.param(family, id=name) for name, family in families.items()]
+        cases = [pytest.param(family, id=name, marks=[pytest.mark.slow] * rare(family[0])) for name, family in families.items()]
         return pytest.mark.parametrize("family", cases)(without(run, test, "combo", instead=("family",)))
 
     return fold

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from folded import folded
 from torch import Tensor
 
 from llmprune.criteria.wanda import Wanda
@@ -52,12 +53,13 @@ def error(solver: Any, pattern: Any, weight_RC: Tensor, value_TC: Tensor, dtype:
     return float(((change_RC @ h_CC) * change_RC).sum())
 
 
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 50), marks=pytest.mark.slow)], ids=["ten", "forty more"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_float32_is_as_good_as_float64(kind: str, solver: str, pattern: str) -> None:
+@folded("pattern", PATTERNS)
+def test_float32_is_as_good_as_float64(kind: str, solver: str, pattern: str, seeds: range) -> None:
     """On 200 hard Gram matrices, 50 of each kind."""
-    for seed in range(50):
+    for seed in seeds:
         weight_RC = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
         value_TC = inputs(kind, seed)
         single, double = (error(SOLVERS[solver], PATTERNS[pattern], weight_RC, value_TC, dtype) for dtype in (torch.float32, torch.float64))
