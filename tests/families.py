@@ -14,6 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmprune.model.matrices import Selection
+from llmprune.stream.live import LiveStream
+from llmprune.stream.selected import selected
+
 VOCABULARY = 96
 
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -166,3 +170,11 @@ def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, ma
 def tiny_windows(count: int = 6, length: int = 16) -> torch.Tensor:
     """Token ids [count, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def parameters_of(model: Any, report: Any) -> set[str]:
+    """Full names of the parameters that hold the matrices of a report's rows."""
+    stream = LiveStream(model)
+    every = [(f"{stream.path_of(i)}.", m) for i, ms in selected(stream, Selection(only=".")).items() for m in ms]
+    found = {path + m.name: path + m.parameter for path, m in every}
+    return {found[row.matrix] for row in report.rows}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.names import convert, natural, parameter_names, revert
+from llmprune.checkpoint.names import convert, natural, parameter_names, revert, stored_rows
 from llmprune.checkpoint.source import DTYPES, FIRST_NUMBER, Source
 from llmprune.errors import ConversionError, RequestError
 
@@ -155,6 +155,12 @@ class Loader:
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which the checkpoint holds a parameter."""
         return DTYPES[self.source.tensors[self.keys_of[parameter][0]].dtype]
+
+    def stored_rows(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As names.stored_rows, of the parameters that this checkpoint stores so."""
+        converted = {name: value for name, value in numbers.items() if not self.converted.isdisjoint(self.keys_of.get(name, ()))}
+        found = stored_rows(self.skeleton, converted)
+        return found if found.keys() <= self.parameter_of.keys() else {}
 
     def checkpoint_tensors(self, parameters: Iterable[str]) -> dict[str, Tensor]:
         """These parameters of the skeleton as checkpoint tensors, in the stored dtype. The parameters' values must fit it exactly.

@@ -19,6 +19,8 @@ from llmprune.errors import ConversionError
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
         WeightConverter,
         WeightRenaming,
         convert_and_load_state_dict_in_model,
@@ -79,6 +81,20 @@ def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.
 def revert(skeleton: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint tensors that these converted parameters were made of."""
     return revert_weight_conversion(skeleton, parameters)
+
+
+def stored_rows(model: PreTrainedModel, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Checkpoint tensor -> the numbers of its rows, of the parameters among these that are stacked or concatenated from several tensors.
+
+    numbers: a number for every row of a parameter, in the parameter's shape with a single column.
+    """
+    if MOVED:
+        return {}
+    conversions = vars(model).get("_weight_conversions") or get_model_conversion_mapping(model, add_legacy=False)
+    joining = [c for c in conversions if isinstance(c, WeightConverter) and all(isinstance(op, MergeModulelist | Concatenate) for op in c.operations)]
+    apart: Any = [c.reverse_transform() for c in joining]
+    joined = {name: value for name, value in numbers.items() if rename_source_key(name, [], apart)[1] is not None}
+    return revert(model, joined) if joined else {}
 
 
 def natural(key: str) -> list[tuple[int, str]]:

@@ -20,12 +20,18 @@ LEFT_ALONE = re.compile(r"(^|\.)(gate|router|shared_expert_gate|x_proj|dt_proj)(
 class Matrix:
     """One matrix of a block: where it is and how it is stored."""
 
-    name: str  # path inside the block; one expert has its index in brackets
+    name: str  # path inside the block; one expert has its index in brackets, unless the checkpoint has a name for it
     parameter: str
     expert: int | None
     transposed: bool  # stored [C, R]
     rows: int
     columns: int
+    first: int | None = None  # number of its first row, where checkpoints store the rows in several tensors; None: it has them all
+
+    @property
+    def whole(self) -> str:
+        """The name of all rows that the model multiplies at once."""
+        return name_of(self.parameter, self.expert)
 
     @property
     def bias(self) -> str:
@@ -39,8 +45,16 @@ class Matrix:
 
     def view(self, block: nn.Module) -> Tensor:
         """[R, C] view, sharing memory with the parameter."""
+        return self.part_of(self.whole_view(block))
+
+    def whole_view(self, block: nn.Module) -> Tensor:
+        """The view with all rows that the model multiplies at once."""
         stored = self.stored(block)
         return stored.T if self.transposed else stored
+
+    def part_of(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """The matrix's own rows, which lie along ``dim``."""
+        return whole if self.first is None else whole.narrow(dim, self.first, self.rows)
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,10 @@ def _stacks_transposed(module: nn.Module) -> bool:
     return getattr(module, "is_transposed", fused)
 
 
+def name_of(parameter: str, expert: int | None) -> str:
+    return parameter if expert is None else f"{parameter}[{expert}]"
+
+
 def _matrix(parameter: str, expert: int | None, transposed: bool, stored: Tensor) -> Matrix:
     rows, columns = reversed(stored.shape) if transposed else stored.shape
-    name = parameter if expert is None else f"{parameter}[{expert}]"
-    return Matrix(name, parameter, expert, transposed, rows, columns)
+    return Matrix(name_of(parameter, expert), parameter, expert, transposed, rows, columns)

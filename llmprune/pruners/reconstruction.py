@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 from torch import nn
 
 from llmprune.maths.masked_adam import vectors
-from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
+from llmprune.model.matrices import LEFT_ALONE, Matrix
 from llmprune.results import Row
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -52,6 +53,8 @@ def trained_vectors(block: nn.Module) -> dict[str, nn.Parameter]:
 
 def whole_parameters(block: nn.Module, matrices: list[Matrix]) -> dict[str, nn.Parameter]:
     """The parameters of which every part is pruned, not only some experts."""
-    selected = {m.name for m in matrices}
-    partly = {m.parameter for m in block_matrices(block) if m.name not in selected}
-    return {m.parameter: block.get_parameter(m.parameter) for m in matrices if m.parameter not in partly}
+    weights: Counter[str] = Counter()
+    for m in matrices:
+        weights[m.parameter] += m.rows * m.columns
+    held = {name: block.get_parameter(name) for name in weights}
+    return {name: parameter for name, parameter in held.items() if weights[name] == parameter.numel()}

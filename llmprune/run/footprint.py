@@ -220,7 +220,7 @@ def inputs_of(matrices: list[Matrix]) -> list[tuple[int, bool]]:
     the last, which writes into the stream.
     """
     by_module: dict[tuple[str, int | None], list[int]] = {}
-    for m in matrices:
+    for m in {m.whole: m for m in matrices}.values():
         module = m.parameter if m.expert is not None else m.parameter.rpartition(".")[0].rpartition(".")[0]
         by_module.setdefault((module, m.expert), []).append(m.columns)
     found = []

@@ -46,8 +46,8 @@ class Follow:
         self._deepest = 0
 
     def product(self, matrices: list[str], value: Any, out: Tensor, single: bool) -> None:
-        """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts (or a matrix on the left) with
-        some of ``value``.
+        """``out`` is the product of one matrix with ``value``; or, if not ``single``, of a stack of experts, of parts of a matrix, or of
+        one on the left, with some of ``value``.
         """
         self.products += [(matrix, self.operations) for matrix in matrices]
         entering = list(tensors(value))

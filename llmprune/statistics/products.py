@@ -45,16 +45,18 @@ class Use:
     turned: bool = False  # W @ x^T instead of x @ W^T: tokens are the last axis of the input, and of the product
 
     def of(self, out: Tensor) -> Tensor:
-        """[..., R]: this matrix's part of the product, or of its gradient."""
-        part = out if self.place is None else out[self.place]
-        return part.mT if self.turned else part
+        """[..., R]: this matrix's part of the product, or of its gradient. Matrices that are multiplied as one have the same ``out``."""
+        product = out if self.place is None else out[self.place]
+        return self.matrix.part_of(product.mT if self.turned else product, dim=-1)
 
 
 class Products:
     """Finds the uses of some matrices of a block among the functions that torch is asked to compute."""
 
     def __init__(self, block: nn.Module, matrices: list[Matrix]) -> None:
-        self._views = {m.stored(block).data_ptr(): (m, m.view(block)) for m in matrices}
+        self._views: dict[int, tuple[Tensor, list[Matrix]]] = {}  # what is multiplied as one, and the matrices in it
+        for m in matrices:
+            self._views.setdefault(m.stored(block).data_ptr(), (m.whole_view(block), []))[1].append(m)
         self._stacks = {block.get_parameter(m.parameter).data_ptr() for m in matrices if m.expert is not None}
 
     def uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Use]:
@@ -74,9 +76,9 @@ class Products:
             for i, (value_TC, weight_CR) in enumerate(zip(value, weight, strict=True)):
                 yield from self._uses(value_TC, weight_CR, i)
         elif weight.dim() == 2 and weight.data_ptr() in self._views:
-            matrix, view_RC = self._views[weight.data_ptr()]
-            _check_use(matrix, view_RC, weight.T)
-            yield Use(matrix, value, place)
+            view_RC, matrices = self._views[weight.data_ptr()]
+            _check_use(matrices[0], view_RC, weight.T)
+            yield from (Use(matrix, value, place) for matrix in matrices)
 
 
 def _check_use(matrix: Matrix, view_RC: Tensor, used_RC: Tensor) -> None:

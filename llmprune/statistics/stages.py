@@ -304,7 +304,8 @@ def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matr
         followed(flow, index, block, 0, Watch(block, everything, frozenset(), follow), follow)
     except StoppedError:  # a matrix that is excluded is used in an unknown way
         return {}
-    writers = {m.name: [w for w in everything if w.name in follow.made_of.get(m.name, ())] for m in matrices}
+    matrices = [m for m in matrices if m.first is None]  # all that reads an input is reordered, or nothing
+    writers = {m.name: [w for w in everything if w.name in follow.made_of.get(m.whole, ())] for m in matrices}
     config = flow.stream.walk.model.config.get_text_config(decoder=True)
     query = getattr(config, "num_attention_heads", 0)
     heads: tuple[int, int] = query, getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or query

@@ -81,7 +81,7 @@ class Trace(TorchFunctionMode):
 
     def _open(self, stage: int, uses: list[Any]) -> None:
         first = self._program.stages[stage]
-        if [use.matrix.name for use in uses] != [first[0].name]:
+        if not uses or uses[0].matrix.name != first[0].name:
             raise Irregular
         partners = {m.name: total([self._held[p] for p in self._program.partners[m.name]]) for m in first if m.name in self._program.partners}
         self._arrive(stage, uses[0].value, partners)

@@ -67,8 +67,9 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._follow is not None:
             if used:
-                single = used[0].place is None and not used[0].turned
-                self._follow.product([use.matrix.name for use in used], used[0].value if single else (args, kwargs), out, single)
+                alone = used[0].place is None and not used[0].turned
+                single = alone and used[0].matrix.first is None
+                self._follow.product([use.matrix.name for use in used], used[0].value if alone else (args, kwargs), out, single)
             else:
                 self._follow.other(func, args, kwargs, out)
         return out

@@ -80,6 +80,9 @@ class CheckpointStream:
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.loader.stored_dtype(f"{self.path_of(index)}.{parameter}")
 
+    def stored_rows(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.loader.stored_rows(numbers)
+
     def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         assert self.loader.sink is not None
         write = self.loader.sink.write_again if again else self.loader.sink.write

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.checkpoint.names import stored_rows
 from llmprune.model.blocks import Walk
 from llmprune.stream.hidden_states import place_hidden
 
@@ -42,6 +43,9 @@ class LiveStream:
 
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.model.get_submodule(self.path_of(index)).get_parameter(parameter).dtype
+
+    def stored_rows(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return stored_rows(self.model, numbers)
 
     def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         return {}

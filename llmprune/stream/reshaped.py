@@ -68,6 +68,9 @@ class Reshaped:
     def stored_dtype(self, index: int, parameter: str) -> torch.dtype:
         return self.stream.stored_dtype(index, parameter)
 
+    def stored_rows(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.stream.stored_rows(numbers)
+
     def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         return self.stream.keep(index, parameters, again)
 

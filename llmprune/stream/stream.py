@@ -39,6 +39,12 @@ class Stream(Protocol):
         """The dtype that a block's parameter has on disk (or in the live model)."""
         ...
 
+    def stored_rows(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How parameters (by full name, a number in the place of each row) lie in the checkpoint that is or would be written: tensor -> its rows'
+        numbers, of those that are made of several tensors (checkpoint/names.py).
+        """
+        ...
+
     def keep(self, index: int, parameters: Iterable[str], again: bool = False) -> dict[str, str]:
         """Store these changed parameters of a loaded block; hashes of what was written. again: after the whole model has been pruned."""
         ...

@@ -13,6 +13,9 @@ from families import save_tiny, tiny_model, tiny_windows
 import llmprune
 from llmprune.data.windows import read_windows
 from llmprune.errors import RequestError
+from llmprune.model.matrices import Selection
+from llmprune.stream.live import LiveStream
+from llmprune.stream.selected import selected
 
 IDS_NL = tiny_windows()
 MANY = ["llama", "gpt2", "phi3", "gemma2", "falcon_new", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba", "lfm2"]
@@ -160,9 +163,10 @@ def test_mixed_patterns(family: str, allocation: str) -> None:
     step = 0.25 * min(row.rows * row.columns for row in report.rows if row.asked < 0.5)
     assert 0.35 * total - step <= report.zeros <= 0.35 * total + 0.5
     (index,) = [i for i, row in enumerate(report.rows) if row.asked == 0.25][:1]
-    parameter = dict(model.named_parameters())[report.rows[index].matrix.partition("[")[0]]
-    weight_RC = parameter if parameter.dim() == 2 else parameter[0]
-    weight_RC = weight_RC.T if family == "gpt2" else weight_RC
+    stream = LiveStream(model)
+    matrices = {f"{stream.path_of(i)}.{m.name}": (i, m) for i, ms in selected(stream, Selection()).items() for m in ms}
+    at, matrix = matrices[report.rows[index].matrix]
+    weight_RC = matrix.view(stream.walk.blocks[at])
     assert bool(((weight_RC.reshape(len(weight_RC), -1, 4) == 0).sum(-1) >= 1).all())
 
 

@@ -42,7 +42,7 @@ from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden
 from llmprune.stream.live import LiveStream
-from llmprune.stream.selected import selected
+from llmprune.stream.selected import selected, stored_matrices
 from llmprune.types import SILENT, Stat
 
 CPU = torch.device("cpu")
@@ -282,9 +282,9 @@ def test_pruned_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: s
     dense = dict(plain(source).named_parameters())
     pruned = set()
     rows = {row.matrix: row for report in reports for row in report.rows}
-    for name in stream.names:
+    for index, name in enumerate(stream.names):
         block = model.get_submodule(name)
-        for matrix in block_matrices(block):
+        for matrix in stored_matrices(stream, index, block):
             full = f"{name}.{matrix.name}"
             if not Selection().takes(full):
                 assert full not in rows

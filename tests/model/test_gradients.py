@@ -69,7 +69,7 @@ def of(matrix: Matrix, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         return torch.zeros(matrix.rows, matrix.columns)
     part = gradient if matrix.expert is None else gradient[matrix.expert]
-    return part.T if matrix.transposed else part
+    return matrix.part_of(part.T if matrix.transposed else part)
 
 
 def by_autograd(model: nn.Module, stream: Stream, matrices: dict[int, list[Matrix]]) -> dict[str, list[Tensor]]:
@@ -143,7 +143,9 @@ def test_tokens_are_those_that_reached_an_expert(family: str) -> None:
     stream = LiveStream(live(family))
     got = gradients(stream, "grad_out_sq")
     for index, ms in selected(stream, EVERYTHING).items():
-        tokens = Counter({p: sum(got.fields(index, m.name)["grad_tokens"] for m in ms if m.parameter == p) for p in {m.parameter for m in ms}})
+        tokens: Counter[str] = Counter()
+        for m in {m.whole: m for m in ms}.values():
+            tokens[m.parameter] += got.fields(index, m.name)["grad_tokens"]
         experts = {m.parameter for m in ms if m.expert is not None}
         chosen = stream.model.config.num_experts_per_tok
         count = stream.model.config.num_local_experts if family == "llama4_text" else chosen  # which multiplies all tokens by all experts

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny, tiny_model, tiny_windows
+from families import FAMILIES, parameters_of, save_tiny, tiny_model, tiny_windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -117,7 +117,7 @@ def test_the_saved_model_keeps_every_group(family: str, method: dict[str, str], 
             if Selection().takes(f"{block.block}.{m.name}"):
                 assert broken_groups(m.view(model.get_submodule(block.block)), 2, 4) == 0
     changed = {name for block in report.blocks for name in block.changed}
-    pruned = {row.matrix.partition("[")[0] for row in report.rows}
+    pruned = parameters_of(model, report)
     for (name, was), now in zip(dense.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(was, now) or name in changed | pruned, name
         if name in changed:

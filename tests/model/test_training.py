@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import save_tiny, tiny_model, tiny_windows
+from families import parameters_of, save_tiny, tiny_model, tiny_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def test_reconstruction_lowers_the_error_of_a_block(family: str, solver: str, tm
     dense, base, model = (AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("model", "plain", "out"))
     first = model.get_submodule(trained.blocks[0].block)
     changed = {name for block in trained.blocks for name in block.changed}
-    pruned = {row.matrix.partition("[")[0] for row in trained.rows}
+    pruned = parameters_of(model, trained)
     assert changed >= {f"{trained.blocks[0].block}.{name}" for name in vectors(first) if Selection().takes(name)}
     assert all(Selection().takes(name) for name in changed)  # neither routers' biases nor Mamba's time steps
     for (name, was), before, now in zip(dense.named_parameters(), base.parameters(), model.parameters(), strict=True):
@@ -121,7 +121,7 @@ def test_distillation_comes_nearer_to_the_dense_model(family: str, method: str |
     if method:  # else some of these random models are so near already that so few steps gain nothing
         assert report.polish.divergence_after < 0.9 * report.polish.divergence_before
     assert [row.zeros for row in report.rows] == [row.zeros for row in plain.rows]
-    pruned = {row.matrix.partition("[")[0] for row in report.rows}
+    pruned = parameters_of(model, report)
     for (name, was), before, now in zip(dense.named_parameters(), base.parameters(), model.parameters(), strict=True):
         assert torch.equal(was, now) or name in pruned.union(report.polish.changed), name
         if name in pruned:

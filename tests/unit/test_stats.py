@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llmprune.methods import KINDS, build, names
 from llmprune.model.matrices import Selection
-from llmprune.pruners.weights import solve_at
+from llmprune.pruners.matrix import solve_at
+from llmprune.pruners.plan import Work
 from llmprune.ratios.measured import measure
 from llmprune.recipe.recipe import Recipe
 from llmprune.statistics.gradients import loss_gradients
@@ -26,7 +27,7 @@ from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import selected
-from llmprune.types import STATISTICS, Stats, shape_of, statistics_of
+from llmprune.types import SILENT, STATISTICS, Stats, shape_of, statistics_of
 
 R, C = 6, 8
 IDS_NL = tiny_windows(4, 16)
@@ -124,7 +125,7 @@ def test_curves_of_few_tokens_rest_on_what_a_run_prunes_by(ask: dict[str, Any], 
     plan = Recipe(model="llama", sparsity=0.5, allocation="sensitivity", **ask).plan()
     matrices = selected(stream, Selection(only="mlp"))
     gradients = loss_gradients(stream, IDS_NL, matrices, frozenset({"grad_out_sq"}))
-    found = measure(stream, IDS_NL, plan, matrices, gradients, lambda done, total: None)[""]
+    found = measure(Work(stream, IDS_NL, plan, matrices, gradients), SILENT)[""]
     flow = Flow(stream, IDS_NL)
     with stream.block(0) as block:
         statistics = at_once(flow, 0, block, matrices[0], plan.needs | {"gram", "grad_out_sq"}, Clock())
