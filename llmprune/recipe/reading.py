@@ -15,6 +15,8 @@ from llmprune.recipe.refusals import check
 from llmprune.recipe.user_methods import READERS, refuse_code
 from llmprune.recipe.values import read_toml
 
+WHOLE = ("quality", "method")  # each stands for a criterion, a solver and their options
+
 
 def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """A TOML recipe (or none) with flags on top. Raises RequestError for anything malformed, unknown or contradictory."""
@@ -22,14 +24,7 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     _check_keys(stored)
     refuse_code(f"recipe {path.name if path else ''}", stored)
     flags = {key: READERS[key](value) if key in READERS else value for key, value in flags.items()}
-    parts = {flag: tuple(n for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}) for flag in NAMED}
-    for flag, replaced in parts.items():  # a flag also replaces what it excludes in the recipe
-        if flag in flags:
-            stored = {k: v for k, v in stored.items() if k not in replaced}
-    if flags.keys() & set(BUDGETS):  # one budget at a time
-        stored = {k: v for k, v in stored.items() if k not in BUDGETS}
-    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:  # another method's own polish, or none
-        stored.pop("polish_steps", None)
+    stored = _under(stored, flags)
     tables = {key: stored[key] | table for key, table in flags.items() if isinstance(table, dict) and isinstance(stored.get(key), dict)}
     values = stored | flags | tables
     if "model" not in values:
@@ -40,6 +35,18 @@ def read_recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
         raise _refusal(error) from None
     check(recipe)
     return recipe
+
+
+def _under(stored: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What still holds of a recipe under flags: each replaces what it excludes, and another method brings its own polish and options."""
+    replaced = {n for flag in NAMED if flag in flags for n in NAMED if n != flag and {n, flag} != {"criterion", "solver"}}
+    if flags.keys() & set(BUDGETS):  # one budget at a time
+        replaced |= set(BUDGETS)
+    if flags.keys() & set(NAMED) and not flags.keys() & {"polish", "polish_steps"}:
+        replaced.add("polish_steps")
+    if any(flags.get(name, stored.get(name)) != stored.get(name) for name in WHOLE) or replaced & stored.keys() & set(WHOLE):
+        replaced.add("options")
+    return {key: value for key, value in stored.items() if key not in replaced}
 
 
 def keys() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -115,3 +116,23 @@ def test_a_ratio_without_a_name_or_a_number(cli: Cli, said: str, error: str) -> 
     assert ran.code == 2
     assert f"error: {error}" in ran.err
     assert "hint: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ((), {"solver.damping": 0.02}),
+        (("--method", "sparsegpt"), {"solver.damping": 0.02}),
+        (("--option", "damping=0.03"), {"solver.damping": 0.03}),
+        (("--option", "slab=64"), {"solver.damping": 0.02, "solver.slab": 64}),
+        (("--method", "wanda"), {}),
+        (("--quality", "fast"), {}),
+        (("--criterion", "magnitude"), {}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "nothing",
+)
+def test_options_of_a_recipe_are_those_of_its_method(cli: Cli, small: tuple[object, ...], words: tuple[str, ...], left: dict[str, float]) -> None:
+    Path("r.toml").write_text('model = "llama"\nsparsity = 0.5\nmethod = "sparsegpt"\n[options]\ndamping = 0.02\n')
+    ran = cli("--recipe", "r.toml", *words, "--dry-run", "--json", *small)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["recipe"]["options"] == left
