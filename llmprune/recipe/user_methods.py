@@ -179,8 +179,8 @@ def from_class(cls: type[Any]) -> UserClass:
 
 def user_class(name: str, source: bytes, cls: type[Any], after: str = "") -> UserClass:
     """Raises RequestError for a class that does not say what every solver says."""
-    needs, own_score = vars(cls).get("needs"), vars(cls).get("own_score")
-    if not isinstance(own_score, bool) or not callable(vars(cls).get("solve")):
+    needs, own_score, solve = (getattr(cls, name, None) for name in ("needs", "own_score", "solve"))
+    if not isinstance(own_score, bool) or not callable(solve):
         raise RequestError(f"solver {name}: has no own_score (True or False), or no solve", "docs/extending.md shows the smallest solver")
     check_needs(f"solver {name}", needs)
     return UserClass(name, hashlib.sha256(source).hexdigest(), cls, after)
