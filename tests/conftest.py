@@ -36,6 +36,23 @@ def short_samples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def reloaded_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For tests that do not ask whether a fresh process loads a smaller checkpoint: transformers loads it in this one, whose imports are there."""
+
+    def logits(folder: Path, scratch: Path, ids_1L: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        from transformers import AutoModelForCausalLM
+
+        own = (folder / "modeling_pruned.py").exists()
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            return model.eval()(input_ids=ids_1L, use_cache=False).logits.float()
+
+    monkeypatch.setattr("llmprune.export.save.reloaded_logits", logits)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
 @pytest.fixture(scope="session")
 def drawn() -> dict[str, str]:
     return {}

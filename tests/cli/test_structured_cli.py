@@ -72,6 +72,7 @@ def busy_machine():
     return seconds
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_budget_of_time_is_measured_here(cli, small, monkeypatch):
     monkeypatch.setattr("llmprune.ratios.latency.seconds", busy_machine())
     ran = cli("--model", "llama", "--pattern", "channels", "--target-latency-ratio", "0.8", "--output", "out", *small)

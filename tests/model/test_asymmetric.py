@@ -217,7 +217,7 @@ def test_the_default_quality_works_on_any_family(tmp_path, family):
     assert all(math.isfinite(block.output_error) for block in report.blocks)
 
 
-@pytest.mark.parametrize(("pattern", "at_most"), [("unstructured", 0.40), ("2:4", 0.62)])
+@pytest.mark.parametrize(("pattern", "at_most"), [("unstructured", 0.40), pytest.param("2:4", 0.62, marks=pytest.mark.slow)])
 def test_balanced_is_far_ahead_of_sparsegpt(assets, tmp_path, pattern, at_most):
     """Excess negative log-likelihood on stories260K, as a ratio to sparsegpt's, for one calibration draw."""
     texts = assets / "text"
