@@ -150,7 +150,7 @@ def test_a_function_without_source_is_refused() -> None:
     exec("def score(weight_RC, stats): return weight_RC.abs()", space)
     with pytest.raises(RequestError, match="source cannot be read"):
         llmprune.prune(tiny_model("llama"), 0.5, criterion=space["score"], calibration=tiny_windows())
-    with pytest.raises(LlmpruneError, match="criterion 3: is no name"):
+    with pytest.raises(LlmpruneError, match="criterion 3: is not a name"):
         llmprune.prune(tiny_model("llama"), 0.5, criterion=3, calibration=tiny_windows())
 
 
