@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from pydantic import PositiveInt
 import llmprune
 from llmprune.checkpoint.files import FORMAT, REPORT
 from llmprune.report import summary
+from llmprune.report.cells import count, number, percent, seconds, size
 from llmprune.report.fields import Fields
 from llmprune.results import (
     BlockReport,
@@ -67,14 +68,31 @@ class Report:
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: Timings = field(default=Timings(), compare=False)
 
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """(label, text) of the main facts; what was not measured is left out."""
+        recipe, smaller = self.recipe, self.smaller
+        yield "pattern", f"{recipe['pattern']}, by {summary.named(recipe)}"
+        yield "sparsity", f"{percent(self.sparsity, 4).text} of the pruned matrices, asked {percent(self.asked, 4).text}"
+        for pair in self.perplexity:
+            yield f"perplexity, {pair.pruned.dataset}", f"{number(pair.dense.value).text} dense, {number(pair.pruned.value).text} pruned"
+        what = "parameters" if smaller or self.model is not None else "non-zero parameters"
+        yield what, f"{count(self.left).text} of {count(self.parameters).text}"
+        if self.source.bytes is not None:
+            dense = self.source.bytes
+            yield "size", f"{size(smaller.bytes if smaller else dense).text} of {size(dense).text}"
+        if self.timings.seconds is not None:
+            yield "time", seconds(self.timings.seconds).text
+        if self.output is not None:
+            yield "output", self.output.name
+
     def __repr__(self) -> str:
-        return summary.line(self)
+        return summary.line(self.source.name, self._facts())
 
     def __rich__(self) -> Table:
-        return summary.table(self)
+        return summary.table(self.source.name, self._facts())
 
     def _repr_html_(self) -> str:
-        return summary.html(self)
+        return summary.html(self.source.name, self._facts())
 
     @property
     def rows(self) -> list[Row]:

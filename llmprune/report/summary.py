@@ -1,17 +1,15 @@
-"""A result in a few lines, as a notebook or a Python prompt shows a Report."""
+"""The main facts of a result as a notebook, a terminal or a Python prompt shows them: pairs of label and text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING, Any
-
-from llmprune.report.cells import count, number, percent, seconds, size
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from llmprune.report.result import Report
+Facts: TypeAlias = Iterable[tuple[str, str]]  # (label, text)
 
 
 def named(recipe: dict[str, Any]) -> str:
@@ -19,40 +17,22 @@ def named(recipe: dict[str, Any]) -> str:
     return recipe["method"] or recipe["quality"] or " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
 
 
-def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """(label, text) of the main facts; what was not measured is left out."""
-    recipe, smaller = report.recipe, report.smaller
-    yield "pattern", f"{recipe['pattern']}, by {named(recipe)}"
-    yield "sparsity", f"{percent(report.sparsity, 4).text} of the pruned matrices, asked {percent(report.asked, 4).text}"
-    for pair in report.perplexity:
-        yield f"perplexity, {pair.pruned.dataset}", f"{number(pair.dense.value).text} dense, {number(pair.pruned.value).text} pruned"
-    what = "parameters" if smaller or report.model is not None else "non-zero parameters"
-    yield what, f"{count(report.left).text} of {count(report.parameters).text}"
-    if report.source.bytes is not None:
-        dense = report.source.bytes
-        yield "size", f"{size(smaller.bytes if smaller else dense).text} of {size(dense).text}"
-    if report.timings.seconds is not None:
-        yield "time", seconds(report.timings.seconds).text
-    if report.output is not None:
-        yield "output", report.output.name
+def line(name: str, facts: Facts) -> str:
+    return f"<Report of {name}: {'; '.join(f'{label} {text}' for label, text in facts)}>"
 
 
-def line(report: Report) -> str:
-    return f"<Report of {report.source.name}: {'; '.join(f'{label} {text}' for label, text in facts(report))}>"
-
-
-def table(report: Report) -> Table:
+def table(name: str, facts: Facts) -> Table:
     """For a terminal that knows rich."""
     from rich.markup import escape as plain
     from rich.table import Table
 
-    made = Table("", plain(report.source.name), title="pruned")
-    for label, text in facts(report):
+    made = Table("", plain(name), title="pruned")
+    for label, text in facts:
         made.add_row(plain(label), plain(text))
     return made
 
 
-def html(report: Report) -> str:
+def html(name: str, facts: Facts) -> str:
     """For a notebook: a table of escaped text."""
-    rows = "".join(f"<tr><th style='text-align:left'>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in facts(report))
-    return f"<table><caption>{escape(report.source.name)}, pruned</caption>{rows}</table>"
+    rows = "".join(f"<tr><th style='text-align:left'>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in facts)
+    return f"<table><caption>{escape(name)}, pruned</caption>{rows}</table>"
