@@ -119,7 +119,7 @@ def after_a_kill(folder: Path, words: list[str], new: dict[str, object], old: di
 
 def operations(quick: bool) -> Outcome:
     """quick: states evenly spaced; else all that a crash can leave, for a new output, a replaced one, and a smaller model's one in ten."""
-    kinds = [("new", 70), ("replaced", 90)] if quick else [("new", 1), ("replaced", 1), ("smaller", 10)]
+    kinds = [("new", 140), ("replaced", 180)] if quick else [("new", 1), ("replaced", 1), ("smaller", 10)]
     tasks = [(kind, number, step) for kind, step in kinds for number in range(WORKERS)] + [("control", 0, 1)]
     found = in_workers(crashed, tasks)
     crashes = sum(n for kind, n, _, _ in found if kind != "control")
