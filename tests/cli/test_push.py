@@ -231,8 +231,8 @@ def damage(output: Path, how: str) -> Path:
     [
         ("partial", "is unfinished"),
         ("unreported", "holds no llmprune.json"),
-        ("edited", "not as the run left them, first 'config.json'"),
-        ("weights", "not as the run left them, first 'model.safetensors'"),
+        ("edited", "differ from what the run wrote, first 'config.json'"),
+        ("weights", "differ from what the run wrote, first 'model.safetensors'"),
         ("missing", "1 of 5 files are missing, first 'tokenizer.json'"),
         ("outside", "lies outside the folder"),
     ],

@@ -39,7 +39,7 @@ def test_flat_words_and_a_default_name(cli, small):
         (("--pattern", "experts", "--sparsity", 0.5), "it has no experts"),
         (("--pattern", "hidden", "--sparsity", 0.5, "--only", "mlp"), "every matrix reads or writes"),
         (("--pattern", "width", "--sparsity", 0.5), "there are: unstructured"),
-        (("--pattern", "channels", "--sparsity", 0.1, "--round-to", 512), "none of the 384 can go"),
+        (("--pattern", "channels", "--sparsity", 0.1, "--round-to", 512), "none of the 384 can be dropped"),
         (("--pattern", "unstructured", "--target-size", "1MB"), "zeros take as much space"),
     ],
 )

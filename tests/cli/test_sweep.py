@@ -143,5 +143,5 @@ def test_an_output_is_replaced_only_if_asked_and_only_a_sweeps(cli: Cli, small: 
     Path("strange/file").write_text("mine")
     again = cli(*words[: -len(small) - 1], "strange", *small, "--overwrite")
     assert again.code == 2
-    assert "holds no sweep.json" in again.err
+    assert "contains no sweep.json" in again.err
     assert Path("strange/file").read_text() == "mine"

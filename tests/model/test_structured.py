@@ -203,9 +203,9 @@ def test_nothing_asked_nothing_changed(tmp_path):
     ("pattern", "sparsity", "options", "said"),
     [
         ("heads", 0.3, {}, "legal sparsities: 0.5"),
-        ("kv-groups", 0.3, {}, "legal sparsities: 0.25 .3 stay., 0.5 .2 stay., 0.75"),
+        ("kv-groups", 0.3, {}, "legal sparsities: 0.25 .3 kept., 0.5 .2 kept., 0.75"),
         ("layers", 0.5, {}, "legal sparsities"),
-        ("channels", 0.5, {"round_to": 64}, "none of the 48 can go"),
+        ("channels", 0.5, {"round_to": 64}, "none of the 48 can be dropped"),
         ("channels", 0.5, {"pad": True}, "omit --pad"),
         ("channels", 0.5, {"permute": True}, "omit --permute"),
         ("channels", 0.5, {"solver": "sparsegpt"}, "block_obs"),

@@ -41,9 +41,9 @@ def test_the_least_sparsity_within_the_time(monkeypatch: pytest.MonkeyPatch, rat
 
 def test_time_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "Timer", Linear)
-    with pytest.raises(RequestError, match=r"target_latency_ratio 0\.3: 0\.43 is the least that channels reach"):
+    with pytest.raises(RequestError, match=r"target_latency_ratio 0\.3: 0\.43 is the least that channels can reach"):
         sparsity_for(stream_of("channels", 4), torch.zeros(3, 16), 0.3)
-    with pytest.raises(RequestError, match=r"target_latency_ratio 0\.5: 0\.55 is the least that layers reach"):
+    with pytest.raises(RequestError, match=r"target_latency_ratio 0\.5: 0\.55 is the least that layers can reach"):
         sparsity_for(stream_of("layers", 4), torch.zeros(3, 16), 0.5)
 
 
