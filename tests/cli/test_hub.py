@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cli.hub import Hub, commit_of, metadata_errors, serve, stand_in
 from cli.runner import Ran
 from huggingface_hub import ModelCard
@@ -98,6 +99,7 @@ def test_pinned_to_a_revision(tmp_path):
     assert len(absent.err.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_windows_drawn_from_a_stream(tmp_path):
     """The first rows are not the only ones that windows come from; where they come from is said."""
     hub = Hub()

@@ -12,6 +12,7 @@ import torch
 from cli.conftest import CANARY
 from cli.hub import INITIAL, WAYS, Hub
 from huggingface_hub import ModelCard
+from often import often
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
@@ -59,7 +60,7 @@ def expected(folder: Path, repo: str) -> dict[str, bytes]:
     return files | {"README.md": files["README.md"].replace(PLACE.encode(), repo.encode())}
 
 
-@pytest.mark.parametrize("output", OUTPUTS, indirect=True)
+@pytest.mark.parametrize("output", often(OUTPUTS, "dense-shaped", "sliced"), indirect=True)
 def test_what_is_pushed_loads(hub: Hub, output, cli, tmp_path, monkeypatch, request):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ran = cli("push", output, "tiny")
@@ -98,7 +99,7 @@ def test_the_card_passes_the_hubs_checks(hub: Hub, output):
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", often(WAYS, "dropped"))
 def test_whatever_request_fails_the_same_command_finishes(hub: Hub, output, way, lasting):
     push(output, "me/clean")
     requests, stops = hub.asked, []

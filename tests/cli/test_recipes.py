@@ -40,11 +40,15 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "mixtral"
 
 
+LONG = ("best-2of4", "within-5-percent")
+
+
 def runs() -> Iterator[Any]:
     """Each recipe and further flags; one that distils does so in few steps, and as it says where there is time."""
     for recipe in (recipe for recipe in RECIPES if recipe not in MIXTURES):
         distils = "polish_steps" in tomllib.loads(recipe.read_text())
-        yield pytest.param(recipe, ("--polish-steps", 3) if distils else (), id=recipe.stem)
+        marks = [pytest.mark.slow] if recipe.stem in LONG else []
+        yield pytest.param(recipe, ("--polish-steps", 3) if distils else (), id=recipe.stem, marks=marks)
         if distils:
             yield pytest.param(recipe, (), id=f"{recipe.stem} in full", marks=pytest.mark.slow)
 

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.runs import contents, small_text
+from often import often
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
@@ -53,18 +55,19 @@ def here(tmp_path, monkeypatch) -> Path:
 MAX = {"method": None, "quality": "max", "polish_steps": 3, "samples": 4, "sequence_length": 32}
 
 
-@pytest.mark.parametrize(
-    "named",
-    [
-        {"method": "sparsegpt"},
-        {"method": None, "quality": "balanced"},
-        MAX,
-        {"allocation": "auto"},
-        {"sparsity": None, "max_ppl_increase": 0.5},
-        {"sparsity": None, "pattern": "2:4", "permute": True, "method": None, "sequence_length": 61},
-    ],
-)
-def test_resumed_equals_uninterrupted(here, named):
+RESUMED: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "balanced": {"method": None, "quality": "balanced"},
+    "max": MAX,
+    "auto": {"allocation": "auto"},
+    "budget": {"sparsity": None, "max_ppl_increase": 0.5},
+    "permuted": {"sparsity": None, "pattern": "2:4", "permute": True, "method": None, "sequence_length": 61},
+}
+
+
+@pytest.mark.parametrize("case", often(RESUMED, "sparsegpt", "balanced", "auto"))
+def test_resumed_equals_uninterrupted(here, case):
+    named = RESUMED[case]
     llmprune.prune(**{**ASK, **named, "output": "whole"})
     stops = [("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)]
     if named is MAX:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, parameters_of, save_tiny, tiny_model, tiny_windows
+from often import often
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -104,7 +105,7 @@ def test_an_order_holds_no_less_and_nears_the_best(n: int, m: int) -> None:
     assert held(sorted_RC[:, order_C], n, m) == 9.0 * min(2 * n, m)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral", "gpt_oss", "bloom", "qwen2"])
+@pytest.mark.parametrize("family", often(["llama", "gpt2", "phi3", "mixtral", "gpt_oss", "bloom", "qwen2"], "llama", "gpt2", "mixtral"))
 @pytest.mark.parametrize("method", [{"method": "wanda"}, {"method": "sparsegpt"}, {"quality": "balanced"}])
 def test_the_saved_model_keeps_every_group(family: str, method: dict[str, str], tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "model", torch.float32)

@@ -60,6 +60,7 @@ def test_norms_of_what_is_added_forbid_it(family, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_repair_and_rotation_lose_less(tmp_path):
     """On the bundled model, whose channels have learnt to differ."""
     lost = []
