@@ -51,13 +51,42 @@ class Loader:
         self.empty: dict[str, Tensor] = dict(skeleton.state_dict())  # meta parameters; persistent buffers are real until loaded
         # the skeleton's own empty parameters are put back after use: new ones would fragment the heap and keep it from shrinking
         self._meta = {(id(m), leaf): p for m in skeleton.modules() for leaf, p in m._parameters.items() if p is not None}
-        self.tied: dict[str, str] = {t: s for t, s in skeleton.all_tied_weights_keys.items() if t in self.empty}
+        self.tied = self._ties()
         self._prefixes = [f"{block_path}.{i}." for i in range(blocks)]
         self._in_block: list[list[str]] = [[] for _ in range(blocks)]
         self._outer: list[str] = []
         for key in names:
             self._home(names[key]).append(key)
         self._check()
+
+    def _ties(self) -> dict[str, str]:
+        """Parameter -> the one whose tensor it shares. As transformers ties: any one of them may be stored, and one that is stored with values of
+        its own is not tied, whatever the config says (the skeleton's own record is corrected).
+        """
+        groups: dict[str, list[str]] = {}
+        declared = self.skeleton.all_tied_weights_keys
+        for target, source in declared.items():
+            if target in self.empty:
+                groups.setdefault(source, [source]).append(target)
+        found = {}
+        for source, members in groups.items():
+            keeper = next((name for name in members if name in self.keys_of), source)
+            for name in members:
+                if name == keeper:
+                    continue
+                if name not in self.keys_of or self._equal(name, keeper):
+                    found[name] = keeper
+                else:
+                    del declared[name]
+        return found
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two parameters that are stored as they are have the same values."""
+        keys = [self.keys_of[one][0], self.keys_of[other][0]]
+        if self.source.tensors[keys[0]].shape != self.source.tensors[keys[1]].shape:
+            return False
+        tensors = self.source.read_many(keys)
+        return torch.equal(tensors[keys[0]], tensors[keys[1]])
 
     def _home(self, parameter: str) -> list[str]:
         base = self._prefixes[0].removesuffix("0.")

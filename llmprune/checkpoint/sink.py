@@ -14,7 +14,7 @@ from torch import Tensor, uint8
 
 from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import CHUNK, lay_out, make_folder, opened, read_range, sync_file, sync_folder, to_json, write_range, write_whole
-from llmprune.checkpoint.source import INDEX, Source, read_tensor
+from llmprune.checkpoint.source import INDEX, Source, read_json, read_tensor
 
 
 class Sink:
@@ -107,9 +107,9 @@ class Sink:
                     for start in range(entry.start, entry.end, CHUNK):
                         write_range(target, start, read_range(source, start, min(CHUNK, entry.end - start), file))
                 sync_file(target)
-        for path in (self.source.folder / "config.json", self.source.folder / INDEX):
-            if path.is_file():
-                write_whole(self.folder / path.name, path.read_bytes())
+        write_whole(self.folder / "config.json", (self.source.folder / "config.json").read_bytes())
+        if self.source.indexed:
+            self._write_index()
         copy_companions(self.source.folder, self.folder)
 
     def _finish_decoded(self) -> None:
@@ -120,6 +120,12 @@ class Sink:
         if self.source.headers.keys() != {"model.safetensors"}:
             write_whole(self.folder / INDEX, to_json(self.source.index))
         copy_companions(self.source.folder, self.folder)
+
+    def _write_index(self) -> None:
+        """The source's own, byte for byte; one without the metadata that transformers asks for is written again."""
+        path = self.source.folder / INDEX
+        whole = isinstance(read_json(path).get("metadata"), dict)
+        write_whole(self.folder / INDEX, path.read_bytes() if whole else to_json(self.source.index))
 
     def _by_file(self, keys: Iterable[str]) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {}

@@ -28,6 +28,7 @@ MAX_TENSORS = 400_000  # of a checkpoint; the largest mixtures, with separate sc
 READ_WHOLE = ("*config.json", "*.index.json", *TOKENIZER)
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 FIRST_NUMBER = re.compile(r"(|.*?\.)(\d{1,9})(?:\.|$)")  # in model.layers.7.mlp.experts.3.weight: the block's
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
@@ -83,6 +84,7 @@ class Source:
     states: dict[str, tuple[int, int]]  # size and mtime of each file when it was opened
     hashes: dict[str, str] = field(default_factory=dict)  # sha256 of each file, after scan()
     decoder: StoredForm | None = None
+    indexed: bool = False  # an index says which file holds each tensor
 
     @property
     def bytes(self) -> int:
@@ -179,7 +181,7 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
         raise RequestError(f"{name}: no such folder", "give a folder, a Hub id such as org/name, or an alias (llmprune methods aliases)")
     check_places(folder)
     config = read_json(folder / "config.json")
-    files, index = _weight_files(folder)
+    files, index = _weight_files(folder, config)
     tensors: dict[str, Entry] = {}
     headers, states = {}, {}
     for file in files:
@@ -195,7 +197,7 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
         wrong += sorted(tensors.keys() - index.keys())
         if wrong:
             raise RequestError(f"{INDEX}: out of step with the files for {len(wrong)} tensors, first {wrong[0]!r}", "fetch the checkpoint again")
-    return Source(folder, name, revision, config, tensors, headers, states)
+    return Source(folder, name, revision, config, tensors, headers, states, indexed=index is not None)
 
 
 def check_places(folder: Path) -> None:
@@ -238,10 +240,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    single, index = folder / "model.safetensors", folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
+def _weight_files(folder: Path, config: dict[str, Any]) -> tuple[list[str], dict[str, str] | None]:
+    """(weight files, weight map of the index that is in force). As transformers chooses: a whole file goes before an index and its shards."""
+    named = config.get("transformers_weights")
+    if (folder / SINGLE).is_file() and named in (None, SINGLE):
+        return [SINGLE], None
+    if named not in (None, INDEX):
+        raise RequestError(f"config.json: transformers_weights names {str(named)!r}", f"rename that file to {SINGLE}, and remove the key")
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise RequestError(f"{INDEX}: has no weight_map", "fetch the checkpoint again")
         unsafe = [f for f in weight_map.values() if not isinstance(f, str) or not SAFE_NAME.fullmatch(f)]
@@ -252,8 +259,6 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         if missing:
             raise RequestError(f"{folder.name}: {len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}", "fetch them again")
         return files, weight_map
-    if single.is_file():
-        return [single.name], None
     pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
     hint = "convert it first: load it with transformers and save_pretrained()" if pickles else "give a folder with model.safetensors"
     raise RequestError(f"{folder.name}: no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""), hint)

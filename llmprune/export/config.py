@@ -75,7 +75,7 @@ def export(
         required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
-    saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config")}
+    saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config", "transformers_weights")}
     saved |= fewer_layers(source, config, kept)
     for name, value in fixed.items():
         put(saved, config, name, value)

@@ -53,7 +53,7 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     state = _outside(model, path, keeps)
     for new, old in enumerate(kept):
         state |= {f"{path}.{new}.{name}": tensor for name, tensor in slice_parameters(blocks[old], spaces[old], keeps[old]).items()}
-    _fill(smaller, state)
+    _fill(smaller, state, model.all_tied_weights_keys)
     _take_over(model, smaller, path, kept)
     return smaller, exported
 
@@ -115,9 +115,11 @@ def _compute_alike(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
             own._experts_implementation = smaller.config._experts_implementation
 
 
-def _fill(smaller: PreTrainedModel, state: dict[str, Tensor]) -> None:
+def _fill(smaller: PreTrainedModel, state: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """tied: parameters that share a tensor in the old model, which may be fewer than its config says."""
     smaller.load_state_dict(state, assign=True)
-    smaller.tie_weights()
+    smaller.all_tied_weights_keys = dict(tied)
+    smaller.tie_weights(recompute_mapping=False)
 
 
 def _take_over(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kept: Sequence[int]) -> None:

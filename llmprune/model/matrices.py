@@ -67,8 +67,11 @@ class Selection:
     skip: str | None = None
     only: str | None = None
 
+    def skips(self, name: str) -> bool:
+        return bool(self.skip) and bool(re.search(str(self.skip), name))
+
     def takes(self, name: str) -> bool:
-        if self.skip and re.search(self.skip, name):
+        if self.skips(name):
             return False
         return bool(re.search(self.only, name)) if self.only else not LEFT_ALONE.search(name)
 

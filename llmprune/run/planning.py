@@ -17,7 +17,7 @@ from llmprune.ratios.latency import sparsity_for
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_matrices, check_outside, share_for
 from llmprune.stream.reshaped import Reshaped
-from llmprune.stream.selected import selected
+from llmprune.stream.selected import check_skip, selected
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
 from llmprune.structured.structure import structure_of
@@ -31,6 +31,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         check_outside(stream, selection)
         check_matrices(matrices, stream, plan)
         return plan, matrices
+    check_skip(stream, selection)
     if isinstance(stream, WholeStream):
         raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "use an unstructured or N:M pattern")
     structure = structure_of(

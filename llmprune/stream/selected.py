@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.source import FIRST_NUMBER
+from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.stream.stream import Stream
 
@@ -17,12 +18,23 @@ ROWS = 1 << 32  # more than any matrix has: row r of matrix i has the number i *
 
 
 def selected(stream: Stream, selection: Selection) -> dict[int, list[Matrix]]:
-    """The matrices that are pruned, block by block; the head comes after the last block, if ``only`` names it."""
+    """The matrices that are pruned, block by block; the head comes after the last block, if ``only`` names it. Raises RequestError as check_skip."""
+    check_skip(stream, selection)
     blocks = enumerate(zip(stream.names, stream.walk.blocks, strict=True))
     found = {i: [m for m in stored_matrices(stream, i, block) if selection.takes(f"{name}.{m.name}")] for i, (name, block) in blocks}
     if stream.walk.head_free and selection.names(f"{stream.walk.head_path}.weight"):
         found[len(stream.names)] = block_matrices(stream.walk.head)
     return found
+
+
+def check_skip(stream: Stream, selection: Selection) -> None:
+    """Raises RequestError for a ``skip`` that matches no parameter of the model, by its own or by the checkpoint's names: it would spare nothing."""
+    if not selection.skip or any(selection.skips(name) for name, _ in stream.walk.model.named_parameters(remove_duplicate=False)):
+        return
+    for i, (name, block) in enumerate(zip(stream.names, stream.walk.blocks, strict=True)):
+        if any(selection.skips(f"{name}.{m.name}") for m in stored_matrices(stream, i, block)):
+            return
+    raise RequestError(f"skip {selection.skip!r}: matches no parameter", "llmprune inspect lists the names")
 
 
 def stored_matrices(stream: Stream, index: int, block: nn.Module) -> list[Matrix]:
