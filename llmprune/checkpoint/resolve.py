@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmprune.checkpoint.aliases import ALIASES
 from llmprune.checkpoint.companions import NOT_FETCHED
+from llmprune.checkpoint.named_code import named_code
 from llmprune.checkpoint.quantised import plain
 from llmprune.checkpoint.source import Source, open_folder
 from llmprune.errors import RequestError
@@ -42,6 +43,8 @@ def _download(repo: str, revision: str | None) -> Source:
     hint = "check the id and your network; gated models need `hf auth login`"
     try:
         folder = Path(snapshot_download(repo, revision=revision, ignore_patterns=list(NOT_FETCHED)))
+        if any(not (folder / f"{name}.py").exists() for name in named_code(folder)):
+            snapshot_download(repo, revision=folder.name, allow_patterns=["*.py"])  # to be copied, not run
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first = str(error).strip().splitlines()[0]
         raise RequestError(f"model {repo!r}: not a local folder, and the Hub says: {first[:160]}", hint) from None

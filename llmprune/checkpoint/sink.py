@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import CHUNK, lay_out, make_folder, opened, read_range, sync_file, sync_folder, to_json, write_range, write_whole
+from llmprune.checkpoint.named_code import copy_beside
 from llmprune.checkpoint.source import INDEX, Source, read_json, read_tensor
 
 
@@ -110,7 +110,7 @@ class Sink:
         write_whole(self.folder / "config.json", (self.source.folder / "config.json").read_bytes())
         if self.source.indexed:
             self._write_index()
-        copy_companions(self.source.folder, self.folder)
+        copy_beside(self.source.folder, self.folder)
 
     def _finish_decoded(self) -> None:
         """The same for a quantised source: config and index are those of the plain weights."""
@@ -119,7 +119,7 @@ class Sink:
         write_whole(self.folder / "config.json", to_json(self.source.config))
         if self.source.headers.keys() != {"model.safetensors"}:
             write_whole(self.folder / INDEX, to_json(self.source.index))
-        copy_companions(self.source.folder, self.folder)
+        copy_beside(self.source.folder, self.folder)
 
     def _write_index(self) -> None:
         """The source's own, byte for byte; one without the metadata that transformers asks for is written again."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import to_json, write_whole
 from llmprune.checkpoint.loader import Loader
+from llmprune.checkpoint.named_code import copy_beside
 from llmprune.checkpoint.names import revert
 from llmprune.checkpoint.shards import Shape, Shards
 from llmprune.checkpoint.source import DTYPES
@@ -111,7 +111,7 @@ def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: Bloc
     write_whole(folder / "config.json", to_json(exported.config))
     for name, text in exported.files.items():
         write_whole(folder / name, text.encode())
-    copy_companions(cutter.loader.source.folder, folder)
+    copy_beside(cutter.loader.source.folder, folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmprune.checkpoint.companions import copy_companions
 from llmprune.checkpoint.files import to_json, write_whole
+from llmprune.checkpoint.named_code import copy_beside
 from llmprune.checkpoint.shards import Shape, Shards
 from llmprune.checkpoint.source import DTYPES, Source, open_folder
 from llmprune.errors import RequestError
@@ -77,7 +77,7 @@ def rotate(stream: CheckpointStream, windows_NL: Tensor, folder: Path, listen: L
         shards.put(source.read_many([key]))
     shards.sync()
     write_whole(folder / "config.json", to_json(source.config | {"tie_word_embeddings": False}))
-    copy_companions(source.folder, folder)
+    copy_beside(source.folder, folder)
     return open_folder(folder, source.name, source.revision)
 
 

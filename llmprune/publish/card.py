@@ -158,7 +158,7 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
 
 
 def loading(folder: Path) -> str:
-    own = "auto_map" in read_json(folder / "config.json")
+    own = "per_layer_config" in read_json(folder / "config.json")  # else transformers knows the class, whatever code lies beside it
     trust = ", trust_remote_code=True" if own else ""
     said = "\n\nThe model's class is a file in this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
     return (
