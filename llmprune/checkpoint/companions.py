@@ -15,7 +15,13 @@ from llmprune.checkpoint.files import UNHASHED, make_folder, write_whole
 
 LARGEST = 100 << 20  # bytes; larger files are not copied, and are named in a note
 SUFFIXES = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "onnx_data", "ot", "npz", "npy", "pkl", "tflite", "mlmodel")
-WEIGHTS = (*(f"*.{suffix}{index}" for suffix in SUFFIXES for index in ("", ".index.json")), "openvino_*", "consolidated*", "params.json", "adapter_*")
+WEIGHTS = (
+    *(f"*.{suffix}{index}" for suffix in SUFFIXES for index in ("", ".index.json")),
+    "openvino_*",
+    "consolidated*",
+    "params.json",
+    "adapter_model*",
+)
 CODE = ("*.py", "*.pyc", "*.so", "*.ipynb", "*.sh")
 TRAINING = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "*_results.json", "events.out.*", "*.log", "*.tmp", "*.lock")
 DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "*.tsv", "*.zip", "*.tar", "*.gz")

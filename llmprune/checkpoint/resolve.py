@@ -30,6 +30,10 @@ def open_source(model: str, revision: str | None = None) -> Source:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return plain(open_folder(folder, folder.resolve().name))
+    if folder.is_file():
+        if folder.suffix == ".gguf":
+            raise RequestError(f"model {folder.name!r}: a GGUF file", "give its original checkpoint, or save what gguf_file=... loads")
+        raise RequestError(f"model {folder.name!r}: a file, not a checkpoint's folder", "give the folder that it is in")
     target = ALIASES.get(model) or model
     if not HUB_ID.fullmatch(target):
         raise RequestError(f"model {model!r}: no such folder and no alias", f"aliases: {', '.join(ALIASES)}; or a Hub id such as org/name")

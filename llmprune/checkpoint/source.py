@@ -29,6 +29,7 @@ READ_WHOLE = ("*config.json", "*.index.json", *TOKENIZER)
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 FIRST_NUMBER = re.compile(r"(|.*?\.)(\d{1,9})(?:\.|$)")  # in model.layers.7.mlp.experts.3.weight: the block's
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
@@ -180,6 +181,9 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Source:
     if not folder.is_dir():
         raise RequestError(f"{name}: no such folder", "give a folder, a Hub id such as org/name, or an alias (llmprune methods aliases)")
     check_places(folder)
+    check_adapter(folder)
+    if not (folder / "config.json").exists():
+        _weight_files(folder, {})  # which says so of a folder with weights of another kind
     config = read_json(folder / "config.json")
     files, index = _weight_files(folder, config)
     tensors: dict[str, Entry] = {}
@@ -217,6 +221,18 @@ def check_places(folder: Path) -> None:
             raise RequestError(f"{folder.name}/{name}: is not a file, but a pipe or a device", "remove it")
         if path.is_file() and matches(name, READ_WHOLE):
             check_size(path)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises RequestError for an adapter, alone or beside the weights that it would change: transformers loads it with them."""
+    if not (folder / ADAPTER).exists():
+        return
+    adapter = read_json(folder / ADAPTER)
+    kind, base = str(adapter.get("peft_type", "PEFT"))[:40], str(adapter.get("base_model_name_or_path", "its model"))[:200]
+    merge = f"merge it first: load it on {base} with peft, then merge_and_unload() and save_pretrained()"
+    if (folder / "config.json").exists():
+        raise RequestError(f"{folder.name}: an adapter ({kind}) lies beside the weights and is not merged", f"{merge}; or remove {ADAPTER}")
+    raise RequestError(f"{folder.name}: an adapter ({kind}), not a model", merge)
 
 
 def check_size(path: Path) -> None:
@@ -259,9 +275,10 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> tuple[list[str], dict
         if missing:
             raise RequestError(f"{folder.name}: {len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}", "fetch them again")
         return files, weight_map
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-    hint = "convert it first: load it with transformers and save_pretrained()" if pickles else "give a folder with model.safetensors"
-    raise RequestError(f"{folder.name}: no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""), hint)
+    others = {"pickles": (".bin", ".pt", ".pth"), "GGUF": (".gguf",)}
+    found = [f"{kind} ({p.name})" for kind, ends in others.items() for p in sorted(folder.iterdir()) if p.suffix in ends]
+    hint = "convert it first: load it with transformers and save_pretrained()" if found else "give a folder with model.safetensors"
+    raise RequestError(f"{folder.name}: no safetensors weights" + (f", only {found[0]}" if found else ""), hint)
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:

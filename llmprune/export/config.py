@@ -15,7 +15,7 @@ from llmprune.errors import RequestError
 from llmprune.export.fewer_layers import fewer_layers
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
-from llmprune.model.skeleton import MODULE, READABLE
+from llmprune.model.skeleton import MODULE, READABLE, own_sizes
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space, required
 
@@ -75,6 +75,7 @@ def export(
         required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
+    wanted |= {name for sizes in own_sizes(source).values() for name in sizes}  # of layers that an earlier cut left uneven
     saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config", "transformers_weights")}
     saved |= fewer_layers(source, config, kept)
     for name, value in fixed.items():

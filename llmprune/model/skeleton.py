@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.errors import RequestError, out_of_memory
 from llmprune.model.blocks import find_blocks
+from llmprune.model.kinds import check_causal
 
 # Keys of config.json that could make transformers fetch or choose code: never followed.
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -38,14 +39,13 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)
     check_layers(config.get("num_hidden_layers", config.get("n_layer", 1)), stored)
     try:
-        # other models have sizes per layer too, and read them themselves
-        pruned = str((config.get("auto_map") or {}).get("AutoModelForCausalLM")).startswith(f"{MODULE}.")
-        own = {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
-        left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if pruned else ()))
+        own = own_sizes(config)
+        left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if own else ()))
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
         check_layers(parsed.get_text_config(decoder=True).num_hidden_layers, stored)  # under whatever name this kind of config has it
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
+        check_causal(parsed)
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
         model = _empty_model(parsed, dtype, own)
     except UNBUILDABLE as error:
@@ -56,6 +56,12 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product per expert, so that each can be watched
     return model.eval().requires_grad_(False)
+
+
+def own_sizes(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Block -> the sizes in which it differs, as a cut has stored them. Other models have sizes per layer too, and read them themselves."""
+    pruned = str((config.get("auto_map") or {}).get("AutoModelForCausalLM")).startswith(f"{MODULE}.")
+    return {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
 
 
 def check_layers(layers: Any, stored: int) -> None:

@@ -13,6 +13,7 @@ from llmprune.data.windows import RunData, read_windows
 from llmprune.errors import RequestError
 from llmprune.export.live import slice_model
 from llmprune.export.save import cuts, kept_layers
+from llmprune.model.kinds import check_causal
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.plan import Work
@@ -37,6 +38,7 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
     Raises RequestError for options that a model in memory cannot obey, and as the run of a checkpoint does.
     """
     check_options(recipe)
+    check_causal(model.config)
     with as_for_inference(model):
         stream = LiveStream(model)
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))

@@ -22,6 +22,8 @@ def choose_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"device {device!r}: {first_line(error)[:120]}", "give auto, cpu, or a device that torch sees") from None
+    if chosen.type == "meta":
+        raise RequestError("device 'meta': holds no values", "give auto, cpu, or a device that torch sees")
     if not _has_float64(chosen):
         raise RequestError(f"device {device!r}: has no float64, which sums and solvers need", "--device cpu")
     return chosen

@@ -24,7 +24,7 @@ ALONG = (
     *("additional_chat_templates/tools.jinja", "additional_chat_templates/deeper/rag.jinja"),
 )
 BEHIND = (
-    *("pytorch_model.bin", "consolidated.00.pth", "params.json", "adapter_config.json", "adapter_model.safetensors", "modeling_own.py"),
+    *("pytorch_model.bin", "consolidated.00.pth", "params.json", "adapter_model.safetensors", "modeling_own.py"),
     *(
         "optimizer.pt",
         "scheduler.pt",

@@ -1,0 +1,25 @@
+"""What a config describes, where that is not a causal language model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from llmprune.errors import RequestError
+
+CAUSAL = "give a causal language model: its perplexity is of the next token"
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raises RequestError for an encoder-decoder, and for a model whose attention sees the tokens that it should predict.
+
+    transformers builds such configs as causal models too: as a decoder without its encoder, or with attention in both directions.
+    """
+    kind, text = config.model_type, config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(f"config.json: model_type {kind!r} with is_encoder_decoder is an encoder-decoder, not a causal language model", CAUSAL)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation"
+    if masked and (getattr(config, "is_decoder", None) is False or getattr(config, "causal", None) is False):
+        raise RequestError(f"config.json: model_type {kind!r} without is_decoder is a masked language model (bidirectional)", CAUSAL)
+    if getattr(text, "use_bidirectional_attention", None) is True:
+        raise RequestError(f"config.json: {kind!r} with use_bidirectional_attention is not a causal language model", CAUSAL)
