@@ -19,6 +19,7 @@ from llmprune.data.windows import read_windows
 from llmprune.errors import RequestError
 from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
+from llmprune.evaluation.replay import check_replay
 from llmprune.publish.hub import check_destination
 from llmprune.publish.hub import push as publish
 from llmprune.recipe.reading import read_recipe
@@ -110,11 +111,13 @@ def evaluate(
     tokenizer = load_tokenizer(source.folder)
     source.scan()
     check_source(source)
-    found = []
+    found: list[Perplexity] = []
     for spec in [data] if isinstance(data, str) else data:
         windows = read_windows(spec, "evaluation", tokenizer, length, samples)
         windows = windows.first(samples) if samples else windows
         check_ids(windows, stream.skeleton)
+        if not found:
+            check_replay(stream, windows.ids_NL[:1])
         found.append(perplexity(stream, windows, listener(on_progress)))
     return found
 

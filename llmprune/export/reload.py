@@ -30,11 +30,6 @@ def reloaded_logits(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dt
     return load(done.stdout)["logits"]
 
 
-def difference(wanted: Tensor, got: Tensor) -> float:
-    """Largest difference of logits over the largest logit."""
-    return float((wanted.float().cpu() - got.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-30))
-
-
 def main(folder: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -12,9 +12,10 @@ from llmprune.checkpoint.files import make_folder, remove
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import PromiseError
 from llmprune.evaluation.divergence import after_blocks
+from llmprune.evaluation.replay import difference
 from llmprune.export.config import export, padded
 from llmprune.export.cutter import Cutter, parameters_of, write_smaller
-from llmprune.export.reload import difference, reloaded_logits
+from llmprune.export.reload import reloaded_logits
 from llmprune.results import BlockReport, Smaller
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.hidden_states import memory_limit

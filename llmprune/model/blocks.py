@@ -10,7 +10,7 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,6 +83,30 @@ def _replaced(blocks: nn.ModuleList, receive: Callable[[int, Tensor, Call], Any]
     finally:
         for i, block in enumerate(real):
             blocks[i] = block
+
+
+@contextmanager
+def _surrounded(blocks: nn.ModuleList, around: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
+    """The blocks stay in place, and run inside a context; inside it they can be run like any others."""
+    before = [vars(block).get("forward") for block in blocks]
+
+    def forward(i: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        surrounding, blocks[i].forward = blocks[i].forward, plain
+        try:
+            with around(i):
+                return plain(*args, **kwargs)
+        finally:
+            blocks[i].forward = surrounding
+
+    for i, block in enumerate(blocks):
+        block.forward = partial(forward, i, block.forward)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
 
 
 class Walk:
@@ -182,6 +206,12 @@ class Walk:
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
         with _replaced(self.blocks, receive):
             return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits  # the ids may be where the head is
+
+    def forward(self, ids_NL: Tensor, around: Callable[[int], AbstractContextManager[None]]) -> Tensor:
+        """[N, L, V]: logits of the model's own forward, which runs each block inside ``around(its number)``."""
+        embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
+        with _surrounded(self.blocks, around):
+            return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
         """Run one block with its recorded call; the hidden states that leave it."""

@@ -18,6 +18,7 @@ from llmprune.data.store import save_windows
 from llmprune.errors import RequestError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
+from llmprune.evaluation.replay import check_replay
 from llmprune.export.save import save_smaller
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
@@ -51,6 +52,7 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
         sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
         sink.lay_out()
         job.stream.scratch = journal.folder
+        check_first_window(job, journal)
         dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, listen)
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
@@ -98,6 +100,12 @@ def publish(folder: Path, report: Report, job: Job) -> None:
     written = to_versioned_json(report.to_json())
     write_whole(folder / REPORT, written)
     write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())  # as llmprune report makes it again
+
+
+def check_first_window(job: Job, journal: Journal) -> None:
+    """Check once that the model run block by block is the model; a resumed run knows already."""
+    if journal.read("replay") is None:
+        journal.write("replay", {"difference": check_replay(job.stream, job.data.calibration.ids_NL[:1])})
 
 
 def check_still(job: Job, journal: Journal) -> None:

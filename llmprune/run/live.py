@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmprune.data.windows import RunData, read_windows
 from llmprune.errors import RequestError
+from llmprune.evaluation.replay import check_replay
 from llmprune.export.live import slice_model
 from llmprune.export.save import cuts, kept_layers
 from llmprune.model.kinds import check_causal
@@ -45,6 +46,7 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
         plan = with_budget(recipe, plan, stream, matrices)
         check_plan(plan, stream, matrices, model.dtype)
         data, records = live_windows(model, recipe, given, tokenizer), Forgetful()
+        check_replay(stream, data.calibration.ids_NL[:1])
         work = with_gradients(Work(stream, data.calibration.ids_NL, plan, matrices), listen)
         decision = decided(recipe, work, data, records, listen)
         polished: list[Polished] = []

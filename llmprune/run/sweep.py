@@ -33,6 +33,7 @@ from llmprune.recipe.recipe import Recipe
 from llmprune.report.fields import typed
 from llmprune.report.frontier import SWEEP, SweepReport, SweepRow, draw, markdown
 from llmprune.results import Origin, Row
+from llmprune.run.job import check_first_window
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, prepare
 from llmprune.statistics.gradients import LossGradients
@@ -93,6 +94,7 @@ def run_sweep(sweep: Sweep, listen: Listener = SILENT) -> SweepReport:
     journal = Journal(job.output, identity, job.restart)
     try:
         job.stream.scratch = journal.folder
+        check_first_window(job, journal)
         head = len(job.stream.names) in job.matrices
         dense = dense_passes(job.stream, job.data.evaluation, head, journal, listen)
         missing = [number for number in range(len(sweep.rows)) if journal.read(f"row-{number:05d}") is None]
