@@ -1,0 +1,368 @@
+"""Every causal-LM type of the installed transformers, made tiny, pruned, and checked by means that are not llmprune's own.
+
+    python scripts/every_type.py                                     every type, every pattern: one line each, then the counts
+    python scripts/every_type.py --types llama,dbrx --patterns 2:4   some of them
+    python scripts/every_type.py --table docs/models.md              writes the table that the documentation shows
+
+A config of a type gets small numbers in the fields that have their usual names (TINY); what a type needs besides stands in SPECIAL. A type
+runs in a forked process with a time limit, so that a crash costs a line. A run that ends is checked like this:
+
+- plain ``from_pretrained`` loads the result, with no tensor missing, left over, or of another shape;
+- N:M: at most n of m columns are left in every group of every changed matrix; 50 %: half of the weights of the changed matrices are zeros;
+- every other tensor has the bytes of the source;
+- at most a tenth of the weights that multiply in the blocks is left dense, routers aside;
+- the perplexity that llmprune measures block by block is that of a plain forward;
+- 2:4 by Wanda: the masks of all nn.Linear are computed again from forward hooks on the plain model;
+- layers: the tensors left are the source's; channels, heads, kv-groups, experts: fewer parameters than before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+import llmprune
+from llmprune.checkpoint.source import open_folder
+from llmprune.data.windows import Windows
+from llmprune.errors import LlmpruneError
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.run.prepare import open_stream
+
+VOCABULARY, LENGTH = 96, 32
+LIMIT_S = 90
+# what a pattern asks of llmprune.prune
+PATTERNS: dict[str, dict[str, Any]] = {
+    "2:4": {"pattern": "2:4", "method": "wanda"},
+    "50%": {"sparsity": 0.5, "quality": "balanced"},
+    "layers": {"pattern": "layers", "sparsity": 0.25, "target": "symmetric"},
+    "channels": {"pattern": "channels", "sparsity": 0.25},
+    "heads": {"pattern": "heads", "sparsity": 0.5},
+    "kv-groups": {"pattern": "kv-groups", "sparsity": 0.5},
+    "experts": {"pattern": "experts", "sparsity": 0.25},
+}
+# value: the fields that get it, in every config that has them
+TINY = """
+1: mamba_n_groups n_groups attn_layer_offset num_random_blocks n_shared_experts num_shared_experts moe_num_shared_experts zero_expert_num
+    n_input_layers n_recurrent_layers n_output_layers n_group topk_group indexer_kv_heads moe_num_experts_shared
+2: encoder_layers num_encoder_layers num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k_experts kv_n_heads moe_top_k
+    linear_num_key_heads swa_num_key_value_heads encoder_attention_heads num_encoder_attention_heads index_n_heads n_mamba_heads hc_mult
+    first_k_dense_replace num_dense_layers mamba_expand expand sliding_window_pattern indexer_n_heads layer_group_size n_layers_per_attn_res_block
+    num_layers_per_stack attn_layer_period altup_num_inputs num_kv_shared_layers o_groups topk_method_group no_rope_layer_interval
+4: num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks num_attention_heads n_head n_heads num_heads
+    attention_heads decoder_attention_heads num_decoder_attention_heads swa_num_attention_heads num_experts n_routed_experts num_local_experts
+    moe_num_experts linear_num_value_heads linear_num_heads mamba_num_heads mamba_n_heads rotary_dim laurel_rank loop_gate_rank gated_norm_rank
+    conv_kernel_size num_attention_heads_per_layer_kv
+8: head_dim swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim
+    mamba_d_head mamba_headdim dim_head d_head kv_channels index_head_dim mamba_d_state state_size ssm_state_size chunk_size mamba_chunk_size
+    sliding_window sliding_window_size attention_window_size window_size attention_chunk_size hidden_size_per_layer_input d_rel rel_extent
+    index_topk block_size local_attention d_kv hc_lowrank global_head_dim indexer_head_dim keep_window_size attention_head_size block_multiple_of
+16: q_lora_rank kv_lora_rank o_lora_rank embedding_size moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size
+    moe_shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size
+32: hidden_size d_model n_embd dim_model input_embedding_size output_embedding_size emb_dim lru_width attention_hidden_size embedding_dim
+    backbone_hidden_size word_embed_proj_dim cross_attention_hidden_size
+48: intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff d_inner ffn_hidden_size dim_ff prefix_dense_intermediate_size
+    intermediate_size_mlp dense_intermediate_size feed_forward_size
+64: max_position_embeddings n_positions n_ctx max_seq_len context_length mamba_d_ssm original_max_position_embeddings max_target_positions
+96: vocab_size vocab_size_per_layer_input unpadded_vocab_size output_vocab_size decoder_vocab_size
+"""
+FIELDS = {name: int(value) for value, names in re.findall(r"^(\d+):((?:\s+[A-Za-z_]\w*)+)", TINY, re.MULTILINE) for name in names.split()}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# what single types need besides
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
+    "jamba": {"attn_layer_period": 2, "expert_layer_period": 2, "mamba_dt_rank": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
+    "mamba2": {"num_heads": 8},
+}
+
+
+def tiny_config(kind: type, model_type: str = "") -> Any:
+    """A config of a class with small numbers, and so are those inside it."""
+    names = {f.name for f in dataclasses.fields(kind)} | set(getattr(kind, "attribute_map", {}))
+    values = {name: FIELDS[name] for name in names & FIELDS.keys() if name not in getattr(kind, "attribute_map", {})}
+    values |= {name: value for name, value in TOKENS.items() if name in names}
+    for name, inner in getattr(kind, "sub_configs", {}).items():
+        if name in names and dataclasses.is_dataclass(inner) and inner.__name__ != "AutoConfig":
+            values[name] = tiny_config(inner)
+    return kind(**values | SPECIAL.get(model_type, {}))
+
+
+def save_tiny(model_type: str, folder: Path) -> None:
+    """A random model of a type, with columns of different scale and no bias of zero, saved as any checkpoint is."""
+    config = tiny_config(CONFIG_MAPPING[model_type], model_type)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if sum(p.numel() for p in model.parameters()) > 20_000_000:
+        raise ValueError(f"{sum(p.numel() for p in model.parameters()):,} parameters are not tiny")
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        elif parameter.is_floating_point():
+            parameter.data.normal_(0, parameter.shape[-1] ** -0.5).mul_(torch.randn(parameter.shape[-1]).mul(0.5).exp())
+    model.save_pretrained(folder)
+
+
+def windows(count: int = 3) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+# --- the checks: each yields what is wrong ------------------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    return found
+
+
+def load(folder: Path) -> tuple[Any, list[str]]:
+    """(the model as any user gets it, what plain loading complains of)."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    said = [f"{kind}: {sorted(map(str, info[kind]))[:2]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    return model.eval().requires_grad_(False), said
+
+
+def plain_perplexity(model: Any, ids_NL: Tensor) -> float:
+    losses = [F.cross_entropy(model(input_ids=ids_L[None], use_cache=False).logits[0, :-1].double(), ids_L[1:]) for ids_L in ids_NL]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def own_perplexity(folder: Path, ids_NL: Tensor) -> float:
+    return perplexity(open_stream(open_folder(folder, folder.name), torch.float32, torch.device("cpu")), Windows(ids_NL, "random", "all")).value
+
+
+def check_any(source: Path, output: Path, report: Any) -> Iterator[str]:
+    before, complaints_before = load(source)
+    after, complaints = load(output)
+    yield from (f"reload, {c}" for c in complaints if c not in complaints_before)
+    with torch.no_grad():
+        for what, folder, model in (("dense", source, before), ("pruned", output, after)):
+            ours, true = own_perplexity(folder, windows()), plain_perplexity(model, windows())
+            if not abs(ours / true - 1) < 1e-4:
+                yield f"perplexity of the {what} model is {true:.3f}, we say {ours:.3f}"
+
+
+def crowded(matrix: Tensor) -> int:
+    """Groups of four columns with more than two weights, in the better of the two orientations."""
+    found = [int((m.reshape(-1, 4) != 0).sum(-1).gt(2).sum()) for m in (matrix, matrix.mT) if m.shape[-1] % 4 == 0]
+    return min(found, default=matrix.numel())
+
+
+def check_zeros(source: Path, output: Path, report: Any, pattern: str) -> Iterator[str]:
+    dense, pruned = stored(source), stored(output)
+    if dense.keys() != pruned.keys():
+        yield f"other tensors: {sorted(dense.keys() ^ pruned.keys())[:2]}"
+        return
+    repaired = {name.rpartition(".")[2] for block in report.blocks for name in block.changed}
+    changed = [k for k in dense if not torch.equal(dense[k], pruned[k])]
+    matrices = [k for k in changed if pruned[k].dim() > 1]
+    yield from (f"{k} has changed" for k in changed if pruned[k].dim() < 2 and k.rpartition(".")[2] not in repaired)
+    if pattern == "2:4":
+        yield from (f"{k}: {bad} groups hold more than 2 of 4" for k in matrices if (bad := crowded(pruned[k])))
+    zeros, total = sum(int((pruned[k] == 0).sum()) for k in matrices), sum(pruned[k].numel() for k in matrices)
+    if zeros != report.zeros:
+        yield f"{zeros} zeros, the report says {report.zeros}"
+    if not 0.495 < zeros / max(total, 1) < 0.505:
+        yield f"{zeros} of {total} weights are zero"
+
+
+def check_dense(source: Path, output: Path, report: Any) -> Iterator[str]:
+    """Weights of the blocks with two axes or more that are what they were; routers, convolutions, norms and embeddings aside."""
+    before, after = load(source)[0], load(output)[0]
+    path = report.blocks[0].block.rpartition(".")[0]
+    aside = tuple(
+        n for n, m in before.named_modules() if isinstance(m, nn.Embedding | nn.Conv1d) or n.endswith(("gate", "router", "x_proj", "dt_proj"))
+    )
+    weights = {n: p for n, p in before.named_parameters() if n.startswith(f"{path}.") and p.dim() > 1 and min(p.shape[-2:]) > 1}
+    weights = {n: p for n, p in weights.items() if not n.startswith(tuple(f"{a}." for a in aside))}
+    now = dict(after.named_parameters())
+    dense = {n: p.numel() for n, p in weights.items() if torch.equal(p, now[n])}
+    share = sum(dense.values()) / max(1, sum(p.numel() for p in weights.values()))
+    if share > 0.1:
+        yield f"{share:.0%} of the weights stay dense, such as {max(dense, key=lambda n: dense[n])}"
+
+
+@torch.no_grad()
+def check_wanda(source: Path, output: Path, report: Any) -> Iterator[str]:
+    """The 2:4 masks of all nn.Linear by forward hooks, block by block on the outputs of the pruned blocks."""
+    model, pruned = load(source)[0], load(output)[0]
+    model.set_experts_implementation("eager")
+    done = {f"{b.block}.{r.matrix}" for b in report.blocks for r in b.rows}
+    for block in dict.fromkeys(b.block for b in report.blocks):
+        squares: dict[str, Tensor] = {}
+
+        def see(name: str, module: nn.Module, args: tuple[Tensor, ...], squares: dict[str, Tensor] = squares) -> None:
+            squares[name] = squares.get(name, 0) + args[0].reshape(-1, args[0].shape[-1]).square().sum(0)
+
+        inside = {n: m for n, m in model.named_modules() if n.startswith(f"{block}.") and isinstance(m, nn.Linear) and f"{n}.weight" in done}
+        hooks = [m.register_forward_pre_hook(partial(see, n)) for n, m in inside.items()]
+        for ids_L in windows():
+            model(input_ids=ids_L[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, module in inside.items():
+            if name in squares:
+                score = (module.weight.abs() * squares[name].sqrt()).reshape(-1, 4)
+                keep = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(2, dim=1).indices, True)
+                kept = (pruned.get_submodule(name).weight != 0).reshape(-1, 4)
+                other = int((keep != kept).any(1).sum())
+                if other > 0.002 * len(kept) + 1:
+                    yield f"{name}: {other} of {len(kept)} groups differ from Wanda's by hooks"
+        model.get_submodule(block).load_state_dict(pruned.get_submodule(block).state_dict())
+
+
+def check_layers(source: Path, output: Path, report: Any) -> Iterator[str]:
+    before = {(tuple(t.shape), t.numpy().tobytes()) for t in stored(source).values()}
+    yield from (f"{k} is not a tensor of the source" for k, t in stored(output).items() if (tuple(t.shape), t.numpy().tobytes()) not in before)
+
+
+def check_smaller(source: Path, output: Path, report: Any) -> Iterator[str]:
+    if sum(t.numel() for t in stored(output).values()) >= sum(t.numel() for t in stored(source).values()):
+        yield "no smaller than before"
+
+
+def checks(pattern: str) -> list[Callable[[Path, Path, Any], Iterator[str]]]:
+    if pattern in ("2:4", "50%"):
+        return [check_any, partial(check_zeros, pattern=pattern), check_dense, *([check_wanda] if pattern == "2:4" else [])]
+    return [check_any, check_smaller, *([check_layers] if pattern == "layers" else [])]
+
+
+# --- one type -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def place_of(error: BaseException) -> str:
+    """Where an unexpected error came from: the last line of llmprune's own."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "llmprune" in f.filename and "scripts" not in f.filename]
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}{where}"
+
+
+def outcome(source: Path, output: Path, pattern: str) -> str:
+    try:
+        report = llmprune.prune(source, calibration=windows(), output=str(output), accept_damage=True, **PATTERNS[pattern])
+    except LlmpruneError as error:
+        return f"refused: {error.message}"
+    except Exception as error:
+        return f"traceback: {place_of(error)}"
+    try:
+        wrong = list(itertools.chain.from_iterable(check(source, output, report) for check in checks(pattern)))
+    except Exception as error:
+        return f"wrong: the check fails, {place_of(error)}"
+    return f"wrong: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "") if wrong else "works"
+
+
+def try_type(model_type: str, patterns: list[str], answers: Any) -> None:
+    """Runs in a process of its own."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / model_type
+        try:
+            save_tiny(model_type, source)
+            with torch.no_grad():
+                plain_perplexity(load(source)[0], windows(1))
+        except Exception as error:
+            answers.send(("-", f"not made: {place_of(error)}"))
+            return
+        for pattern in patterns:
+            answers.send((pattern, outcome(source, Path(scratch) / pattern.replace(":", "").replace("%", ""), pattern)))
+
+
+def judge(model_type: str, patterns: list[str]) -> dict[str, str]:
+    """Pattern -> works, refused: why, wrong: what, or traceback: where; or "-" -> why the type could not be tried."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=try_type, args=(model_type, patterns, theirs))
+    process.start()
+    theirs.close()
+    found: dict[str, str] = {}
+    try:
+        while len(found) < len(patterns):
+            if not ours.poll(LIMIT_S):
+                process.terminate()
+                return found | dict.fromkeys([p for p in patterns if p not in found][:1], f"traceback: no answer in {LIMIT_S} s")
+            pattern, answer = ours.recv()
+            found[pattern] = answer
+            if pattern == "-":
+                break
+    except EOFError:
+        process.join()
+        found |= dict.fromkeys([p for p in patterns if p not in found][:1], f"traceback: the process ended with {process.exitcode}")
+    process.join()
+    return found
+
+
+def counts(results: dict[str, dict[str, str]], patterns: list[str]) -> list[str]:
+    tried = [found for found in results.values() if "-" not in found]
+    lines = [f"{len(results)} types, {len(tried)} could be made tiny (transformers {transformers.__version__})"]
+    for pattern in patterns:
+        kinds = Counter(found.get(pattern, "traceback").partition(":")[0] for found in tried)
+        lines.append(f"{pattern}: " + ", ".join(f"{kinds[kind]} {kind}" for kind in ("works", "refused", "wrong", "traceback")))
+    return lines
+
+
+def table(results: dict[str, dict[str, str]], patterns: list[str]) -> str:
+    rows = [[f"`{t}`", *(found.get(p, found.get("-", "")).partition(":")[0] for p in patterns)] for t, found in results.items()]
+    why = [f"- `{t}`, {p}: {said}" for t, found in results.items() for p, said in found.items() if said != "works"]
+    lines = ["# Models", "", "Every causal-LM type of transformers, tiny, random, pruned and checked by `python scripts/every_type.py`.", ""]
+    lines += [f"- {line}" for line in counts(results, patterns)]
+    lines += ["", "| type | " + " | ".join(patterns) + " |", "|" + "---|" * (len(patterns) + 1), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join([*lines, "", "## What does not work, and why", "", *why, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", help="names separated by commas; all when omitted")
+    parser.add_argument(
+        "--patterns",
+        default=",".join(PATTERNS),
+        help="separated by commas: %(default)s".replace("%(default)s", ", ".join(PATTERNS).replace("%", "%%")),
+    )
+    parser.add_argument("--table", type=Path, help="markdown file to write")
+    asked = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    set_verbosity_error()
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    patterns = asked.patterns.split(",")
+    results = {}
+    for model_type in asked.types.split(",") if asked.types else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        results[model_type] = judge(model_type, patterns)
+        print(f"{model_type}: " + "; ".join(f"{p} {said}" for p, said in results[model_type].items()), flush=True)
+    print("\n".join(counts(results, patterns)))
+    if asked.table:
+        asked.table.write_text(table(results, patterns))
+
+
+if __name__ == "__main__":
+    main()
