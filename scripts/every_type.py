@@ -93,6 +93,7 @@ FIELDS = {name: int(value) for value, names in re.findall(r"^(\d+):((?:\s+[A-Za-
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # what single types need besides
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"num_key_value_heads": 4} for name in ("axk1", "axk2", "bailing_hybrid")},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
@@ -205,7 +206,7 @@ def check_dense(source: Path, output: Path, report: Any) -> Iterator[str]:
     aside = tuple(
         n for n, m in before.named_modules() if isinstance(m, nn.Embedding | nn.Conv1d) or n.endswith(("gate", "router", "x_proj", "dt_proj"))
     )
-    weights = {n: p for n, p in before.named_parameters() if n.startswith(f"{path}.") and p.dim() > 1 and min(p.shape[-2:]) > 1}
+    weights = {n: p for n, p in before.named_parameters() if n.startswith(f"{path}.") and p.dim() > 1 and min(p.shape[-2:]) > 1 and "bias" not in n}
     weights = {n: p for n, p in weights.items() if not n.startswith(tuple(f"{a}." for a in aside))}
     now = dict(after.named_parameters())
     dense = {n: p.numel() for n, p in weights.items() if torch.equal(p, now[n])}
@@ -266,7 +267,7 @@ def place_of(error: BaseException) -> str:
     """Where an unexpected error came from: the last line of llmprune's own."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "llmprune" in f.filename and "scripts" not in f.filename]
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
 
 
 def outcome(source: Path, output: Path, pattern: str) -> str:

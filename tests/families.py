@@ -101,6 +101,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "openai_gpt": ("openai-gpt", TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "mamba": ("mamba", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "lfm2": ("lfm2", BASE | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "bamba": (
+        "bamba",
+        BASE | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
     "nemotron_h": (
         "nemotron_h",
         BASE

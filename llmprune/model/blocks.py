@@ -22,7 +22,12 @@ from transformers import PreTrainedModel
 from llmprune.errors import RequestError
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
-PROBE = 8  # tokens of the forward that shows how often each block runs
+WIDEST = 3  # values that a block may return
+# why a walk fails, the most telling first
+MORE = "its blocks hand on more than hidden states"
+ORDER = "its blocks do not run once each, in order"
+PLACES = "its blocks see more or fewer hidden states than tokens"
+CHANGE = "the hidden states change between the blocks"
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,28 @@ class _AllRecorded(Exception):
     """Ends the model's forward once the last block has been reached: neither final norm nor head is needed."""
 
 
+class _Rest:
+    """What a recorder hands on beside hidden states; a block that receives it uses more of the one before it."""
+
+
+REST = _Rest()
+
+
 def find_blocks(model: PreTrainedModel) -> str:
-    """Path of the ModuleList of decoder blocks.
+    """Path of the ModuleList of decoder blocks: the only outermost one as long as the config says, or else the only one in the decoder.
 
     Raises RequestError when the model has none, or several that could be it.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)  # of the encoder, of half-blocks, or missing in some
     names = {id(module): name for name, module in model.named_modules()}
     decoder = model.get_decoder()
-    for root in (decoder, model):
-        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    for root, length in ((decoder, count), (model, count), (decoder, None)):
+        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == (length or len(m))]
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
-        if len(outermost) == 1:
+        if len(outermost) == 1 and len(outermost[0]):
             return names[id(outermost[0])]
-    raise RequestError(f"{type(model).__name__}: no single list of {count} decoder blocks found", CANNOT_WALK)
+    found = ", ".join(f"{names[id(m)]} ({len(m)})" for m in outermost[:4]) or "none"
+    raise RequestError(f"{type(model).__name__}: no single list of decoder blocks; module lists: {found}", CANNOT_WALK)
 
 
 class _Recorder(nn.Module):
@@ -112,7 +125,7 @@ def _surrounded(blocks: nn.ModuleList, around: Callable[[int], AbstractContextMa
 class Walk:
     """Runs a model around its blocks.
 
-    ``tuples`` is True for architectures whose blocks return a tuple; it is determined by the first recording, with the first run of a block.
+    ``returned`` counts the values in the tuple that a block returns, 0 for no tuple; known after the first recording, or a sole block's first run.
 
     Raises RequestError when the blocks cannot be found or share weights.
     """
@@ -121,7 +134,7 @@ class Walk:
         self.model = model
         self.path = find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
-        self.tuples: bool | None = None
+        self.returned: int | None = None
         self.head_path, self.embeddings_path = _outside(model)
         _refuse_shared(model, self.path, self.blocks)
 
@@ -139,56 +152,74 @@ class Walk:
 
     def record(self, ids_NL: Tensor) -> tuple[Tensor, list[Call]]:
         """(hidden states that enter block 0, the call of every block) for one micro-batch of token ids."""
-        for tuples in (False, True) if self.tuples is None else (self.tuples,):
-            recorded = self._record(ids_NL, tuples)
+        faults: set[str] = set()
+        for returned in range(WIDEST + 1) if self.returned is None else (self.returned,):
+            recorded = self._record(ids_NL, returned, faults)
             if recorded is not None:
-                if self.tuples is None and len(self.blocks) > 1:
-                    self.tuples = tuples
-                    self._refuse_loops(ids_NL[:1, :PROBE])
+                if self.returned is None and len(self.blocks) > 1:
+                    self.returned = returned
+                    self._refuse_loops(ids_NL[:1])
                 return recorded
-        raise RequestError(
-            f"{type(self.model).__name__}: the hidden states change between the blocks of {self.path}",
-            CANNOT_WALK,
-        )
+        why = next((fault for fault in (MORE, ORDER, PLACES) if fault in faults), CHANGE)
+        raise RequestError(f"{type(self.model).__name__}: {why} ({self.path})", CANNOT_WALK)
 
-    def _record(self, ids_NL: Tensor, tuples: bool) -> tuple[Tensor, list[Call]] | None:
-        """None when a block's recorder did not get exactly what the one before it passed on."""
+    def _record(self, ids_NL: Tensor, returned: int, faults: set[str]) -> tuple[Tensor, list[Call]] | None:
+        """None, and why in ``faults``, when a block's recorder did not get exactly what the one before it passed on."""
         first: list[Tensor] = []  # as it was passed on, and a copy, so that a change in place is noticed too
         calls: list[Call] = []
-        straight = True
+        own: list[str] = []
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
-            nonlocal straight
             if not first:
                 first.extend((hidden, hidden.clone()))
-            straight = straight and i == len(calls) and _unchanged(hidden, *first)
+            if not _unchanged(hidden, *first):
+                own.append(CHANGE)
+            elif _has_rest((call.args, call.kwargs)):
+                own.append(MORE)
+            elif i != len(calls):
+                own.append(ORDER)
             calls.append(call)
-            if len(calls) == len(self.blocks) or not straight:
+            if len(calls) == len(self.blocks) or own:
                 raise _AllRecorded
-            return (hidden,) if tuples else hidden
+            return _as_returned(hidden, returned)
 
         try:
             with _replaced(self.blocks, receive):
                 self.model(input_ids=ids_NL, use_cache=False)
         except _AllRecorded:
-            pass
+            faults.update(own)
         except (ValueError, TypeError, IndexError, AttributeError):  # the model uses more of a block's output than hidden states
             if not calls:
                 raise
             return None
-        whole = straight and len(calls) == len(self.blocks) and first[1].shape[:2] == ids_NL.shape
-        return (first[1], calls) if whole else None
+        if own or len(calls) < len(self.blocks):
+            return None
+        if first[1].shape[:2] != ids_NL.shape:
+            faults.add(PLACES)
+            return None
+        return first[1], calls
 
     def _refuse_loops(self, ids_NL: Tensor) -> None:
-        """Recording ends at the last block: check once that the model then continues to its head."""
+        """Recording ends at the last block: check once that the model then continues to its head. On a window of full length, since some models
+        change for good when they see a short one.
+        """
         visits: list[int] = []
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
             visits.append(i)
-            return (hidden,) if self.tuples else hidden
+            return _as_returned(hidden, self.returned or 0)
 
-        with _replaced(self.blocks, receive):
-            self.model(input_ids=ids_NL, use_cache=False)
+        def at_head(*_: Any) -> None:
+            raise _AllRecorded
+
+        hook = self.head.register_forward_pre_hook(at_head)
+        try:
+            with _replaced(self.blocks, receive):
+                self.model(input_ids=ids_NL, use_cache=False)
+        except _AllRecorded:
+            pass
+        finally:
+            hook.remove()
         if visits != list(range(len(self.blocks))):
             raise RequestError(
                 f"{type(self.model).__name__}: {len(visits)} runs of its {len(self.blocks)} blocks",
@@ -201,7 +232,7 @@ class Walk:
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
             out = hidden_NLD if i == last else hidden
-            return (out,) if self.tuples else out
+            return _as_returned(out, self.returned or 0)
 
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
         with _replaced(self.blocks, receive):
@@ -217,8 +248,22 @@ class Walk:
         """Run one block with its recorded call; the hidden states that leave it."""
         named = {call.keyword: hidden_NLD} if call.keyword else {}
         out = block(*(() if named else (hidden_NLD,)), *call.args, **named, **call.kwargs)
-        self.tuples = isinstance(out, tuple | list)
-        return out[0] if self.tuples else out
+        several = isinstance(out, tuple | list)
+        if len(self.blocks) == 1:
+            self.returned = len(out) if several else 0
+        return out[0] if several else out
+
+
+def _as_returned(hidden: Tensor, returned: int) -> Any:
+    """Hidden states as a block would return them: alone, or first in a tuple of so many values."""
+    return (hidden, *[REST] * (returned - 1)) if returned else hidden
+
+
+def _has_rest(value: Any) -> bool:
+    """Whether REST is in the arguments of a call."""
+    if isinstance(value, dict | tuple | list):
+        return any(_has_rest(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return value is REST
 
 
 def _outside(model: PreTrainedModel) -> tuple[str, str]:

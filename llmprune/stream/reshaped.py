@@ -17,12 +17,8 @@ from llmprune.structured.structure import Structure
 class Passed(nn.Module):
     """Stands in for a dropped block."""
 
-    def __init__(self, tuples: bool) -> None:
-        super().__init__()
-        self._tuples = tuples
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if self._tuples else hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
 
 
 class Reshaped:
@@ -46,7 +42,7 @@ class Reshaped:
     @contextmanager
     def block(self, index: int, dense: bool = False) -> Iterator[nn.Module]:
         if index in self.dropped and not dense:
-            yield Passed(bool(self.walk.tuples))
+            yield Passed()
             return
         with self.stream.block(index, dense) as block:
             if index in self.keeps and not dense:

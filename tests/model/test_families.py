@@ -16,6 +16,7 @@ import torch
 from families import FAMILIES, REFUSED, VOCABULARY, save_tiny, tiny_model, tiny_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.allocation.uniform import Uniform
@@ -46,7 +47,7 @@ from llmprune.stream.selected import selected, stored_matrices
 from llmprune.types import SILENT, Stat
 
 CPU = torch.device("cpu")
-CANNOT_WALK = r"hidden states change between the blocks|shared with"
+CANNOT_WALK = r"hidden states change between the blocks|hand on more than hidden states|more or fewer hidden states|shared with"
 PLANS = {
     "wanda": Plan(Wanda(), Unstructured("row"), MaskOnly(), Uniform(), 0.5, accept_damage=True),
     "sparsegpt": Plan(None, NM(2, 4), SparseGPT(), Uniform(), 0.5, accept_damage=True),
@@ -376,8 +377,15 @@ class Toy(nn.Module):
         return SimpleNamespace(logits=self.head(hidden_NLD))
 
 
+def unpack_two(out: Any) -> Tensor:
+    hidden_NLD, _ = out
+    return hidden_NLD
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("between", [lambda h: h, lambda h: h[:, slice(0, None)], lambda h: h[0]], ids=["as it is", "view of all", "tuple"])
+@pytest.mark.parametrize(
+    "between", [lambda h: h, lambda h: h[:, slice(0, None)], lambda h: h[0], unpack_two], ids=["as it is", "view of all", "tuple", "two values"]
+)
 def test_a_straight_walk_is_recorded(between: Callable[[Any], Tensor]) -> None:
     walk = Walk(Toy(between))
     hidden_NLD, calls = walk.record(WINDOWS_NL)
@@ -386,16 +394,11 @@ def test_a_straight_walk_is_recorded(between: Callable[[Any], Tensor]) -> None:
     assert torch.equal(walk.logits(WINDOWS_NL, 2 * hidden_NLD), walk.model.head(2 * hidden_NLD))
 
 
-def unpack_two(out: Any) -> Tensor:
-    hidden_NLD, _ = out
-    return hidden_NLD
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "between",
-    [lambda h: h * 0.5, lambda h: h.mul_(0.5), lambda h: h.clone(), lambda h: h.mT, lambda h: h[:, :4], unpack_two, lambda h: h[1], lambda h: h + h],
-    ids=["scaled", "in place", "copy", "transposed", "cut", "two values", "second value", "added"],
+    [lambda h: h * 0.5, lambda h: h.mul_(0.5), lambda h: h.clone(), lambda h: h.mT, lambda h: h[:, :4], lambda h: h[1], lambda h: h + h],
+    ids=["scaled", "in place", "copy", "transposed", "cut", "second value", "added"],
 )
 def test_changes_between_blocks_are_refused(between: Callable[[Any], Tensor]) -> None:
     for ids_NL in (WINDOWS_NL, WINDOWS_NL[:1], WINDOWS_NL[:2]):
@@ -407,6 +410,36 @@ def test_changes_between_blocks_are_refused(between: Callable[[Any], Tensor]) ->
 def test_looped_blocks_are_refused() -> None:
     with pytest.raises(RequestError, match="6 runs of its 3 blocks"):
         Walk(Toy(lambda h: h, rounds=2)).record(WINDOWS_NL)
+
+
+@torch.no_grad()
+def test_the_reason_why_a_walk_fails_is_given() -> None:
+    with pytest.raises(RequestError, match=r"GlmMoeDsaForCausalLM: its blocks hand on more than hidden states \(model.layers\)"):
+        Walk(tiny_model("glm_moe_dsa")).record(WINDOWS_NL)
+    with pytest.raises(RequestError, match="no single list of decoder blocks; module lists: transformer.attentions"):
+        Walk(AutoModelForCausalLM.from_config(CONFIG_MAPPING["xlm"](emb_dim=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY)))
+
+
+@torch.no_grad()
+def test_blocks_are_counted_where_the_config_counts_others() -> None:
+    """BART's num_hidden_layers is that of the encoder, which a causal LM does not have."""
+    values = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bart"](vocab_size=VOCABULARY, **values)).eval()
+    walk = Walk(model)
+    assert (walk.path, len(walk.blocks)) == ("model.decoder.layers", 3)
+    hidden_NLD, calls = walk.record(WINDOWS_NL)
+    for block, call in zip(walk.blocks, calls, strict=True):
+        hidden_NLD = walk.replay(block, hidden_NLD, call)
+    assert torch.equal(walk.logits(WINDOWS_NL, hidden_NLD), model(WINDOWS_NL, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_recording_leaves_no_trace_in_a_model() -> None:
+    """BigBird turns to full attention for good when it sees a window that is too short for blocks."""
+    values = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "block_size": 4, "num_random_blocks": 1}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["big_bird"](vocab_size=VOCABULARY, is_decoder=True, **values)).eval()
+    Walk(model).record(tiny_windows(2, 64))
+    assert model.bert.attention_type == "block_sparse"
 
 
 @pytest.mark.parametrize("family", REFUSED)
