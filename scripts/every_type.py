@@ -93,7 +93,15 @@ FIELDS = {name: int(value) for value, names in re.findall(r"^(\d+):((?:\s+[A-Za-
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # what single types need besides
 SPECIAL: dict[str, dict[str, Any]] = {
-    **{name: {"num_key_value_heads": 4} for name in ("axk1", "axk2", "bailing_hybrid")},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+    "falcon_h1": {"mamba_n_heads": 8},
+    "dory": {"num_hidden_layers": 4, "n_recurrent_layers": 2},
+    "hrm_text": {"num_hidden_layers": 4, "num_layers_per_stack": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
@@ -112,6 +120,8 @@ def tiny_config(kind: type, model_type: str = "") -> Any:
     names = {f.name for f in dataclasses.fields(kind)} | set(getattr(kind, "attribute_map", {}))
     values = {name: FIELDS[name] for name in names & FIELDS.keys() if name not in getattr(kind, "attribute_map", {})}
     values |= {name: value for name, value in TOKENS.items() if name in names}
+    if "kv_lora_rank" in names:  # attention with latents has as many key-value heads as heads
+        values["num_key_value_heads"] = 4
     for name, inner in getattr(kind, "sub_configs", {}).items():
         if name in names and dataclasses.is_dataclass(inner) and inner.__name__ != "AutoConfig":
             values[name] = tiny_config(inner)

@@ -112,6 +112,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8, "n_routed_experts": 4}
         | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
     ),
+    "lara_mini": (  # one stored tensor is split into four parameters
+        "lara_mini",
+        BASE
+        | LINEAR
+        | {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16},
+    ),
     "qwen3_next": (
         "qwen3_next",
         BASE

@@ -43,11 +43,15 @@ class Loader:
         self.source = source
         self.skeleton = skeleton
         self.sink: Finished | None = None
-        names, self.converted = parameter_names(skeleton, list(source.tensors))
+        names, self.converted, further = parameter_names(skeleton, list(source.tensors))
         self.parameter_of = names
         self.keys_of: dict[str, list[str]] = {}  # parameter -> checkpoint keys
         for key in sorted(names, key=natural):
             self.keys_of.setdefault(names[key], []).append(key)
+        self._filled: dict[str, list[str]] = {}  # checkpoint key -> all parameters that it is split into, where they are several
+        for name, key in further.items():
+            self.keys_of.setdefault(name, []).append(key)
+            self._filled.setdefault(key, [names[key]]).append(name)
         self.empty: dict[str, Tensor] = dict(skeleton.state_dict())  # meta parameters; persistent buffers are real until loaded
         # the skeleton's own empty parameters are put back after use: new ones would fragment the heap and keep it from shrinking
         self._meta = {(id(m), leaf): p for m in skeleton.modules() for leaf, p in m._parameters.items() if p is not None}
@@ -196,14 +200,16 @@ class Loader:
 
         Raises ConversionError when transformers' conversion does not lead back to the names in the checkpoint.
         """
-        plain, merged = {}, {}
+        plain: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
         for name in parameters:
             keys = self.keys_of[name]
             tensor = self.skeleton.get_parameter(name).detach()
             if self.converted.isdisjoint(keys):
                 plain[keys[0]] = tensor
             else:
-                merged[name] = tensor
+                beside = [other for key in keys for other in self._filled.get(key, ())]  # what a tensor is split into is joined as a whole
+                merged |= {other: self.skeleton.get_parameter(other).detach() for other in [name, *beside]}
         if merged:
             back = revert(self.skeleton, merged)
             expected = {key for name in merged for key in self.keys_of[name]}

@@ -34,11 +34,12 @@ else:
     MOVED = ""
 
 
-def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str]]:
-    """(checkpoint key -> parameter it goes into, the keys whose tensors must be merged, split or transposed on the way).
+def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str], dict[str, str]]:
+    """(checkpoint key -> parameter it goes into, the keys whose tensors must be merged, split or transposed on the way, further parameter -> the
+    checkpoint key that is split to fill it too).
 
-    Keys that the model has no place for are left out. Several keys may fill one parameter; one key may fill several (then only the first is
-    named). Raises ConversionError when this transformers has no such conversion.
+    Keys that the model has no place for are left out. Several keys may fill one parameter; one key may fill several. Raises ConversionError when
+    this transformers has no such conversion.
     """
     if MOVED:
         raise ConversionError(f"transformers' key conversion is not where it was ({MOVED})")
@@ -47,7 +48,9 @@ def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[st
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     prefix = skeleton.base_model_prefix
+    targets = {source: c.target_patterns for c in converters for source in c.source_patterns}
     names, converted = {}, set()
+    further: dict[str, str] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -56,7 +59,9 @@ def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[st
             names[key] = name
             if pattern is not None:
                 converted.add(key)
-    return names, converted
+                first, *others = targets.get(pattern, [""])
+                further |= {other: key for target in others if (other := name.replace(first, target)) in state}
+    return names, converted, further
 
 
 def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
