@@ -97,7 +97,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "xmod": {"default_language": "en_XX"},
     "falcon_h1": {"mamba_n_heads": 8},
     "dory": {"num_hidden_layers": 4, "n_recurrent_layers": 2},
@@ -122,6 +122,7 @@ def tiny_config(kind: type, model_type: str = "") -> Any:
     values |= {name: value for name, value in TOKENS.items() if name in names}
     if "kv_lora_rank" in names:  # attention with latents has as many key-value heads as heads
         values["num_key_value_heads"] = 4
+    values |= {name: True for name in ("is_decoder",) if name in names}
     for name, inner in getattr(kind, "sub_configs", {}).items():
         if name in names and dataclasses.is_dataclass(inner) and inner.__name__ != "AutoConfig":
             values[name] = tiny_config(inner)

@@ -112,6 +112,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8, "n_routed_experts": 4}
         | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
     ),
+    "dbrx": (  # experts in bare two-dimensional parameters, one after the other
+        "dbrx",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}}
+        | {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
+    ),
     "lara_mini": (  # one stored tensor is split into four parameters
         "lara_mini",
         BASE

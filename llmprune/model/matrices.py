@@ -41,7 +41,10 @@ class Matrix:
     def stored(self, block: nn.Module) -> Tensor:
         """The stored slice, sharing memory with the parameter."""
         parameter = block.get_parameter(self.parameter).data
-        return parameter if self.expert is None else parameter[self.expert]
+        if self.expert is None:
+            return parameter
+        one = self.columns if self.transposed else self.rows  # of a stack whose experts lie one after the other in two dimensions
+        return parameter.view(-1, one, parameter.shape[-1])[self.expert] if parameter.dim() == 2 else parameter[self.expert]
 
     def view(self, block: nn.Module) -> Tensor:
         """[R, C] view, sharing memory with the parameter."""
@@ -85,6 +88,13 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
     found = []
     for path, module in block.named_modules():
         prefix = f"{path}." if path else ""
+        if flat := _flat_stacks(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    one = parameter.unflatten(0, (flat, -1))
+                    # gate, up and down of one shape: what is last leads back, so it is stored the other way round
+                    found += [_matrix(f"{prefix}{name}", e, name == "w2", one[e]) for e in range(flat)]
+            continue
         if isinstance(module, nn.Linear | Conv1D):
             transposed = isinstance(module, Conv1D)
             found.append(_matrix(f"{prefix}weight", None, transposed, module.weight))
@@ -97,6 +107,12 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
             elif parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
                 found += [_matrix(f"{prefix}{name}", e, transposed, parameter[e]) for e in range(parameter.shape[0])]
     return found
+
+
+def _flat_stacks(module: nn.Module) -> int:
+    """How many matrices lie one after the other in each two-dimensional parameter of a module: groups of a grouped Linear, or DBRX's experts."""
+    groups = getattr(module, "n_groups", 0) if isinstance(module, nn.Linear) else 0
+    return groups or (getattr(module, "moe_num_experts", 0) if isinstance(getattr(module, "w2", None), nn.Parameter) else 0)
 
 
 def _stacks_transposed(module: nn.Module) -> bool:

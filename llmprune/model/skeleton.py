@@ -24,6 +24,7 @@ OWN_SIZES = "per_layer_config"
 # are read; another number of heads stops plain loading by the tensors' shapes.
 READABLE = "allow_global_per_layer_attribute_access"
 MAX_LAYERS = 2_000
+PER_BLOCK = 4  # layers that a config may count for one block: its attentions, or its rounds
 # What transformers raises when no model can be built from a config.
 UNBUILDABLE = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, ImportError)
 
@@ -37,12 +38,13 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
     if kind not in CONFIG_MAPPING:
         hint = "it needs remote code, which is not run" if "auto_map" in config else "update transformers, or give a causal LM that it knows"
         raise RequestError(f"config.json: model_type {kind!r} is unknown to transformers", hint)
-    check_layers(config.get("num_hidden_layers", config.get("n_layer", 1)), stored)
+    check_layers(config.get("num_hidden_layers", config.get("n_layer", 1)), PER_BLOCK * stored, stored)
     try:
         own = own_sizes(config)
         left_out = (*NOT_FOLLOWED, *((OWN_SIZES, READABLE) if own else ()))
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
-        check_layers(parsed.get_text_config(decoder=True).num_hidden_layers, stored)  # under whatever name this kind of config has it
+        layers = getattr(parsed.get_text_config(decoder=True), "num_hidden_layers", 1)  # under whatever name this kind of config has it
+        check_layers(layers, PER_BLOCK * stored, stored)
         if type(parsed) not in AutoModelForCausalLM._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         check_causal(parsed)
@@ -52,6 +54,8 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         hint = "check its sizes against the checkpoint, or free some memory" if out_of_memory(error) else "check the config against the checkpoint"
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", hint) from None
+    blocks: Any = model.get_submodule(find_blocks(model))
+    check_layers(len(blocks), stored, stored)
     for name, buffer in model.named_buffers():
         buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product per expert, so that each can be watched
@@ -64,11 +68,11 @@ def own_sizes(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {int(i): dict(sizes) for i, sizes in config[OWN_SIZES].items()} if pruned else {}
 
 
-def check_layers(layers: Any, stored: int) -> None:
-    """A plausible number of blocks that the weights can have; RequestError otherwise."""
+def check_layers(layers: Any, most: int, stored: int) -> None:
+    """A plausible number of blocks, at most as many as the weights can have; RequestError otherwise."""
     if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
         raise RequestError(f"config.json: num_hidden_layers is {layers!r}", f"1 to {MAX_LAYERS} blocks are supported")
-    if layers > stored:
+    if layers > most:
         raise RequestError(
             f"config.json: num_hidden_layers is {layers}, the weights hold {stored} blocks: all tensors missing from block {stored} on",
             "the checkpoint is incomplete, or its config belongs to another; fetch it again",

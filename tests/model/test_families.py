@@ -28,6 +28,7 @@ from llmprune.engine import prune
 from llmprune.errors import RequestError, StoppedError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Selection, block_matrices
+from llmprune.model.skeleton import build_skeleton
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.pruners.block_pruner import BlockPruner
@@ -200,6 +201,8 @@ class Reference:
                 module.register_forward_pre_hook(
                     lambda m, args, kwargs, path=path, bare=bare: self.experts(path, bare, m.num_experts, args, kwargs), with_kwargs=True
                 )
+            elif hasattr(module, "v1"):  # DBRX, once for each expert
+                module.register_forward_pre_hook(lambda m, args, path=path: self.one_expert(path, m, *args))
             elif path.endswith("x_proj"):  # Mamba's dt_proj multiplies the first part of what x_proj gives, without its module being called
                 rank = block.get_submodule(path.replace("x_proj", "dt_proj")).weight.shape[1]
                 module.register_forward_pre_hook(lambda m, args, path=path: self.add(f"{path}.weight", args[0]))
@@ -213,6 +216,12 @@ class Reference:
         value_TC = value.reshape(-1, value.shape[-1])
         self.inputs.setdefault(name, []).append(value_TC)
         self.tokens[name] = self.tokens.get(name, 0) + len(value_TC)
+
+    def one_expert(self, path: str, module: Any, hidden_TC: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> None:
+        number = w1.storage_offset() // w1.numel()
+        self.add(f"{path}.w1[{number}]", hidden_TC)
+        self.add(f"{path}.v1[{number}]", hidden_TC)
+        self.add(f"{path}.w2[{number}]", module.activation_fn(hidden_TC @ w1.T) * (hidden_TC @ v1.T))
 
     def experts(self, path: str, parameters: list[str], experts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (up,) = [p for p in parameters if "up" in p]
@@ -431,6 +440,14 @@ def test_blocks_are_counted_where_the_config_counts_others() -> None:
     for block, call in zip(walk.blocks, calls, strict=True):
         hidden_NLD = walk.replay(block, hidden_NLD, call)
     assert torch.equal(walk.logits(WINDOWS_NL, hidden_NLD), model(WINDOWS_NL, use_cache=False).logits)
+
+
+def test_a_config_that_counts_attentions_holds_half_as_many_blocks() -> None:
+    values = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "n_routed_experts": 4, "zero_expert_num": 1}
+    config = CONFIG_MAPPING["longcat_flash"](**values).to_dict() | {"num_hidden_layers": 4}
+    assert len(Walk(build_skeleton(config, torch.float32, stored=2)).blocks) == 2
+    with pytest.raises(RequestError, match="num_hidden_layers is 2, the weights hold 1 blocks"):
+        build_skeleton(config, torch.float32, stored=1)
 
 
 @torch.no_grad()
