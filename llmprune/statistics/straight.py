@@ -40,7 +40,10 @@ class Program:
 def read_program(watching: Watch, follow: Follow, matrices: list[Matrix]) -> Program | None:
     """The program of the forward that ``watching`` and ``follow`` have just seen; None if the block is not straight."""
     used = dict(follow.products)
-    if any(m.expert is not None for m in matrices) or len(follow.products) != len(used) or used.keys() != {m.name for m in matrices}:
+    names = {m.name for m in matrices}
+    if any(m.expert is not None for m in matrices) or len(follow.products) != len(used) or used.keys() != names:
+        return None
+    if not watching.own.keys() >= names:  # one that got no tokens, such as the adapter of another language
         return None
     groups: dict[int, list[Matrix]] = {}
     for m in sorted(matrices, key=lambda m: used[m.name]):

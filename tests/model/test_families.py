@@ -7,13 +7,14 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, VOCABULARY, save_tiny, tiny_model, tiny_windows
+from families import FAMILIES, HEADS, REFUSED, TOKENS, VOCABULARY, save_tiny, tiny_model, tiny_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -448,6 +449,18 @@ def test_a_config_that_counts_attentions_holds_half_as_many_blocks() -> None:
     assert len(Walk(build_skeleton(config, torch.float32, stored=2)).blocks) == 2
     with pytest.raises(RequestError, match="num_hidden_layers is 2, the weights hold 1 blocks"):
         build_skeleton(config, torch.float32, stored=1)
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_a_linear_without_tokens_is_pruned_by_magnitude(tmp_path: Path, method: str) -> None:
+    """X-MOD multiplies no tokens by the adapters of other languages, but multiplies."""
+    values = TOKENS | HEADS | {"hidden_size": 32, "intermediate_size": 48, "languages": ["en_XX", "de_DE"], "default_language": "en_XX"}
+    config = CONFIG_MAPPING["xmod"](is_decoder=True, max_position_embeddings=64, **values)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    _, _, reports = prune_to(tmp_path / "source", tmp_path / "out", replace(PLANS[method], asymmetric=method == "sparsegpt"))
+    rows = {row.matrix: row for report in reports for row in report.rows}
+    assert [row.tokens for name, row in rows.items() if "de_DE" in name] == [0] * 4
+    assert all(row.zeros * 2 == row.size for row in rows.values())
 
 
 @torch.no_grad()
