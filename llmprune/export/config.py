@@ -71,13 +71,13 @@ def export(
     the kept blocks. Raises RequestError for sizes or layers that no config can express.
     """
     config = model.config
-    if kept is not None and len(kept) < len(spaces):
-        required(config, "layers")
+    if family_of(config) is None and any(keeps):
+        required(config)
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
     wanted |= {name for sizes in own_sizes(source).values() for name in sizes}  # of layers that an earlier cut left uneven
     saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config", "transformers_weights")}
-    saved |= fewer_layers(source, config, kept)
+    saved |= fewer_layers(source, model, path, kept)
     for name, value in fixed.items():
         put(saved, config, name, value)
     layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
+from llmprune.model.families.lookup import family_of
+from llmprune.structured.derived import without_layers
 from llmprune.structured.structure import attends
 
 EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry per layer
@@ -15,20 +17,22 @@ SOME = ("mlp_only_layers", "full_attn_idxs")  # numbers of layers
 FIRST = ("first_k_dense_replace",)  # so many layers at the start
 
 
-def fewer_layers(source: dict[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a stored config that change when only the layers ``kept`` are kept, in their order.
+def fewer_layers(source: dict[str, Any], model: PreTrainedModel, path: str, kept: Sequence[int]) -> dict[str, Any]:
+    """The fields of a stored config that change when only the layers ``kept`` of the list ``path`` are kept, in their order.
 
     What a config leaves to a rule (every fourth layer) is written out, because the rule would count the remaining layers.
-    Raises RequestError for numbers that are not sorted, unique and in range.
+    Raises RequestError for numbers that are not sorted, unique and in range, and for layers that the config cannot express.
     """
-    total = config.num_hidden_layers
+    config, total = model.config, len(list(model.get_submodule(path).children()))
     if list(kept) == list(range(total)):
         return {}
     if not kept or sorted({*kept} & {*range(total)}) != list(kept):
         raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
-    full = config.to_dict()
     if not attends(config, kept):
         raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
+    if family_of(config) is None:
+        return without_layers(source, model, path, kept)
+    full = config.to_dict()
     changed: dict[str, Any] = {name: [full[name][i] for i in kept] for name in EACH if full.get(name) is not None}
     changed |= {name: _renumbered(full[name], kept) for name in SOME if full.get(name) is not None}
     changed |= {name: sum(i < full[name] for i in kept) for name in FIRST if full.get(name) is not None}

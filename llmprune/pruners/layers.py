@@ -25,6 +25,7 @@ from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
+from llmprune.structured.derived import inexpressible
 from llmprune.structured.structure import Structure, attends
 from llmprune.types import SILENT, Listener, Records
 
@@ -67,10 +68,17 @@ def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order
 
 
 def least_of(costs: dict[int, float], stream: Reshaped, dropped: Iterable[int]) -> int:
-    """The cheapest block without which at least one has attention."""
+    """The cheapest block without which at least one has attention, and a config can express the rest. Raises RequestError where none is."""
     left = set(range(len(stream.names))) - set(dropped)
     fixed = [index for index in costs if not attends(stream.structure.config, left - {index})]
-    return least_needed(costs, 1, fixed)[0]
+    wrong = None
+    while len(fixed) < len(costs):
+        least = least_needed(costs, 1, fixed)[0]
+        wrong = inexpressible(stream.walk.model, stream.walk.path, left - {least})
+        if wrong is None:
+            return least
+        fixed.append(least)
+    raise RequestError(wrong or "layers: no further block can be dropped", "ask for less sparsity")
 
 
 def without_each(stream: Reshaped, windows_NL: Tensor, dropped: frozenset[int], dense: Flow) -> dict[int, float]:

@@ -70,7 +70,8 @@ def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
     if pattern not in PATTERNS:
         return f"{pattern!r} is not a structured pattern; there are {', '.join(PATTERNS)}"
     if family is None:
-        return f"{config.model_type}: no table of its structure; there is one for {', '.join(sorted(TABLES))}"
+        no_table = f"{config.model_type}: no table of its structure, so only layers can be cut; there is one for {', '.join(sorted(TABLES))}"
+        return None if pattern == "layers" else no_table
     reason = _reason(family, pattern)
     works = " and ".join(p for p in PATTERNS if _reason(family, p) is None)
     return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}; it can by {works}"
@@ -85,7 +86,7 @@ def _reason(family: Family, pattern: str) -> str | None:
 def required(config: PreTrainedConfig, pattern: str | None = None) -> Family:
     """The family's table. Raises RequestError when there is none, or when it refuses the pattern."""
     family = family_of(config)
-    reason = refusal(config, pattern or "layers") if pattern or family is None else None
+    reason = refusal(config, pattern or "hidden") if pattern or family is None else None
     if family is None or reason is not None:
         raise RequestError(*(reason or "").split("; ", 1))
     return family
@@ -100,8 +101,8 @@ def spaces_of(config: PreTrainedConfig, index: int, block: nn.Module, pattern: s
 
 
 def all_spaces(config: PreTrainedConfig, index: int, block: nn.Module) -> list[Space]:
-    """The spaces of one block under every pattern that its family knows."""
-    return _resolved(required(config), block, PATTERNS)
+    """The spaces of one block under every pattern that its family knows; none without a table."""
+    return [] if family_of(config) is None else _resolved(required(config), block, PATTERNS)
 
 
 def outer_space(model: PreTrainedModel) -> Space:

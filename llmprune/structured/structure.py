@@ -14,6 +14,7 @@ from llmprune.maths.budget import on_levels
 from llmprune.maths.unit_columns import Units
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.results import Row
+from llmprune.structured.derived import require_layers
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
 from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, outer_space, refusal, required, tensors_of
 
@@ -187,7 +188,8 @@ def _ratios(counts: Sequence[int], space: Space) -> str:
 def resolved(config: PreTrainedConfig, pattern: str) -> tuple[str, ...]:
     """The patterns of spaces that a name means. Raises RequestError where the architecture cannot be cut so."""
     if pattern != "structured":
-        required(config, pattern)
+        if pattern != "layers" or refusal(config, pattern) is not None:
+            required(config, pattern)
         return (pattern,)
     required(config, "channels")
     found = [p for p in ATTENTION if refusal(config, p) is None]
@@ -211,6 +213,8 @@ def structure_of(
     Raises RequestError where the architecture cannot be cut so, or nothing is left to cut.
     """
     config, patterns = model.config, resolved(model.config, pattern)
+    if pattern == "layers":
+        require_layers(model, paths)
     spaces, cut, numbers, others = [], {}, [], []
     for index, path in enumerate(paths):
         block = model.get_submodule(path)

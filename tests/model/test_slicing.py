@@ -227,7 +227,7 @@ def test_no_table_no_cut() -> None:
     assert "no table" in str(refusal(model.config, "channels"))
     assert "not a structured pattern" in str(refusal(tiny("llama").config, "rows"))
     with pytest.raises(RequestError, match="no table"):
-        slice_model(model, [{}, {}])
+        slice_model(model, [{"channels": torch.arange(8)}, {}])
 
 
 def test_the_table_has_a_row_for_every_family() -> None:
