@@ -71,8 +71,11 @@ def export(
     the kept blocks. Raises RequestError for sizes or layers that no config can express.
     """
     config = model.config
-    if family_of(config) is None and any(keeps):
-        required(config)
+    if family_of(config) is None:
+        if any(keeps):
+            required(config)
+    elif kept is not None and len(kept) < len(spaces):
+        required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
     wanted |= {name for sizes in own_sizes(source).values() for name in sizes}  # of layers that an earlier cut left uneven

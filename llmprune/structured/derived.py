@@ -32,7 +32,7 @@ def without_layers(source: dict[str, Any], model: PreTrainedModel, path: str, ke
     text = model.config.get_text_config(decoder=True)
     nested = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
     plain = {name: value for name, value in source.items() if name != "auto_map"}
-    wrong = "the config has no field with the number of blocks"
+    wrong = "no field of its config counts them"
     for edit in islice(_edits(text, source if nested is None else source.get(nested, {}), len(blocks), kept), TRIES):
         changed = edit if nested is None else {nested: source.get(nested, {}) | edit}
         different: str | None
@@ -77,11 +77,11 @@ def _edits(config: PreTrainedConfig, source: dict[str, Any], total: int, kept: S
     ends = {name: 0 for name in AFTER_LAST if source.get(name)}
     canonical = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     counts = [name for name, value in full.items() if type(value) is int and value == total and ("layer" in name or name == canonical)]
-    for count in sorted(counts, key=lambda name: name != canonical):
+    for count in sorted(counts, key=lambda name: name != canonical) or [""]:  # some count the entries of a list
         parts = {name: _parts(name, value, total, kept) for name, value in full.items() if name != count and _part(name, value, total)}
         for values in product(*parts.values()):
             changed = {name: value for name, value in zip(parts, values, strict=True) if value != full[name]}
-            edit = each | some | changed | ends | {count: len(kept)}
+            edit = each | some | changed | ends | ({count: len(kept)} if count else {})
             aliases = {alias: edit[true] for alias, true in type(config).attribute_map.items() if true in edit and alias in source}
             yield edit | aliases
 
