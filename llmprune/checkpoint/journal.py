@@ -25,7 +25,7 @@ from typing import Any
 from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-RECORDS = r"(identity|published|dense|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
+RECORDS = r"(identity|published|dense|replay|frontier|ratios|polished|choice|rotated|(block|row)-\d+)\.json"
 FIRST = ("recipe", "text")  # of an identity: what was asked for, before what follows from it
 UNBOUND = ("identity", "published")  # read before the run's identity is known
 OWN = re.compile(rf"lock|output|polished|smaller|rotated|modules|replaced|({RECORDS}|windows\.safetensors)(\.tmp)?")
