@@ -28,7 +28,7 @@ from llmprune.results import Perplexity, Pushed, TaskResult
 from llmprune.run.job import run
 from llmprune.run.live import prune_live
 from llmprune.run.preflight import check_ids, check_length
-from llmprune.run.prepare import open_stream, prepare
+from llmprune.run.prepare import open_stream, prepare, scan
 from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.types import SILENT, Listener
@@ -109,7 +109,7 @@ def evaluate(
     length = window or default_length(str(model), stream.skeleton.config)
     check_length(length, stream.skeleton.config)
     tokenizer = load_tokenizer(source.folder)
-    source.scan()
+    scan(source, stream)
     check_source(source)
     found: list[Perplexity] = []
     for spec in [data] if isinstance(data, str) else data:

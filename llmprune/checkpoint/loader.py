@@ -181,6 +181,12 @@ class Loader:
         return [name for name in self.empty if not name.startswith(base)]
 
     @property
+    def not_weights(self) -> set[str]:
+        """The checkpoint's tensors that fill buffers (bounds, tables), or that the model has no place for."""
+        weights = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
+        return {key for key in self.source.tensors if self.parameter_of.get(key) not in weights}
+
+    @property
     def outer_keys(self) -> list[str]:
         """The checkpoint's tensors outside the blocks."""
         return sorted(self._outer, key=natural)

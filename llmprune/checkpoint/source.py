@@ -8,7 +8,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,8 +140,8 @@ class Source:
         finally:
             os.close(handle)
 
-    def scan(self) -> None:
-        """One pass over all weights before anything is computed: file hashes, and every float finite.
+    def scan(self, unbounded: Container[str] = ()) -> None:
+        """One pass over all weights before anything is computed: file hashes, and every float finite; those in ``unbounded`` may be infinite.
 
         Raises RequestError naming the tensors that hold NaN or infinity.
         """
@@ -156,8 +156,8 @@ class Source:
                 dtype = DTYPES.get(entry.dtype)
                 if dtype is not None and dtype.is_floating_point:
                     values = torch.frombuffer(data, dtype=dtype)
-                    if not all_finite(values):
-                        bad[name] = bad.get(name, 0) + int((~torch.isfinite(values)).sum())
+                    if not all_finite(values) and (count := int((values.isnan() if name in unbounded else ~values.isfinite()).sum())):
+                        bad[name] = bad.get(name, 0) + count
             self.hashes[file] = digest.hexdigest()
         if bad:
             more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""

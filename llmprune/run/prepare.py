@@ -144,7 +144,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     copies = 1 + recipe.structured + recipe.rotate + job.writes_again
     check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
     memory.check()
-    source.scan()
+    scan(source, stream)
     check_source(source)
     return job
 
@@ -162,6 +162,11 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
         return stream
     except ConversionError:
         return WholeStream(source, dtype, device)
+
+
+def scan(source: Source, stream: CheckpointStream | WholeStream) -> None:
+    """Hashes, and damage: infinite bounds in a buffer, or in a part that this model does not have, are none."""
+    source.scan(stream.loader.not_weights if isinstance(stream, CheckpointStream) else ())
 
 
 def described(source: Source) -> Origin:

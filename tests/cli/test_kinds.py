@@ -25,7 +25,9 @@ import llmprune
 from llmprune.checkpoint.source import INDEX, open_folder
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Selection
+from llmprune.recipe.reading import read_recipe
 from llmprune.report.inspection import inspect
+from llmprune.run.prepare import prepare
 
 ASK: dict[str, Any] = {"method": "wanda", "calibration": tiny_windows(), "device": "cpu", "accept_damage": True}
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -138,6 +140,35 @@ def test_neither_of_a_tied_pair_is_missing_by_name(tmp_path: Path) -> None:
     model = save_tiny("llama_tied", tmp_path / "model", torch.float32)
     rewrite(model, lambda tensors: {name: value for name, value in tensors.items() if name != EMBEDDINGS})
     with pytest.raises(RequestError, match=f"1 tensors missing: {EMBEDDINGS}"):
+        prune(model)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def with_bound(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: tensors | {"vision_tower.bound": torch.tensor([value])}
+
+
+def test_an_infinite_bound_outside_the_model_is_no_damage(model: Path) -> None:
+    rewrite(model, with_bound(float("-inf")))
+    out = prune(model)
+    assert load_file(out / "model.safetensors")["vision_tower.bound"].isneginf().all()
+
+
+def test_an_infinite_buffer_is_no_damage_and_an_infinite_weight_is(tmp_path: Path) -> None:
+    model = save_tiny("deepseek_v3", tmp_path / "model", torch.float32)
+    name = next(name for name in load_file(model / "model.safetensors") if name.endswith("e_score_correction_bias"))
+    rewrite(model, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor([0]), float("inf"))})
+    assert prepare(read_recipe(None, {"model": str(model), "sparsity": 0.5, "pattern": "unstructured"}), tiny_windows()).source.hashes
+    rewrite(model, lambda tensors: tensors | {HEAD: tensors[HEAD] / 0})
+    with pytest.raises(RequestError, match=f"NaN or infinite weights in {HEAD}"):
+        prune(model)
+
+
+def test_nan_is_damage_anywhere(model: Path) -> None:
+    rewrite(model, with_bound(float("nan")))
+    with pytest.raises(RequestError, match=r"vision_tower.bound \(1\)"):
         prune(model)
 
 
