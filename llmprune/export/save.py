@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.files import make_folder, remove
+from llmprune.checkpoint.loader import listed
+from llmprune.checkpoint.names import natural
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import PromiseError
 from llmprune.evaluation.divergence import after_blocks
@@ -54,7 +56,14 @@ def save_smaller(
     parameters = parameters_of(cutter)
     rounded_to = stored_dtype(stream.source) if rescaled(structure, written) else stream.dtype
     apart, notes = compare(stream, shown, ids_NL, parameters, folder, scratch, rounded_to)
-    return Smaller(structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), (*exported.notes, *notes))
+    notes = (*exported.notes, *left_out(stream), *notes)
+    return Smaller(structure.name, structure.patterns, tuple(kept), parameters, size, apart, bool(exported.files), notes)
+
+
+def left_out(stream: CheckpointStream) -> Sequence[str]:
+    """A note that names the source's tensors which the model has no place for, as far as there are any: a smaller checkpoint has none of them."""
+    names = sorted(stream.source.tensors.keys() - stream.loader.parameter_of.keys(), key=natural)
+    return (f"left out, because the causal language model has no place for them: {listed(names)}",) if names else ()
 
 
 def rescaled(structure: Structure, keeps: Sequence[Keeps]) -> bool:

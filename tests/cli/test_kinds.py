@@ -172,6 +172,16 @@ def test_nan_is_damage_anywhere(model: Path) -> None:
         prune(model)
 
 
+@pytest.mark.parametrize(("pattern", "sparsity"), [("channels", 0.25), ("layers", 0.34)])
+def test_a_cut_names_the_tensors_that_it_leaves_out(model: Path, pattern: str, sparsity: float) -> None:
+    rewrite(model, lambda tensors: tensors | {"score.weight": torch.ones(2, 32), "v_head.summary.bias": torch.ones(1)})
+    out = prune(model, sparsity, pattern)
+    (note,) = json.loads((out / "llmprune.json").read_text())["smaller"]["notes"]
+    assert note.endswith(": score.weight, v_head.summary.bias")
+    assert "score.weight" not in load_file(out / "model.safetensors")
+    assert "score.weight" in load_file(prune(model) / "model.safetensors")
+
+
 # --- code -------------------------------------------------------------------------------------------------------------------------------------
 
 
