@@ -79,8 +79,6 @@ def bench(
     if dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is unknown", f"one of {', '.join(DTYPE_NAMES)}")
     chosen = choose_device(device)
-    if chosen.type == "meta":
-        raise RequestError("device 'meta' holds no values", "give auto, cpu, or a device that torch sees")
     notes = _load_note(chosen)
     named = [(str(against), "dense"), (str(model), "pruned")] if against is not None else [(str(model), "model")]
     entrants = [_entrant(name, role, dtype, chosen, trust_remote_code, revision, notes) for name, role in named]

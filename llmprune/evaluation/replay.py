@@ -5,6 +5,7 @@ Shapes: L = tokens of a window, V = vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -21,18 +22,20 @@ ROUNDED_ALIKE = 0.05  # in other dtypes
 
 
 @torch.no_grad()
-def check_replay(stream: Stream, ids_1L: Tensor) -> float:
+def check_replay(stream: Stream, ids_1L: Tensor) -> float | None:
     """Relative difference between the logits of the model's own forward and those of its blocks run one by one; tokens are those of one window.
 
-    The own forward is given another last token, which must not change the predictions before it. Raises RequestError when it does, or when the
-    logits differ.
+    The own forward is given another last token, which must not change the predictions before it. None for a window of one token, which shows
+    nothing, and for logits that are not finite: a run says where they begin. Raises RequestError for predictions that differ.
     """
     if ids_1L.shape[1] < 2:
-        return 0.0
+        return None
     flow = Flow(stream, ids_1L)
     own_1LV = _own_logits(stream, _with_another_end(ids_1L, stream), flow)
     ((_, replayed_1LV),) = flow.logits()
     apart = difference(own_1LV[:, :-1], replayed_1LV[:, :-1])
+    if not math.isfinite(apart):
+        return None
     if apart <= ALIKE.get(stream.walk.model.dtype, ROUNDED_ALIKE):
         return apart
     name = type(stream.walk.model).__name__

@@ -116,7 +116,7 @@ def test_json_and_half_precision_computed_in_float32(cli, tmp_path):
         (("--threads", 0), "threads 0"),
         (("--repeat", "x"), "--repeat"),
         (("--device", "cuda:99"), "device 'cuda:99'"),
-        (("--device", "meta"), "device 'meta' holds no values"),
+        (("--device", "meta"), "device 'meta': holds no values"),
         (("--dtype", "int8"), "dtype 'int8' is unknown"),
         (("--dtype", "float16", "--device", "cpu"), "dtype float16 on CPU"),
         (("--against", "./absent"), "no such folder"),

@@ -68,6 +68,8 @@ def of(matrix: Matrix, gradient: Tensor | None) -> Tensor:
     """[R, C]: a matrix's part of a parameter's gradient."""
     if gradient is None:
         return torch.zeros(matrix.rows, matrix.columns)
+    if matrix.expert is not None and gradient.dim() == 2:  # experts that lie one after the other
+        gradient = gradient.unflatten(0, (-1, matrix.columns if matrix.transposed else matrix.rows))
     part = gradient if matrix.expert is None else gradient[matrix.expert]
     return matrix.part_of(part.T if matrix.transposed else part)
 

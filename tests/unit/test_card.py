@@ -101,6 +101,8 @@ def test_loading_says_when_code_is_run(tmp_path):
     assert "trust_remote_code" not in card_of(open_source(str(path)), path).text
     config = json.loads((path / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
     (path / "config.json").write_text(json.dumps(config))
+    assert "trust_remote_code" not in card_of(open_source("llama"), path).text  # transformers knows the class
+    (path / "config.json").write_text(json.dumps(config | {"per_layer_config": {"0": {"intermediate_size": 8}}}))
     text = card_of(open_source("llama"), path).text
     assert 'from_pretrained("path/to/this/model", trust_remote_code=True)' in text
     compile("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), CARD, "exec")
