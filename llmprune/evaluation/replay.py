@@ -1,11 +1,10 @@
 """Is the model, run block by block, the model? One window through its own forward and through its blocks, with one block in memory at a time.
 
-Shapes: L = tokens of a window, V = vocabulary.
+Shapes: L = tokens of a window, T = some of them, V = vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import RequestError
+from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
+from llmprune.maths.linalg import all_finite
 from llmprune.model.blocks import CANNOT_WALK
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -26,20 +27,21 @@ def check_replay(stream: Stream, ids_1L: Tensor) -> float | None:
     """Relative difference between the logits of the model's own forward and those of its blocks run one by one; tokens are those of one window.
 
     The own forward is given another last token, which must not change the predictions before it. None for a window of one token, which shows
-    nothing, and for logits that are not finite: a run says where they begin. Raises RequestError for predictions that differ.
+    nothing, and where the blocks give logits that are not finite: a run says where those begin. Raises RequestError for predictions that differ.
     """
     if ids_1L.shape[1] < 2:
         return None
-    flow = Flow(stream, ids_1L)
+    flow, most = Flow(stream, ids_1L), ALIKE.get(stream.walk.model.dtype, ROUNDED_ALIKE)
     own_1LV = _own_logits(stream, _with_another_end(ids_1L, stream), flow)
     ((_, replayed_1LV),) = flow.logits()
-    apart = difference(own_1LV[:, :-1], replayed_1LV[:, :-1])
-    if not math.isfinite(apart):
+    if not all_finite(replayed_1LV):
         return None
-    if apart <= ALIKE.get(stream.walk.model.dtype, ROUNDED_ALIKE):
+    apart = difference(own_1LV[:, :-1], replayed_1LV[:, :-1])
+    if apart <= most:
         return apart
+    del own_1LV
     name = type(stream.walk.model).__name__
-    if difference(_own_logits(stream, ids_1L), replayed_1LV) <= ALIKE.get(stream.walk.model.dtype, ROUNDED_ALIKE):
+    if difference(_own_logits(stream, ids_1L), replayed_1LV) <= most:
         raise RequestError(
             f"{name}: its predictions depend on tokens after them", "give a causal language model: its perplexity is of the next token"
         )
@@ -47,9 +49,13 @@ def check_replay(stream: Stream, ids_1L: Tensor) -> float | None:
 
 
 def difference(wanted: Tensor, got: Tensor) -> float:
-    """Largest difference of logits over the largest logit."""
-    wanted, got = wanted.float().cpu(), got.float().cpu()
-    return float((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    """Largest difference of logits [..., V] over the largest logit, some positions at a time, since logits are large."""
+    found = []
+    for wanted_TV, got_TV in zip(wanted.flatten(0, -2).split(TARGETS_AT_ONCE), got.flatten(0, -2).split(TARGETS_AT_ONCE), strict=True):
+        wanted_TV, got_TV = wanted_TV.float().cpu(), got_TV.float().cpu()
+        found.append(torch.stack([(wanted_TV - got_TV).abs().max(), wanted_TV.abs().max()]))
+    apart, largest = torch.stack(found).amax(0)
+    return float(apart / largest.clamp_min(1e-30))
 
 
 def _with_another_end(ids_1L: Tensor, stream: Stream) -> Tensor:

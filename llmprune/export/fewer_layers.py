@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.model.families.lookup import family_of
-from llmprune.structured.derived import without_layers
+from llmprune.structured.derived import AFTER_LAST, without_layers
 from llmprune.structured.structure import attends
 
 EACH = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # one entry per layer
@@ -42,8 +42,7 @@ def fewer_layers(source: dict[str, Any], model: PreTrainedModel, path: str, kept
     count = {name for name, true in type(config).attribute_map.items() if "num_hidden_layers" in (name, true)}
     count = {type(config).attribute_map.get(name, name) for name in count} | count
     changed |= dict.fromkeys([name for name in count if name in source] or ["num_hidden_layers"], len(kept))
-    # predictors of further tokens are layers after the last one: their numbers would be taken by others
-    return changed | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if source.get(name)}
+    return changed | {name: 0 for name in AFTER_LAST if source.get(name)}
 
 
 def _renumbered(numbers: Sequence[int], kept: Sequence[int]) -> list[int]:

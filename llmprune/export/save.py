@@ -14,7 +14,7 @@ from llmprune.checkpoint.names import natural
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import PromiseError
 from llmprune.evaluation.divergence import after_blocks
-from llmprune.evaluation.replay import difference
+from llmprune.evaluation.replay import ALIKE, difference
 from llmprune.export.config import export, padded
 from llmprune.export.cutter import Cutter, parameters_of, write_smaller
 from llmprune.export.reload import reloaded_logits
@@ -25,9 +25,7 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.slicing import Keeps
 from llmprune.structured.structure import Structure
 
-ALIKE = {torch.float32: 1e-4}  # relative difference of logits; other dtypes round at every step
-
-ROUNDED_ALIKE = 0.1
+ROUNDED_ALIKE = 0.1  # relative difference of logits in dtypes that round at every step, after a cut
 
 MOST_TOKENS = 256  # of the window that is compared
 

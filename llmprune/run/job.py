@@ -48,11 +48,11 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
     try:
         check_still(job, journal)
         save_windows(journal.folder, data, asked_windows(job.recipe))
+        job.stream.scratch = journal.folder
+        check_first_window(job, journal)
         turned = rotated(job, journal, listen) if job.recipe.rotate else job
         sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
         sink.lay_out()
-        job.stream.scratch = journal.folder
-        check_first_window(job, journal)
         dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, listen)
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
@@ -103,9 +103,15 @@ def publish(folder: Path, report: Report, job: Job) -> None:
 
 
 def check_first_window(job: Job, journal: Journal) -> None:
-    """Check once that the model run block by block is the model; a resumed run knows already."""
-    if journal.read("replay") is None:
+    """Check once that the model run block by block is the model; a resumed run knows already, and a refused one leaves nothing."""
+    if journal.read("replay") is not None:
+        return
+    try:
         journal.write("replay", {"difference": check_replay(job.stream, job.data.calibration.ids_NL[:1])})
+    except RequestError:
+        if not journal.resumed:
+            journal.discard()
+        raise
 
 
 def check_still(job: Job, journal: Journal) -> None:

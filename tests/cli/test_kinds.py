@@ -281,7 +281,9 @@ def test_a_skip_that_matches_nothing_is_refused(model: Path, pattern: str) -> No
 
 
 def test_a_skip_of_what_is_left_alone_anyway_is_taken(model: Path) -> None:
-    prune(model, skip="lm_head")
+    out = prune(model, skip="lm_head")
+    shutil.move(out, model.parent / "skipped")
+    assert (model.parent / "skipped" / "model.safetensors").read_bytes() == (prune(model) / "model.safetensors").read_bytes()
 
 
 def test_inspection_refuses_such_a_skip_too(model: Path) -> None:

@@ -73,7 +73,7 @@ def test_what_is_made_from_hidden_states_between_blocks_is_noticed(tmp_path: Pat
         with pytest.raises(RequestError, match="its logits differ from its own forward's by"):
             refused()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # what is refused leaves nothing
 
 
 def test_a_model_that_sees_later_tokens_is_noticed() -> None:

@@ -11,8 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import llmprune
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import RequestError
-from llmprune.evaluation.replay import difference
-from llmprune.export.save import ALIKE
+from llmprune.evaluation.replay import ALIKE, difference
 from llmprune.pruners.rotation import check_rotation, rotate
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.structured.spaces import refusal
