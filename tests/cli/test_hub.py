@@ -99,6 +99,21 @@ def test_pinned_to_a_revision(tmp_path):
     assert len(absent.err.splitlines()) == 2
 
 
+def test_only_code_that_a_config_names_is_fetched_and_none_is_run(tmp_path):
+    config = json.loads(LLAMA["config.json"]) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    own = {"config.json": json.dumps(config).encode(), "modeling_own.py": b"from .sizes import x\nraise SystemExit('run')\n", "sizes.py": b"x = 1\n"}
+    hub = Hub()
+    with stand_in(hub):
+        hub.add("models/org/tiny", LLAMA | {"unnamed.py": b""})
+        hub.add("models/org/own", LLAMA | own)
+        other = ("--model", "org/own", *ASK[2:-1], "own", "--calibration", BUNDLED / "calibration.txt")
+        ends = llmprune(hub.base, tmp_path, (*ASK, "--calibration", BUNDLED / "calibration.txt"), other)
+    assert [end.code for end in ends] == [0, 0], ends[-1].err
+    assert list((tmp_path / "out").glob("*.py")) == []
+    assert {path.name for path in (tmp_path / "own").glob("*.py")} == {"modeling_own.py", "sizes.py"}
+    assert list((tmp_path / "home").rglob("unnamed.py")) == []
+
+
 @pytest.mark.slow
 def test_windows_drawn_from_a_stream(tmp_path):
     """The first rows are not the only ones that windows come from; where they come from is said."""
