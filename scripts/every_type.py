@@ -266,7 +266,8 @@ def counts(results: dict[str, dict[str, str]], patterns: list[str]) -> list[str]
 def table(results: dict[str, dict[str, str]], patterns: list[str]) -> str:
     rows = [[f"`{t}`", *(found.get(p, found.get("-", "")).partition(":")[0] for p in patterns)] for t, found in results.items()]
     why = [f"- `{t}`, {p}: {said}" for t, found in results.items() for p, said in found.items() if said != "works"]
-    lines = ["# Models", "", "Every causal-LM type of transformers, tiny, random, pruned and checked by `python scripts/every_type.py`.", ""]
+    made = f"`python scripts/every_type.py --patterns {','.join(patterns)} --table docs/models.md`"
+    lines = ["# Models", "", f"Every causal-LM type of transformers, tiny, random, pruned and checked; made by {made}.", ""]
     lines += [f"- {line}" for line in counts(results, patterns)]
     lines += ["", "| type | " + " | ".join(patterns) + " |", "|" + "---|" * (len(patterns) + 1), *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join([*lines, "", "## What does not work, and why", "", *why, ""])
