@@ -31,6 +31,7 @@ from llmprune.benchmark.worker import Task
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line
+from llmprune.model.kinds import longest_sequence
 from llmprune.model.skeleton import UNBUILDABLE
 from llmprune.stream.devices import choose_device
 
@@ -138,8 +139,7 @@ def _entrant(name: str, role: str, dtype: str, device: torch.device, trust: bool
         raise RequestError(
             f"{source.name}: transformers cannot read the config ({first_line(error)[:160]})", "check it against the checkpoint"
         ) from None
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return Entrant(source, role, _dtype(dtype, config, source, device, notes), positions)
+    return Entrant(source, role, _dtype(dtype, config, source, device, notes), longest_sequence(config))
 
 
 def _dtype(asked: str, config: Any, source: Source, device: torch.device, notes: list[str]) -> str:

@@ -15,6 +15,7 @@ from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.checkpoint.source import Source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
+from llmprune.model.kinds import longest_sequence
 from llmprune.model.skeleton import count_parameters
 from llmprune.results import NoSample, Sample
 from llmprune.stream.checkpoint import CheckpointStream
@@ -48,7 +49,7 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
         return "transformers cannot load the tokenizer"
     ids = tuple(tokenizer(PROMPT)["input_ids"])
     config = stream.skeleton.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = longest_sequence(config)
     if not ids or (positions and len(ids) + TOKENS > positions) or max(ids) >= config.vocab_size:
         return "the prompt does not fit the model"
     return Prompt(tokenizer, ids)

@@ -21,5 +21,13 @@ def check_causal(config: PreTrainedConfig) -> None:
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation"
     if masked and (getattr(config, "is_decoder", None) is False or getattr(config, "causal", None) is False):
         raise RequestError(f"config.json: model_type {kind!r} without is_decoder is a masked language model (bidirectional)", CAUSAL)
+    if getattr(config, "attn_type", None) == "bi":
+        raise RequestError(f"config.json: {kind!r} with attn_type 'bi' is not a causal language model: every token sees the later ones", CAUSAL)
     if getattr(text, "use_bidirectional_attention", None) is True:
         raise RequestError(f"config.json: {kind!r} with use_bidirectional_attention is not a causal language model", CAUSAL)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Returns how many tokens a window may have; None where the config names no limit, or where it says so by -1 (xlnet)."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None

@@ -14,6 +14,7 @@ from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
 from llmprune.checkpoint.source import INDEX
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
+from llmprune.model.kinds import longest_sequence
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
@@ -178,7 +179,7 @@ def check_polish(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
 
 
 def check_length(length: int, config: Any) -> None:
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = longest_sequence(config)
     if positions is not None and length > positions:
         raise RequestError(f"windows of {length} tokens: the model has {positions} positions", f"--sequence-length {positions} or less")
 

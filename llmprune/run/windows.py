@@ -16,6 +16,7 @@ from llmprune.data.sources import TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, Windows, windows_of
 from llmprune.errors import RequestError
+from llmprune.model.kinds import longest_sequence
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_length
 from llmprune.stream.checkpoint import CheckpointStream
@@ -109,5 +110,4 @@ def evaluation_sets(recipe: Recipe) -> list[str]:
 def default_length(model: str, config: Any) -> int:
     if is_bundled(model):
         return BUNDLED_LENGTH
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
-    return min(DEFAULT_LENGTH, positions)
+    return min(DEFAULT_LENGTH, longest_sequence(config) or DEFAULT_LENGTH)

@@ -19,11 +19,14 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import llmprune
 from llmprune.checkpoint.source import INDEX, open_folder
 from llmprune.errors import RequestError
+from llmprune.model.kinds import longest_sequence
 from llmprune.model.matrices import Selection
 from llmprune.recipe.reading import read_recipe
 from llmprune.report.inspection import inspect
@@ -235,6 +238,16 @@ def test_a_masked_model_is_named_and_a_causal_one_of_its_kind_is_pruned(tmp_path
         llmprune.evaluate(tmp_path / "masked", "bundled-evaluation")
     BertLMHeadModel(BertConfig(**BERT, is_decoder=True)).save_pretrained(tmp_path / "causal")
     prune(tmp_path / "causal")
+
+
+@pytest.mark.parametrize(("attention", "reason"), [("bi", "is not a causal language model"), ("uni", "hand on more than hidden states")])
+def test_xlnet_is_refused_for_what_it_is(tmp_path: Path, attention: str, reason: str) -> None:
+    config = XLNetConfig(**TOKENS, d_model=32, n_layer=2, n_head=4, d_inner=64, attn_type=attention)
+    assert config.max_position_embeddings == -1, "transformers writes no limit of length so"
+    assert longest_sequence(config) is None
+    XLNetLMHeadModel(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(RequestError, match=reason):
+        prune(tmp_path / "model")
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "alone"])
