@@ -84,8 +84,10 @@ class Products:
 def _check_use(matrix: Matrix, view_RC: Tensor, used_RC: Tensor) -> None:
     """The operand is the whole matrix, its columns facing the inputs. For a square matrix the shape alone would not show a transposed one."""
     if view_RC.shape != used_RC.shape or view_RC.stride() != used_RC.stride():
+        transposed = (view_RC.shape, view_RC.stride()) == (used_RC.T.shape, used_RC.T.stride())
+        how = "transposed" if transposed else f"as {list(used_RC.shape)} of its {list(view_RC.shape)} weights, or in another order"
         raise StoppedError(
-            f"{matrix.name}: used as {list(used_RC.shape)} with strides {used_RC.stride()}, taken for {list(view_RC.shape)} with {view_RC.stride()}",
+            f"{matrix.name}: a product uses it {how}, so that its columns do not face the inputs",
             "exclude it with --skip, and report this architecture",
         )
 
