@@ -30,4 +30,4 @@ def check_causal(config: PreTrainedConfig) -> None:
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """Returns how many tokens a window may have; None where the config names no limit, or where it says so by -1 (xlnet)."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return positions if positions is not None and positions > 0 else None
+    return None if positions == -1 else positions
