@@ -13,7 +13,8 @@ checked like this:
 - at most a tenth of the weights that multiply in the blocks is left dense, routers aside;
 - the perplexity that llmprune measures block by block is that of a plain forward;
 - 2:4 by Wanda: the masks of all nn.Linear are computed again from forward hooks on the plain model;
-- layers: the tensors left are the source's; channels, heads, kv-groups, experts: fewer parameters than before.
+- layers: the tensors left are the source's; channels, heads, kv-groups, experts: fewer parameters than before;
+- channels, heads, kv-groups (by magnitude): the result predicts what the plain source does when nothing reads the dropped units.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4", "method": "wanda"},
     "50%": {"sparsity": 0.5, "quality": "balanced"},
     "layers": {"pattern": "layers", "sparsity": 0.25, "target": "symmetric"},
-    "channels": {"pattern": "channels", "sparsity": 0.25},
-    "heads": {"pattern": "heads", "sparsity": 0.5},
-    "kv-groups": {"pattern": "kv-groups", "sparsity": 0.5},
+    "channels": {"pattern": "channels", "sparsity": 0.25, "method": "magnitude", "round_to": 4},
+    "heads": {"pattern": "heads", "sparsity": 0.5, "method": "magnitude"},
+    "kv-groups": {"pattern": "kv-groups", "sparsity": 0.5, "method": "magnitude"},
     "experts": {"pattern": "experts", "sparsity": 0.25},
 }
 
@@ -185,10 +186,33 @@ def check_smaller(source: Path, output: Path, report: Any) -> Iterator[str]:
         yield "no smaller than before"
 
 
+@torch.no_grad()
+def check_units(source: Path, output: Path, report: Any) -> Iterator[str]:
+    """The logits are those of the source with zeros in the columns that read the dropped units, which lie one after the other there."""
+    dense, cut = load(source)[0], load(output)[0]
+    parameters, dropped = dict(dense.named_parameters()), 0
+    for row in (r for block in report.blocks for r in block.rows if r.kept is not None):
+        name, _, expert = row.matrix.removesuffix("]").partition("[")
+        weight = parameters[name][int(expert)] if expert else parameters[name]
+        before = dict(cut.named_parameters())[name]
+        dim = next(d for d in range(2) if weight.shape[d] != before.shape[d - 2])
+        runs = weight.unflatten(dim, (row.units, -1)).transpose(0, dim)
+        gone = [unit for unit in range(row.units) if unit not in row.kept]
+        runs[gone] = 0
+        dropped += len(gone)
+    if not dropped:
+        yield "no unit is dropped"
+    for ids_L in windows():
+        wanted, found = (model(input_ids=ids_L[None], use_cache=False).logits for model in (dense, cut))
+        apart = float((wanted - found).abs().max() / wanted.abs().max())
+        if not apart < 1e-4:
+            yield f"logits differ by {apart:.2g} of the largest from the source's without these units"
+
+
 def checks(pattern: str) -> list[Callable[[Path, Path, Any], Iterator[str]]]:
     if pattern in ("2:4", "50%"):
         return [check_any, partial(check_zeros, pattern=pattern), check_dense, *([check_wanda] if pattern == "2:4" else [])]
-    return [check_any, check_smaller, *([check_layers] if pattern == "layers" else [])]
+    return [check_any, check_smaller, *([check_layers] if pattern == "layers" else [check_units] if pattern != "experts" else [])]
 
 
 # --- one type -----------------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from llmprune.export.fewer_layers import fewer_layers
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.model.skeleton import MODULE, READABLE, own_sizes
+from llmprune.structured.fields import canonical, put, read, stored
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space, required
 
@@ -71,10 +72,7 @@ def export(
     the kept blocks. Raises RequestError for sizes or layers that no config can express.
     """
     config = model.config
-    if family_of(config) is None:
-        if any(keeps):
-            required(config)
-    elif kept is not None and len(kept) < len(spaces):
+    if family_of(config) is not None and kept is not None and len(kept) < len(spaces):
         required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
@@ -91,12 +89,6 @@ def export(
     if different:
         return _each_layer(saved, model, path, different)
     return _uniform(saved, config)
-
-
-def put(saved: dict[str, Any], config: PreTrainedConfig, name: str, value: Any) -> None:
-    """Set a field under every name by which a stored config has it."""
-    names = [n for n in _names(config, name) if n in saved] or [_canonical(config, name)]
-    saved.update(dict.fromkeys(names, value))
 
 
 def padded(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> list[dict[str, Any]]:
@@ -134,14 +126,13 @@ def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied
     """
     found = {sizes[name] for sizes in layers if name in sizes}
     if (varied and name in (HEADS, KV_HEADS)) or not found:
-        return getattr(config, name)
+        return read(config, name)
     return max(found)
 
 
 def _own(config: PreTrainedConfig, saved: dict[str, Any], sizes: Sizes) -> Sizes:
     """Where a layer differs from the config of the whole model."""
-    stored = {name: next(saved[n] for n in _names(config, name) if n in saved) for name in sizes}
-    return {_canonical(config, name): value for name, value in sizes.items() if value != stored[name]}
+    return {canonical(config, name): value for name, value in sizes.items() if value != stored(saved, config, name)}
 
 
 def _uniform(saved: dict[str, Any], config: PreTrainedConfig) -> Export:
@@ -186,12 +177,3 @@ def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, differ
         saved[READABLE] = True
     note = f"layers of different sizes: load with trust_remote_code=True, which runs {MODULE}.py beside the weights"
     return Export(saved, {f"{MODULE}.py": code}, (note,))
-
-
-def _canonical(config: PreTrainedConfig, name: str) -> str:
-    return type(config).attribute_map.get(name, name)
-
-
-def _names(config: PreTrainedConfig, name: str) -> list[str]:
-    true = _canonical(config, name)
-    return [true, *(alias for alias, target in type(config).attribute_map.items() if target == true)]

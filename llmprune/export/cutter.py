@@ -96,9 +96,11 @@ class Cutter:
         return {key: tensor.contiguous() for key, tensor in revert(self.loader.skeleton, merged).items()}
 
     def _renumbered(self, key: str, old: int, new: int) -> str:
-        list_name = self.path.rpartition(".")[2]
-        changed, count = re.subn(rf"(^|\.){re.escape(list_name)}\.{old}\.", rf"\g<1>{list_name}.{new}.", key, count=1)
-        if not count:
+        name = re.escape(self.path.rpartition(".")[2])
+        changed, count = re.subn(rf"((?:^|\.){name}\.){old}\.", rf"\g<1>{new}.", key, count=1)
+        if not count:  # checkpoints may have another name for the list
+            changed, count = re.subn(rf"(\.\w+\.){old}\.", rf"\g<1>{new}.", key)
+        if count != 1:
             raise ConversionError(f"{key}: does not name block {old} of {self.path}", "report this architecture")
         return changed
 

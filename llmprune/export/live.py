@@ -15,8 +15,9 @@ from llmprune.errors import RequestError
 from llmprune.export.config import READABLE, Export, export
 from llmprune.model.blocks import find_blocks
 from llmprune.model.skeleton import build_skeleton
+from llmprune.structured.derived_units import named_spaces
 from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
-from llmprune.structured.spaces import Space, all_spaces, outer_space
+from llmprune.structured.spaces import Space, outer_space
 
 
 def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
@@ -46,7 +47,7 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     path = find_blocks(model)
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
-    spaces = [all_spaces(model.config, i, block) for i, block in enumerate(blocks)]
+    spaces = named_spaces(model, path, {name for cut in keeps for name in cut})
     exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
     smaller = empty_model(model, exported, path, spaces, keeps, kept)
     _compute_alike(model, smaller)

@@ -115,20 +115,20 @@ def _difference(model: PreTrainedModel, smaller: PreTrainedModel, path: str, kep
     blocks, own = list(model.get_submodule(path).children()), list(smaller.get_submodule(path).children())
     if len(own) != len(kept):
         return f"its config would give {len(own)} blocks instead of {len(kept)}"
-    outside, wanted = (_shapes(m, f"{path}.") for m in (smaller, model))
+    outside, wanted = (shapes(m, f"{path}.") for m in (smaller, model))
     if outside != wanted:
         name = sorted(outside.items() ^ wanted.items())[0][0]
         return f"{name} would have another shape"
     for new, old in enumerate(kept):
-        setting = _unlike(blocks[old], own[new], old, new)
+        setting = unlike(blocks[old], own[new], old, new)
         if setting is not None:
             return f"block {new} of the smaller config would be another kind of block than block {old} ({setting})"
     return None
 
 
-def _unlike(block: nn.Module, other: nn.Module, old: int, new: int) -> str | None:
+def unlike(block: nn.Module, other: nn.Module, old: int, new: int) -> str | None:
     """The first thing in which two blocks differ besides their numbers and weights."""
-    if _shapes(block) != _shapes(other):
+    if shapes(block) != shapes(other):
         return "shapes"
     pairs = zip(block.named_modules(), other.named_modules(), strict=False)
     for (name, module), (_, twin) in pairs:
@@ -143,7 +143,7 @@ def _unlike(block: nn.Module, other: nn.Module, old: int, new: int) -> str | Non
     return unequal[0] if unequal else None
 
 
-def _shapes(module: nn.Module, outside: str | None = None) -> dict[str, tuple[int, ...]]:
+def shapes(module: nn.Module, outside: str | None = None) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in module.state_dict().items() if outside is None or not name.startswith(outside)}
 
 

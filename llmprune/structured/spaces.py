@@ -20,6 +20,7 @@ from llmprune.model.families.table import HEADS, Cut, Family, Part, Residual, Sc
 from llmprune.model.matrices import Matrix, block_matrices
 
 PATTERNS = ("channels", "heads", "kv-groups", "experts", "kernel", "layers", "hidden")
+DERIVED = ("channels", "layers")  # where an architecture has no table
 ROUNDED = ("channels", "kernel", "hidden")
 WITHOUT = {
     "channels": "its config cannot express a number of FFN channels",
@@ -70,8 +71,9 @@ def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
     if pattern not in PATTERNS:
         return f"{pattern!r} is not a structured pattern; there are {', '.join(PATTERNS)}"
     if family is None:
-        no_table = f"{config.model_type}: no table of its structure, so only layers can be cut; there is one for {', '.join(sorted(TABLES))}"
-        return None if pattern == "layers" else no_table
+        cuts = f"only {', '.join(DERIVED)} can be cut"
+        no_table = f"{config.model_type}: no table of its structure, so {cuts}; there is one for {', '.join(sorted(TABLES))}"
+        return None if pattern in DERIVED else no_table
     reason = _reason(family, pattern)
     works = " and ".join(p for p in PATTERNS if _reason(family, p) is None)
     return None if reason is None else f"{config.model_type} cannot be cut by {pattern}: {reason}; it can by {works}"
@@ -262,8 +264,8 @@ def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, nati
     """
     step = math.lcm(space.groups, round_to if space.pattern in ROUNDED else 1)
     counts = {n for n in range(step, space.units, step) if n >= space.least} | {space.units}
-    sizes, family = dict(space.config), required(config)
-    if native and family.divides and family.substitute is None:
+    sizes, family = dict(space.config), family_of(config)
+    if native and family and family.divides and family.substitute is None:
         if HEADS in sizes:
             counts = {n for n in counts if config.hidden_size % (n * sizes[HEADS]) == 0}
         if space.pattern == "hidden":

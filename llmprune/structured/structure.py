@@ -15,8 +15,9 @@ from llmprune.maths.unit_columns import Units
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.results import Row
 from llmprune.structured.derived import require_layers
+from llmprune.structured.derived_units import model_spaces, require_buildable
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
-from llmprune.structured.spaces import ROUNDED, Space, all_spaces, closest_count, legal_counts, outer_space, refusal, required, tensors_of
+from llmprune.structured.spaces import ROUNDED, Space, closest_count, legal_counts, outer_space, refusal, tensors_of
 
 WITHOUT_ATTENTION = {"conv", "linear_attention"}  # layer types
 ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the architecture can be cut by
@@ -188,14 +189,19 @@ def _ratios(counts: Sequence[int], space: Space) -> str:
 def resolved(config: PreTrainedConfig, pattern: str) -> tuple[str, ...]:
     """The patterns of spaces that a name means. Raises RequestError where the architecture cannot be cut so."""
     if pattern != "structured":
-        if pattern != "layers" or refusal(config, pattern) is not None:
-            required(config, pattern)
+        _require(config, pattern)
         return (pattern,)
-    required(config, "channels")
+    _require(config, "channels")
     found = [p for p in ATTENTION if refusal(config, p) is None]
     if not found:
-        required(config, ATTENTION[0])
+        _require(config, ATTENTION[0])
     return ("channels", found[0])
+
+
+def _require(config: PreTrainedConfig, pattern: str) -> None:
+    reason = refusal(config, pattern)
+    if reason is not None:
+        raise RequestError(*reason.split("; ", 1))
 
 
 def structure_of(
@@ -215,12 +221,14 @@ def structure_of(
     config, patterns = model.config, resolved(model.config, pattern)
     if pattern == "layers":
         require_layers(model, paths)
-    spaces, cut, numbers, others = [], {}, [], []
+    parent = paths[0].rpartition(".")[0]
+    spaces, cut, numbers, others = model_spaces(model, parent, patterns), {}, [], []
+    if not uniform and not padded:
+        require_buildable(model, parent, spaces)
     for index, path in enumerate(paths):
         block = model.get_submodule(path)
-        spaces.append(tuple(all_spaces(config, index, block)))
         numbers.append(sum(t.numel() for t in tensors_of(block).values()))
-        for space in spaces[-1]:
+        for space in spaces[index]:
             name = f"{path}.{space.readers[0].matrix if space.readers else space.name}"
             if space.pattern in patterns and takes(name):
                 step = round_to if round_to is not None else 8 if space.pattern in ROUNDED else 1

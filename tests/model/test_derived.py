@@ -1,21 +1,29 @@
-"""Layers of architectures without a table: the smaller config is found by trying, and what it cannot express is refused."""
+"""Layers and units of architectures without a table: the smaller config is found by trying, and what it cannot express is refused."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cuts import ROUNDING, WINDOWS, logits, passed_by, reloaded, tiny
+from cuts import ROUNDING, WINDOWS, blocks_of, logits, passed_by, reloaded, tiny
 from families import BASE, FAMILIES, TOKENS, uneven
+from often import often
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.errors import RequestError
 from llmprune.export.live import slice_model
+from llmprune.model.blocks import find_blocks
 from llmprune.model.families.lookup import TABLES
+from llmprune.model.matrices import block_matrices
+from llmprune.structured.counted import COUNTS
 from llmprune.structured.derived import inexpressible
+from llmprune.structured.derived_units import Proof, derived_spaces
+from llmprune.structured.trial import Trial
 
 FOUR = BASE | {"num_hidden_layers": 4}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,3 +82,76 @@ def test_what_follows_from_a_layers_number_is_refused() -> None:
     assert inexpressible(model, "model.layers", [0, 1, 2]) is None
     with pytest.raises(RequestError, match=r"block 1 of the smaller config would be another kind of block than block 2 \(self_attn.lambda_init\)"):
         slice_model(model, [{}] * 4, [0, 2, 3])
+
+
+def without_readers(model: Any, keeps: list[Any], spaces: Any) -> Any:
+    """A copy whose readers have zeros in the columns of the dropped units; nothing else is changed, so that the writers' layout plays no part."""
+    copied = copy.deepcopy(model)
+    for block, found, keep in zip(blocks_of(copied), spaces, keeps, strict=True):
+        matrices = {m.name: m for m in block_matrices(block)}
+        for space in found:
+            gone = [unit for unit in range(space.units) if unit not in keep[space.name].tolist()]
+            for reader in space.readers:
+                matrices[reader.matrix].view(block).data[:, reader.columns_UK[gone].flatten()] = 0
+    return copied
+
+
+KINDS = {
+    "phi": "a bias on both sides",
+    "ctrl": "unnamed layers in a row",
+    "granitemoe": "experts with gate and up in one stack",
+    "llama4_text": "stored transposed",
+    "dots1": "dense, routed and shared experts",
+    "glm4": "gate and up in one matrix",
+    "gptj": "no width in the config",
+    "exaone4": "norms after the FFN",
+    "biogpt": "the FFN lies in the block itself",
+}
+
+
+def half_of_each_field(spaces: Any) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{s.name: torch.randperm(s.units, generator=generator)[: s.units // 2].sort().values for s in found} for found in spaces]
+
+
+@pytest.mark.parametrize("name", often(KINDS, "phi", "granitemoe", "llama4_text", "dots1", "gptj"))
+def test_channels_cut_are_channels_that_nothing_reads(name: str, tmp_path: Any) -> None:
+    model = model_of(name)
+    assert model.config.model_type not in TABLES
+    spaces = derived_spaces(model, find_blocks(model), "channels")
+    assert all(spaces)
+    keeps = half_of_each_field(spaces)
+    slice_model(model, keeps).save_pretrained(tmp_path)
+    assert float((logits(reloaded(tmp_path)) - logits(without_readers(model, keeps, spaces))).abs().max()) < ROUNDING
+
+
+def test_a_checkpoint_with_fewer_channels(tmp_path: Any) -> None:
+    model = model_of("dots1")
+    model.save_pretrained(tmp_path / "model")
+    report = llmprune.prune(tmp_path / "model", 0.5, "channels", calibration=WINDOWS, output=str(tmp_path / "out"))
+    assert report.smaller.difference < 1e-4
+    config = reloaded(tmp_path / "out").config
+    assert (config.intermediate_size, config.moe_intermediate_size) == (model.config.intermediate_size // 2, model.config.moe_intermediate_size // 2)
+
+
+def test_units_in_the_wrong_places_are_not_proved() -> None:
+    """Gate and up of granitemoe's experts lie one after the other; here they are taken for neighbours."""
+    model = model_of("granitemoe")
+    path = find_blocks(model)
+    (count,) = [c for c in COUNTS["channels"](model, path) if c.fields == (("intermediate_size", 1),)]
+    units, fewer = count.units, count.units // 2
+    spaces = derived_spaces(model, path, "channels")[0]
+    wrong = [replace(s, axes=tuple(replace(a, index_UK=torch.arange(2 * units).view(units, 2)) for a in s.axes)) for s in spaces]
+    smaller = Proof(model, path, "channels", count).smaller(fewer)
+    trial = Trial(model, smaller, path)
+    assert trial.differs(0, spaces, fewer, "channels") == ""
+    assert "differs by" in trial.differs(0, wrong, fewer, "channels")
+
+
+def test_what_is_not_proved_is_refused_with_the_step() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bitnet"](**FOUR))
+    with pytest.raises(RequestError, match=r"bitnet cannot be cut by channels: intermediate_size: mlp.ffn_sub_norm.weight is cut too"):
+        derived_spaces(model, "model.layers", "channels")
+    with pytest.raises(RequestError, match="no space is named 'mlp'"):
+        slice_model(model, [{"mlp": torch.arange(8)}] * 4)

@@ -224,10 +224,10 @@ def test_a_live_model_keeps_the_mode_of_every_module(pattern: str) -> None:
 
 def test_no_table_no_cut() -> None:
     model = tiny("stablelm")
-    assert "no table" in str(refusal(model.config, "channels"))
+    assert "no table" in str(refusal(model.config, "hidden"))
     assert "not a structured pattern" in str(refusal(tiny("llama").config, "rows"))
     with pytest.raises(RequestError, match="no table"):
-        slice_model(model, [{"channels": torch.arange(8)}, {}])
+        outer_space(model)
 
 
 def test_the_table_has_a_row_for_every_family() -> None:

@@ -1,0 +1,107 @@
+"""Is a smaller block the block without some units? Both run on random weights, with what their models' forwards pass to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.errors import RequestError
+from llmprune.model.blocks import Walk
+from llmprune.model.matrices import block_matrices
+from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
+from llmprune.structured.slicing import mask_block, slice_parameters
+from llmprune.structured.spaces import Space, tensors_of
+
+TOKENS = 12  # of the window that a proof runs
+EXACT = 1e-5  # largest difference between slice and mask, relative to the largest output
+APART = 100  # the mask must change the output so many times more
+
+
+class Unproven(Exception):
+    """Why a field does not count units, or is not proved to. step: how far the proof has come."""
+
+    def __init__(self, why: str, step: int) -> None:
+        super().__init__(why)
+        self.step = step
+
+
+class Trial:
+    """Random blocks of a model and of a smaller one, and what their forwards pass to them."""
+
+    def __init__(self, model: PreTrainedModel, smaller: PreTrainedModel, path: str) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        try:
+            whole = build_skeleton(model.config.to_dict(), torch.float32)
+            fill_outside(whole, path, torch.Generator().manual_seed(0))
+            fill_outside(smaller, path, torch.Generator().manual_seed(0))
+            ids = torch.arange(3, 3 + TOKENS)[None]
+            self.walks = Walk(whole), Walk(smaller)
+            (self.hidden, calls), (_, smaller_calls) = (walk.record(ids) for walk in self.walks)
+            self.calls = calls, smaller_calls
+        except RequestError as error:
+            raise Unproven(str(error), 3) from None
+
+    @torch.no_grad()
+    def differs(self, index: int, spaces: Sequence[Space], fewer: int, pattern: str) -> str:
+        """What is wrong with the spaces of one block; nothing where its smaller block computes what it does beside zeros."""
+        block, cut = (walk.blocks[index] for walk in self.walks)
+        fill(block, self.generator)
+        keeps = {s.name: torch.randperm(s.units, generator=self.generator)[:fewer].sort().values for s in spaces}
+        full = self.run(0, index)
+        if pattern == "channels" and self.is_linear(index, block, spaces, full):
+            return "nothing but products lies between the matrices"
+        try:
+            cut.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
+        except RuntimeError as error:
+            return f"the smaller block is another ({str(error).splitlines()[-1].strip()[:100]})"
+        mask_block(block, spaces, keeps)
+        masked, sliced = self.run(0, index), self.run(1, index)
+        cut.to("meta")
+        apart, effect = float((masked - sliced).abs().max()), float((masked - full).abs().max())
+        if not apart <= EXACT * float(masked.abs().max()):
+            return f"the smaller block's output differs by {apart / float(masked.abs().max()):.2g} from the block's beside zeros"
+        return "" if effect > APART * apart else "without these units the output is the same"
+
+    def run(self, which: int, index: int) -> Tensor:
+        walk = self.walks[which]
+        try:
+            return walk.replay(walk.blocks[index], self.hidden.clone(), self.calls[which][index])
+        except UNBUILDABLE as error:
+            raise Unproven(f"block {index} does not run by itself ({error})", 3) from None
+
+    def is_linear(self, index: int, block: nn.Module, spaces: Sequence[Space], full: Tensor) -> bool:
+        """Whether writers times -1/2 and readers times -2 give the same output."""
+        tensors, matrices = tensors_of(block), {m.name: m for m in block_matrices(block)}
+        writers = {axis.parameter for space in spaces for axis in space.axes}
+        readers = {matrices[r.matrix].parameter for space in spaces for r in space.readers}
+        for names, factor in ((writers, -0.5), (readers, -2.0)):
+            for name in names:
+                tensors[name].data.mul_(factor)
+        same = torch.allclose(self.run(0, index), full, atol=1e-4 * float(full.abs().max()))
+        for names, factor in ((writers, -2.0), (readers, -0.5)):
+            for name in names:
+                tensors[name].data.mul_(factor)
+        return same
+
+
+def fill(block: nn.Module, generator: torch.Generator) -> None:
+    """Random parameters."""
+    block.load_state_dict({name: _random(p.shape, generator) for name, p in block.named_parameters()}, strict=False, assign=True)
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:
+        return 1 + 0.3 * torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+
+def fill_outside(model: PreTrainedModel, path: str, generator: torch.Generator) -> None:
+    """Parameters outside the blocks whose rows overlap in memory, so that an embedding takes no more than one row and one column."""
+    for name, parameter in list(model.named_parameters()):
+        if not name.startswith(f"{path}."):
+            parent, _, last = name.rpartition(".")
+            few = torch.randn(sum(parameter.shape) + 1, generator=generator)
+            setattr(model.get_submodule(parent), last, nn.Parameter(few.as_strided(parameter.shape, (1,) * parameter.dim()), requires_grad=False))
