@@ -125,6 +125,7 @@ def test_channels_cut_are_channels_that_nothing_reads(name: str, tmp_path: Any) 
     assert float((logits(reloaded(tmp_path)) - logits(without_readers(model, keeps, spaces))).abs().max()) < ROUNDING
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_fewer_channels(tmp_path: Any) -> None:
     model = model_of("dots1")
     model.save_pretrained(tmp_path / "model")
