@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from llmprune.benchmark.worker import Task
 from llmprune.benchmark.worker import load as load_whole
@@ -20,6 +20,7 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.evaluation.replay import check_replay
+from llmprune.model.wrappers import auto_class
 from llmprune.publish.hub import check_destination
 from llmprune.publish.hub import push as publish
 from llmprune.recipe.reading import read_recipe
@@ -152,7 +153,8 @@ def load(folder: str | PathLike[str], **options: Any) -> Any:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise RequestError(f"{path.name}: contains no model", "give the output folder of a run")
-    return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
+    auto = auto_class(AutoConfig.from_pretrained(path).model_type)
+    return auto.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
 
 
 def push(result: Report | str | PathLike[str], repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:

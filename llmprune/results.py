@@ -13,6 +13,19 @@ def _without_defaults(part: Origin | Calibration) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Towers:
+    """The parts of a model that text does not pass, by path, and their share of all weights: they stay as they are."""
+
+    paths: tuple[str, ...]
+    weights: int
+    share: float
+
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
+        return f"{', '.join(self.paths[:3])}{more} ({self.share:.1%} of all weights) stay as they are: text does not pass them"
+
+
+@dataclass(frozen=True)
 class Origin:
     """The checkpoint that a run has pruned. files: sha256 of the weight files; bytes: of its plain weights; both unknown for a live model."""
 
@@ -22,6 +35,7 @@ class Origin:
     bytes: int | None = None
     quantised: str | None = None  # its quantisation method, if its weights were quantised
     left_behind: tuple[str, ...] = ()  # files that are too large to be copied
+    towers: Towers | None = None  # of a vision-language model
 
     def to_json(self) -> dict[str, Any]:
         return _without_defaults(self)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 96
@@ -25,7 +25,7 @@ TINY = """
 4: num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks num_attention_heads n_head n_heads num_heads
     attention_heads decoder_attention_heads num_decoder_attention_heads swa_num_attention_heads num_experts n_routed_experts num_local_experts
     moe_num_experts linear_num_value_heads linear_num_heads mamba_num_heads mamba_n_heads rotary_dim laurel_rank loop_gate_rank gated_norm_rank
-    conv_kernel_size num_attention_heads_per_layer_kv
+    conv_kernel_size num_attention_heads_per_layer_kv depth layers
 8: head_dim swa_head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim
     mamba_d_head mamba_headdim dim_head d_head kv_channels index_head_dim mamba_d_state state_size ssm_state_size chunk_size mamba_chunk_size
     sliding_window sliding_window_size attention_window_size window_size attention_chunk_size hidden_size_per_layer_input d_rel rel_extent
@@ -33,7 +33,8 @@ TINY = """
 16: q_lora_rank kv_lora_rank o_lora_rank embedding_size moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size
     moe_shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size
 32: hidden_size d_model n_embd dim_model input_embedding_size output_embedding_size emb_dim lru_width attention_hidden_size embedding_dim
-    backbone_hidden_size word_embed_proj_dim cross_attention_hidden_size
+    backbone_hidden_size word_embed_proj_dim cross_attention_hidden_size out_hidden_size embed_dim projection_dim projector_hidden_size
+    text_hidden_size
 48: intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff d_inner ffn_hidden_size dim_ff prefix_dense_intermediate_size
     intermediate_size_mlp dense_intermediate_size feed_forward_size
 64: max_position_embeddings n_positions n_ctx max_seq_len context_length mamba_d_ssm original_max_position_embeddings max_target_positions
@@ -63,6 +64,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
     "mamba2": {"num_heads": 8},
 }
+ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+# three parts of half a head, for positions in time, height and width
+THREE_PARTS = """qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text paddleocr_vl_text cosmos3_edge_text glm4v_text glm_ocr_text hy_v4_vl_text
+    hunyuan_vl_text"""
+SPECIAL |= {kind: SPECIAL.get(kind, {}) | {"rope_parameters": ROTARY | {"mrope_section": [2, 1, 1]}} for kind in THREE_PARTS.split()}
 
 
 def tiny_config(kind: type, model_type: str = "") -> Any:
@@ -73,17 +79,26 @@ def tiny_config(kind: type, model_type: str = "") -> Any:
     if "kv_lora_rank" in names:  # attention with latents has as many key-value heads as heads
         values["num_key_value_heads"] = 4
     values |= {name: True for name in ("is_decoder",) if name in names}
-    for name, inner in getattr(kind, "sub_configs", {}).items():
-        if name in names and dataclasses.is_dataclass(inner) and inner.__name__ != "AutoConfig":
-            values[name] = tiny_config(inner)
+    for name, inner in sub_configs(kind).items():
+        if name in names:
+            values[name] = tiny_config(inner, getattr(inner, "model_type", ""))
     return kind(**values | SPECIAL.get(model_type, {}))
 
 
-def save_tiny(model_type: str, folder: Path) -> None:
-    """A random model of a type, with columns of different scale and no bias of zero, saved as any checkpoint is."""
+def sub_configs(kind: type) -> dict[str, type]:
+    """The kinds of the configs inside a config; where any kind would do, that of the default one."""
+    inside: dict[str, type] = dict(getattr(kind, "sub_configs", {}))
+    default = kind() if any(inner.__name__ == "AutoConfig" for inner in inside.values()) else None
+    found = {name: type(getattr(default, name, None)) if inner.__name__ == "AutoConfig" else inner for name, inner in inside.items()}
+    return {name: inner for name, inner in found.items() if dataclasses.is_dataclass(inner)}
+
+
+def save_tiny(model_type: str, folder: Path, wrapper: bool = False) -> None:
+    """A random model of a type, of a wrapper with its towers, with columns of different scale and no bias of zero, saved as any checkpoint is."""
     config = tiny_config(CONFIG_MAPPING[model_type], model_type)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     if sum(p.numel() for p in model.parameters()) > 20_000_000:
         raise ValueError(f"{sum(p.numel() for p in model.parameters()):,} parameters are not tiny")
     for parameter in model.parameters():

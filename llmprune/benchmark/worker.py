@@ -17,13 +17,14 @@ from typing import Any, TextIO
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmprune.benchmark.kernels import convert, two_of_four, why_not
 from llmprune.benchmark.laps import Runner, Workload
 from llmprune.benchmark.memory import forget_peak, peak_resident, resident
 from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line, out_of_memory
 from llmprune.model.skeleton import UNBUILDABLE
+from llmprune.model.wrappers import auto_class
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _import_model(task: Task) -> None:
     try:
         config = AutoConfig.from_pretrained(task.folder, trust_remote_code=task.trust_remote_code)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, trust_remote_code=task.trust_remote_code)
+            auto_class(config.model_type).from_config(config, trust_remote_code=task.trust_remote_code)
     except (*UNBUILDABLE, OSError):
         return
 
@@ -103,10 +104,10 @@ def load(task: Task) -> Any:
 
     Raises RequestError when transformers does not load it, or would draw weights at random that the checkpoint lacks.
     """
-    loader: Any = AutoModelForCausalLM
     options = {"dtype": getattr(torch, task.dtype), "trust_remote_code": task.trust_remote_code, "output_loading_info": True}
     try:
-        model, loaded = loader.from_pretrained(task.folder, **options)
+        config = AutoConfig.from_pretrained(task.folder, trust_remote_code=task.trust_remote_code)
+        model, loaded = auto_class(config.model_type).from_pretrained(task.folder, **options)
         model = model.to(task.device).eval()
     except (*UNBUILDABLE, OSError) as error:
         if out_of_memory(error):

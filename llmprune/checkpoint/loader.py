@@ -34,12 +34,13 @@ class Finished(Protocol):
 
 
 class Loader:
-    """Maps a source onto a skeleton. With a ``sink``, tensors that a run has finished are read from there instead.
+    """Maps a source onto a skeleton. With a ``sink``, tensors that a run has finished are read from there instead. unused: paths of modules and
+    parameters outside the blocks that stay empty.
 
     Raises RequestError when the source lacks tensors, or holds them in other shapes or in a dtype that cannot be computed with.
     """
 
-    def __init__(self, source: Source, skeleton: PreTrainedModel, block_path: str, blocks: int) -> None:
+    def __init__(self, source: Source, skeleton: PreTrainedModel, block_path: str, blocks: int, unused: Iterable[str] = ()) -> None:
         self.source = source
         self.skeleton = skeleton
         self.sink: Finished | None = None
@@ -57,6 +58,8 @@ class Loader:
         self._meta = {(id(m), leaf): p for m in skeleton.modules() for leaf, p in m._parameters.items() if p is not None}
         self.tied = self._ties()
         self._prefixes = [f"{block_path}.{i}." for i in range(blocks)]
+        self._unused = tuple(unused)
+        self._first = next(name for name, _ in skeleton.named_parameters())  # of whose device some models make their masks
         self._in_block: list[list[str]] = [[] for _ in range(blocks)]
         self._outer: list[str] = []
         for key in names:
@@ -157,8 +160,8 @@ class Loader:
         self._empty(self._prefixes[index])
 
     def load_outer(self, device: torch.device) -> None:
-        """Everything outside the blocks: embeddings, final norm, head."""
-        self._fill(self._outer)
+        """Everything outside the blocks that is used: embeddings, final norm, head."""
+        self._fill([key for key in self._outer if not self._is_unused(self.parameter_of[key])])
         for name in self._outer_parameters():
             if name in self.tied:
                 continue
@@ -178,7 +181,10 @@ class Loader:
 
     def _outer_parameters(self) -> list[str]:
         base = self._prefixes[0].removesuffix("0.")
-        return [name for name in self.empty if not name.startswith(base)]
+        return [name for name in self.empty if not name.startswith(base) and not self._is_unused(name)]
+
+    def _is_unused(self, parameter: str) -> bool:
+        return parameter != self._first and any(parameter == path or parameter.startswith(f"{path}.") for path in self._unused)
 
     @property
     def not_weights(self) -> set[str]:

@@ -31,12 +31,15 @@ def reloaded_logits(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dt
 
 
 def main(folder: str, dtype: str) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from llmprune.model.wrappers import auto_class
 
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)  # what libraries print must not mix with the logits
         code = (Path(folder) / "modeling_pruned.py").exists()
-        open_model: Any = AutoModelForCausalLM.from_pretrained  # which returns a pair here
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        open_model: Any = auto_class(kind).from_pretrained  # which returns a pair here
         model, info = open_model(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
         wrong = {name: found for name, found in info.items() if found}
         if wrong:

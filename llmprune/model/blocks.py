@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.errors import RequestError
+from llmprune.errors import RequestError, first_line
+from llmprune.model.wrappers import is_wrapper
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
 WIDEST = 3  # values that a block may return
@@ -51,14 +52,16 @@ REST = _Rest()
 
 
 def find_blocks(model: PreTrainedModel) -> str:
-    """Path of the ModuleList of decoder blocks: the only outermost one as long as the config says, or else the only one in the decoder.
+    """Path of the ModuleList of decoder blocks: the only outermost one as long as the config says, or else the only one in the decoder. Of a wrapper
+    only its decoder counts: a tower may have as many blocks.
 
     Raises RequestError when the model has none, or several that could be it.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)  # of the encoder, of half-blocks, or missing in some
     names = {id(module): name for name, module in model.named_modules()}
     decoder = model.get_decoder()
-    for root, length in ((decoder, count), (model, count), (decoder, None)):
+    roots = ((decoder, count), (decoder, None)) if is_wrapper(model) else ((decoder, count), (model, count), (decoder, None))
+    for root, length in roots:
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == (length or len(m))]
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
         if len(outermost) == 1 and len(outermost[0]):
@@ -188,10 +191,16 @@ class Walk:
                 self.model(input_ids=ids_NL, use_cache=False)
         except _AllRecorded:
             faults.update(own)
-        except (ValueError, TypeError, IndexError, AttributeError):  # the model uses more of a block's output than hidden states
-            if not calls:
-                raise
-            return None
+        except (ValueError, TypeError, IndexError, AttributeError) as error:  # the model uses more of a block's output than hidden states
+            if calls:
+                return None
+            if is_wrapper(self.model):
+                raise RequestError(
+                    f"{type(self.model).__name__}: takes no text alone ({first_line(error)[:160]})", "give a model that does"
+                ) from None
+            raise
+        if len(calls) < len(self.blocks) and not own:
+            faults.add(ORDER)  # the last blocks were left out
         if own or len(calls) < len(self.blocks):
             return None
         if first[1].shape[:2] != ids_NL.shape:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.errors import RequestError, out_of_memory
 from llmprune.model.blocks import find_blocks
 from llmprune.model.kinds import check_causal
+from llmprune.model.wrappers import auto_class, check_text
 
 # Keys of config.json that could make transformers fetch or choose code: never followed.
 NOT_FOLLOWED = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -45,7 +46,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
         layers = getattr(parsed.get_text_config(decoder=True), "num_hidden_layers", 1)  # under whatever name this kind of config has it
         check_layers(layers, PER_BLOCK * stored, stored)
-        if type(parsed) not in AutoModelForCausalLM._model_mapping:
+        if type(parsed) not in auto_class(kind)._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         check_causal(parsed)
         exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
@@ -54,6 +55,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         hint = "check its sizes against the checkpoint, or free some memory" if out_of_memory(error) else "check the config against the checkpoint"
         raise RequestError(f"config.json: transformers cannot build {kind!r} ({first[:160]})", hint) from None
+    check_text(model)
     blocks: Any = model.get_submodule(find_blocks(model))
     check_layers(len(blocks), stored, stored)
     for name, buffer in model.named_buffers():
@@ -89,7 +91,7 @@ def _floats(value: Any) -> Any:
 def _empty_model(parsed: PreTrainedConfig, dtype: torch.dtype, own: dict[int, dict[str, Any]]) -> PreTrainedModel:
     """own: config fields of the layers whose values differ from the model's."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = auto_class(parsed.model_type).from_config(parsed, dtype=dtype, trust_remote_code=False)
         blocks: Any = model.get_submodule(find_blocks(model)) if own else []
         for index, sizes in own.items():
             layer = copy.copy(model.config)

@@ -40,7 +40,14 @@ def write_card(folder: Path, report: Report, recipe: Recipe, source: Source) -> 
 def card(folder: Path, report: Report, recipe: Recipe, source: Source) -> str:
     """The text of the card. ``folder`` is the finished checkpoint, whose config.json says how it is loaded."""
     metadata = metadata_of(folder, report, recipe, source).to_yaml()
-    parts = (title(recipe, report, source), loading(folder), figures(report), making(report, recipe), limits(recipe), licence_text(folder, source))
+    parts = (
+        title(recipe, report, source),
+        loading(folder, report.source.towers is not None),
+        figures(report),
+        making(report, recipe),
+        limits(recipe),
+        licence_text(folder, source),
+    )
     return f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -52,7 +59,7 @@ def metadata_of(folder: Path, report: Report, recipe: Recipe, source: Source) ->
         **licence_of(folder, source),
         language=language_of(source),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if report.source.towers else "text-generation",
         tags=["pruned", "llmprune", recipe.pattern, method_of(recipe)],
         model_name=recipe.default_output,
         eval_results=[result_of(pair) for pair in report.perplexity] or None,
@@ -154,16 +161,19 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
         what = f"{share} parameters of its {units} were removed ({report.sparsity:.2%}), {now:,} of {report.parameters:,} remain."
     else:
         what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
-    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}"
+    apart = f" Of these, {report.source.towers}." if report.source.towers else ""
+    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}{apart}"
 
 
-def loading(folder: Path) -> str:
+def loading(folder: Path, whole: bool) -> str:
+    """whole: a vision-language model, with all of its parts."""
+    auto = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
     own = "per_layer_config" in read_json(folder / "config.json")  # else transformers knows the class, whatever code lies beside it
     trust = ", trust_remote_code=True" if own else ""
     said = "\n\nThe model's class is a file in this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
     return (
-        "## Loading\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{trust})\n'
+        f"## Loading\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("{PLACE}"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}"{trust})\n```{said}'
     )
 

@@ -216,6 +216,8 @@ def sizes(report: Report) -> Section:
         ("share of the model", percent(report.zeros / report.parameters)),
         ("weights of the source on disk", size(report.source.bytes)),
     ]
+    if towers := report.source.towers:
+        rows += [(", ".join(towers.paths), count(towers.weights)), ("share of the model that text does not pass", percent(towers.share))]
     if not smaller:
         said = "Sparse weights are plain zeros in plain safetensors: the files are no smaller, and dense kernels are no faster."
         return Section("sizes", "Sizes", (said,), table=_pairs(rows))

@@ -22,6 +22,7 @@ from llmprune.pruners.plan import Plan
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS
 from llmprune.statistics.stages import GRAM_SHARE
+from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import TOKENS_PER_BATCH
 from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
@@ -141,7 +142,9 @@ class _Estimate:
     def outer(self, loading: bool = False) -> int:
         """The tensors outside the blocks; while they are read, its largest tensor in both dtypes."""
         inside = {id(p) for p in self.stream.walk.blocks.parameters()}
-        sizes = [p.numel() for p in self.stream.walk.model.parameters() if id(p) not in inside]
+        apart = tuple(self.stream.towers) if isinstance(self.stream, CheckpointStream) else ()  # never loaded
+        found = self.stream.walk.model.named_parameters()
+        sizes = [p.numel() for name, p in found if id(p) not in inside and not name.startswith(apart)]
         return self.item * sum(sizes) + (self.item * max(sizes) if loading else 0)
 
     def hidden(self) -> int:

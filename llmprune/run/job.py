@@ -74,7 +74,7 @@ def report_of(
     """The report of the run. found: perplexities; written: how the dense and the pruned model continue a prompt."""
     return Report(
         recipe=job.recipe.resolved(),
-        source=described(job.source),
+        source=described(job.source, job.stream),
         calibration=describe(job.data.calibration),
         blocks=done.blocks,
         perplexity=found,

@@ -17,13 +17,14 @@ from llmprune.export.save import cuts, kept_layers
 from llmprune.model.kinds import check_causal
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
+from llmprune.model.wrappers import check_text
 from llmprune.pruners.plan import Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
 from llmprune.results import Origin, Polished
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
-from llmprune.run.prepare import describe, environment
+from llmprune.run.prepare import describe, environment, towers_of
 from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
 from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, divided, given_windows
 from llmprune.stream.live import LiveStream
@@ -40,6 +41,7 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
     """
     check_options(recipe)
     check_causal(model.config)
+    check_text(model)
     with as_for_inference(model):
         stream = LiveStream(model)
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
@@ -61,7 +63,7 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
         smaller = slice_model(model, cuts(shown.structure, blocks, recipe.pad), kept_layers(shown))
     return Report(
         recipe=recipe.resolved(),
-        source=Origin(type(model).__name__, None, {}),
+        source=Origin(type(model).__name__, None, {}, towers=towers_of(stream)),
         calibration=describe(data.calibration),
         blocks=tuple(blocks),
         perplexity=(),

@@ -23,15 +23,18 @@ from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.skeleton import count_parameters
+from llmprune.model.wrappers import is_wrapper
 from llmprune.pruners.plan import Plan, Work
 from llmprune.recipe.recipe import Recipe
-from llmprune.results import Calibration, Environment, Origin
+from llmprune.results import Calibration, Environment, Origin, Towers
 from llmprune.run.footprint import Footprint, footprint
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
 from llmprune.run.windows import find_texts, gather_windows
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device, choose_dtype
+from llmprune.stream.live import LiveStream
 from llmprune.stream.whole import WholeStream
 
 
@@ -91,11 +94,12 @@ class Job:
         group = f" per {recipe['group']}" if recipe["group"] else ""
         head = " and the head" if len(self.matrices) > len(self.stream.names) else ""
         dtype = str(self.stream.dtype).removeprefix("torch.")
-        left = too_large(self.source.folder)
+        left, towers = too_large(self.source.folder), towers_of(self.stream)
+        apart = f"; {towers}" if towers else ""
         return (
             f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
-            f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios\n"
+            f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
             f"{self.describe_data()}\n"
             f"{self.footprint}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
@@ -169,10 +173,18 @@ def scan(source: Source, stream: CheckpointStream | WholeStream) -> None:
     source.scan(stream.loader.not_weights if isinstance(stream, CheckpointStream) else ())
 
 
-def described(source: Source) -> Origin:
+def towers_of(stream: CheckpointStream | LiveStream) -> Towers | None:
+    """The parts of a vision-language model that stay as they are; None for other models."""
+    found, model = stream.towers, stream.walk.model
+    weights = sum(found.values())
+    counted = count_parameters(model) + (0 if is_wrapper(model) else weights)
+    return Towers(tuple(found), weights, weights / counted) if found else None
+
+
+def described(source: Source, stream: CheckpointStream | WholeStream) -> Origin:
     """The source as in the report."""
     quantised = source.decoder.method if source.decoder else None
-    return Origin(source.name, source.revision, source.hashes, source.bytes, quantised, tuple(too_large(source.folder)))
+    return Origin(source.name, source.revision, source.hashes, source.bytes, quantised, tuple(too_large(source.folder)), towers_of(stream))
 
 
 def describe(windows: Windows) -> Calibration:

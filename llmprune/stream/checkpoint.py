@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source
 from llmprune.model.blocks import Walk
 from llmprune.model.skeleton import build_skeleton
+from llmprune.model.wrappers import is_wrapper_type, outermost, towers
 from llmprune.stream.heap import Heap
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 
@@ -32,13 +34,21 @@ class CheckpointStream:
         self.skeleton: PreTrainedModel = build_skeleton(source.config, dtype, source.blocks)
         self.walk = Walk(self.skeleton)
         self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
-        self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names))
+        self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names), towers(self.skeleton))
         self.scratch: Path | None = None
         self._heap = Heap()
         for module in self.skeleton.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[leaf] = buffer.to(device)
+
+    @property
+    def towers(self) -> dict[str, int]:
+        """As ``towers``; where transformers takes the text decoder out of a wrapper, the checkpoint's tensors that it leaves behind."""
+        placed, kind = self.loader.parameter_of, str(self.source.config.get("model_type"))
+        if not is_wrapper_type(kind) or self.skeleton.config.model_type == kind:
+            return towers(self.skeleton)
+        return outermost({key: math.prod(e.shape) for key, e in self.source.tensors.items() if key not in placed}, placed)
 
     def write_to(self, sink: Sink) -> None:
         self.loader.sink = sink

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune.checkpoint.names import stored_rows
 from llmprune.model.blocks import Walk
+from llmprune.model.wrappers import towers
 from llmprune.stream.hidden_states import place_hidden
 
 
@@ -25,6 +26,10 @@ class LiveStream:
         self.walk = Walk(model)
         self.names = [f"{self.walk.path}.{i}" for i in range(len(self.walk.blocks))]
         self.scratch: Path | None = None
+
+    @property
+    def towers(self) -> dict[str, int]:
+        return towers(self.model)
 
     def path_of(self, index: int) -> str:
         return [*self.names, self.walk.head_path][index]

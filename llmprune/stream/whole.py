@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import DTYPES, Source, open_folder
 from llmprune.errors import RequestError, StoppedError
 from llmprune.model.skeleton import NOT_FOLLOWED
+from llmprune.model.wrappers import auto_class
 from llmprune.stream.live import LiveStream
 
 
@@ -31,7 +32,8 @@ class WholeStream(LiveStream):
         chosen = [key for key in NOT_FOLLOWED if "implementation" in key and key in source.config]
         if chosen:
             raise StoppedError(f"config.json: names its own {chosen[0]}, which is not followed", "remove the key")
-        self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
+        auto = auto_class(str(source.config.get("model_type")))
+        self.skeleton: PreTrainedModel = auto.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
         nn.Module.to(self.skeleton, device)
         self.skeleton.eval().requires_grad_(False)
         self.skeleton.set_experts_implementation("eager")
