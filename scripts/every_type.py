@@ -1,8 +1,9 @@
-"""Every causal-LM type of the installed transformers, made tiny, pruned, and checked by means that are not llmprune's own.
+"""Every causal-LM type of the installed transformers, or every wrapper type, made tiny, pruned, and checked by means that are not llmprune's own.
 
     python scripts/every_type.py                                     every type, every pattern: one line each, then the counts
     python scripts/every_type.py --types llama,dbrx --patterns 2:4   some of them
     python scripts/every_type.py --table docs/models.md              writes the table that the documentation shows
+    python scripts/every_type.py --wrappers                          image-text models instead, whose text decoder is pruned
 
 How a type is made tiny stands in tiny_types.py. A type runs in a forked process with a time limit, so that a crash costs a line. A run that ends is
 checked like this:
@@ -40,8 +41,8 @@ import transformers
 from safetensors import safe_open
 from tiny_types import VOCABULARY, save_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import llmprune
@@ -51,6 +52,9 @@ from llmprune.errors import LlmpruneError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.run.prepare import open_stream
 
+WRAPPERS = "## Vision-language wrappers"
+SAID = """Of an image-text model the text decoder is pruned, calibrated and measured on text; towers and projectors are neither loaded nor changed.
+The run's first line, `llmprune.json` and the card name them with their share of the weights. The result loads by `AutoModelForImageTextToText`."""
 LENGTH = 32
 LIMIT_S = 90
 # what a pattern asks of llmprune.prune
@@ -82,7 +86,10 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 def load(folder: Path) -> tuple[Any, list[str]]:
     """(the model as any user gets it, what plain loading complains of)."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(folder)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) in (config.architectures or ())
+    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     said = [f"{kind}: {sorted(map(str, info[kind]))[:2]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
     return model.eval().requires_grad_(False), said
 
@@ -239,13 +246,13 @@ def outcome(source: Path, output: Path, pattern: str) -> str:
     return f"wrong: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "") if wrong else "works"
 
 
-def try_type(model_type: str, patterns: list[str], answers: Any) -> None:
+def try_type(model_type: str, patterns: list[str], wrapper: bool, answers: Any) -> None:
     """Runs in a process of its own."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / model_type
         try:
-            save_tiny(model_type, source)
+            save_tiny(model_type, source, wrapper)
             with torch.no_grad():
                 plain_perplexity(load(source)[0], windows(1))
         except Exception as error:
@@ -255,10 +262,10 @@ def try_type(model_type: str, patterns: list[str], answers: Any) -> None:
             answers.send((pattern, outcome(source, Path(scratch) / pattern.replace(":", "").replace("%", ""), pattern)))
 
 
-def judge(model_type: str, patterns: list[str]) -> dict[str, str]:
+def judge(model_type: str, patterns: list[str], wrapper: bool = False) -> dict[str, str]:
     """Pattern -> works, refused: why, wrong: what, or traceback: where; or "-" -> why the type could not be tried."""
     ours, theirs = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(target=try_type, args=(model_type, patterns, theirs))
+    process = multiprocessing.get_context("fork").Process(target=try_type, args=(model_type, patterns, wrapper, theirs))
     process.start()
     theirs.close()
     found: dict[str, str] = {}
@@ -287,14 +294,21 @@ def counts(results: dict[str, dict[str, str]], patterns: list[str]) -> list[str]
     return lines
 
 
-def table(results: dict[str, dict[str, str]], patterns: list[str]) -> str:
+def table(results: dict[str, dict[str, str]], patterns: list[str], wrappers: bool = False) -> str:
     rows = [[f"`{t}`", *(found.get(p, found.get("-", "")).partition(":")[0] for p in patterns)] for t, found in results.items()]
     why = [f"- `{t}`, {p}: {said}" for t, found in results.items() for p, said in found.items() if said != "works"]
-    made = f"`python scripts/every_type.py --patterns {','.join(patterns)} --table docs/models.md`"
-    lines = ["# Models", "", f"Every causal-LM type of transformers, tiny, random, pruned and checked; made by {made}.", ""]
+    made = f"`python scripts/every_type.py {'--wrappers ' * wrappers}--patterns {','.join(patterns)} --table docs/models.md`"
+    lines = [f"{WRAPPERS}\n\n{SAID}" if wrappers else "# Models", ""]
+    lines += [f"Every {'wrapper' if wrappers else 'causal-LM'} type of transformers, tiny, random, pruned and checked; made by {made}.", ""]
     lines += [f"- {line}" for line in counts(results, patterns)]
     lines += ["", "| type | " + " | ".join(patterns) + " |", "|" + "---|" * (len(patterns) + 1), *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join([*lines, "", "## What does not work, and why", "", *why, ""])
+    return "\n".join([*lines, "", f"{'#' * (2 + wrappers)} What does not work, and why", "", *why, ""])
+
+
+def write_table(page: Path, made: str, wrappers: bool) -> None:
+    """Puts a table on its page; the other kind's stays."""
+    before, found, after = page.read_text().partition(f"\n{WRAPPERS}\n")
+    page.write_text(f"{before}\n{made}" if wrappers else made + found + after)
 
 
 def main() -> None:
@@ -305,6 +319,7 @@ def main() -> None:
         default=",".join(PATTERNS),
         help="separated by commas: %(default)s".replace("%(default)s", ", ".join(PATTERNS).replace("%", "%%")),
     )
+    parser.add_argument("--wrappers", action="store_true", help="image-text models, instead of causal language models")
     parser.add_argument("--table", type=Path, help="markdown file to write")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -313,12 +328,13 @@ def main() -> None:
     torch.set_num_threads(1)
     patterns = asked.patterns.split(",")
     results = {}
-    for model_type in asked.types.split(",") if asked.types else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        results[model_type] = judge(model_type, patterns)
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if asked.wrappers else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for model_type in asked.types.split(",") if asked.types else sorted(names):
+        results[model_type] = judge(model_type, patterns, asked.wrappers)
         print(f"{model_type}: " + "; ".join(f"{p} {said}" for p, said in results[model_type].items()), flush=True)
     print("\n".join(counts(results, patterns)))
     if asked.table:
-        asked.table.write_text(table(results, patterns))
+        write_table(asked.table, table(results, patterns, asked.wrappers), asked.wrappers)
 
 
 if __name__ == "__main__":

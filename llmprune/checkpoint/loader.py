@@ -161,7 +161,8 @@ class Loader:
 
     def load_outer(self, device: torch.device) -> None:
         """Everything outside the blocks that is used: embeddings, final norm, head."""
-        self._fill([key for key in self._outer if not self._is_unused(self.parameter_of[key])])
+        unused = set(self.unused_keys)
+        self._fill([key for key in self._outer if key not in unused])
         for name in self._outer_parameters():
             if name in self.tied:
                 continue
@@ -191,6 +192,11 @@ class Loader:
         """The checkpoint's tensors that fill buffers (bounds, tables), or that the model has no place for."""
         weights = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         return {key for key in self.source.tensors if self.parameter_of.get(key) not in weights}
+
+    @property
+    def unused_keys(self) -> list[str]:
+        """The checkpoint's tensors of the parts outside the blocks that stay empty."""
+        return sorted((key for key in self._outer if self._is_unused(self.parameter_of[key])), key=natural)
 
     @property
     def outer_keys(self) -> list[str]:

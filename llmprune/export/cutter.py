@@ -58,7 +58,10 @@ class Cutter:
     def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
         """Write every tensor, with one block in memory at a time."""
         with outer_of():
-            shards.put({key: tensor.cpu() for key, tensor in self.outside().items()})
+            apart = set(self.loader.unused_keys)
+            shards.put({key: tensor.cpu() for key, tensor in self.outside().items() if key not in apart})
+        for key in self.loader.unused_keys:
+            shards.put({key: self.loader.source.read(key)})
         for new, old in enumerate(self.kept):
             with block_of(old) as block:
                 shards.put({key: tensor.cpu() for key, tensor in self.tensors(new, block).items()})

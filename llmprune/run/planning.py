@@ -10,6 +10,7 @@ from llmprune.checkpoint.source import SIZES, Source
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.model.skeleton import count_parameters
+from llmprune.model.wrappers import is_wrapper
 from llmprune.pruners.layers import layers_to_drop
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.rotation import check_rotation
@@ -23,6 +24,8 @@ from llmprune.stream.whole import WholeStream
 from llmprune.structured.structure import structure_of
 from llmprune.types import Listener
 
+ZEROS_ONLY = "use a pattern that zeroes weights"
+
 
 def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan, dict[int, list[Matrix]]]:
     """The plan for a model, and the matrices that are pruned: for a structured pattern those that read the units. Raises RequestError."""
@@ -34,6 +37,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
     check_skip(stream, selection)
     if isinstance(stream, WholeStream):
         raise RequestError(f"pattern {recipe.pattern}: its tensors cannot be converted block by block", "use an unstructured or N:M pattern")
+    check_towers(stream, recipe.pattern)
     structure = structure_of(
         stream.walk.model,
         stream.names,
@@ -51,6 +55,15 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
     if structure.outer:
         readers[len(stream.names)] = block_matrices(stream.walk.head) if stream.walk.head_free else []
     return recipe.plan(structure), readers
+
+
+def check_towers(stream: Stream, pattern: str) -> None:
+    """Raises RequestError where a smaller checkpoint could not keep the towers of a vision-language model, or where those write into what is cut."""
+    name, parts = type(stream.walk.model).__name__, ", ".join(stream.towers)
+    if parts and not is_wrapper(stream.walk.model):
+        raise RequestError(f"pattern {pattern}: {name} leaves {parts} behind, and a smaller checkpoint would lack them", ZEROS_ONLY)
+    if parts and pattern == "hidden":
+        raise RequestError(f"pattern hidden: {parts} of {name} write into the residual stream", ZEROS_ONLY)
 
 
 def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], source: Source | None = None) -> Plan:

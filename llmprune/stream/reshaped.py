@@ -35,6 +35,7 @@ class Reshaped:
         self.keeps: dict[int, Keeps] = {}
         self.dropped: frozenset[int] = frozenset()
         self.width: Tensor | None = None
+        self.towers = stream.towers
 
     def path_of(self, index: int) -> str:
         return self.stream.path_of(index)

@@ -19,6 +19,11 @@ class Stream(Protocol):
     walk: Walk
     names: list[str]  # path of every block
 
+    @property
+    def towers(self) -> dict[str, int]:
+        """The parts of a vision-language model that text does not pass: path -> number of weights."""
+        ...
+
     def path_of(self, index: int) -> str:
         """Path of a block, or of the head, which comes after the last one."""
         ...

@@ -194,3 +194,24 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, with_processor):
     assert again.value == pytest.approx(plain_perplexity(load(Path("out")), windows), rel=1e-5)
     inspected = Cli(capsys)("inspect", "out", "--verify", "2:4")
     assert inspected.code == 0, inspected.err
+
+
+@pytest.mark.parametrize("kind", often(("llava", "gemma3", "qwen2_vl"), "llava"))
+def test_fewer_layers_keep_the_towers(tmp_path, kind):
+    source, out = save_tiny(kind, tmp_path / "model"), tmp_path / "out"
+    report = llmprune.prune(source, 0.25, "layers", calibration=ids(), output=str(out), target="symmetric", accept_damage=True)
+    dense, pruned = load(source), load(out)
+    path, kept = report.blocks[0].block.rpartition(".")[0], report.smaller.layers
+    assert len(kept) == len(pruned.get_submodule(path)) == 3
+    for name, parameter in pruned.named_parameters():
+        old = re.sub(rf"^{re.escape(path)}\.(\d+)\.", lambda found: f"{path}.{kept[int(found[1])]}.", name)
+        assert torch.equal(parameter, dense.get_parameter(old)), name
+
+
+def test_what_would_cut_a_tower_is_refused(tmp_path):
+    source = save_tiny("llava", tmp_path / "llava")
+    with pytest.raises(RequestError, match="pattern hidden: model.vision_tower, model.multi_modal_projector of Llava"):
+        llmprune.prune(source, 0.25, "hidden", calibration=ids(), output=str(tmp_path / "out"))
+    source = save_tiny("qwen3_5", tmp_path / "qwen3_5")
+    with pytest.raises(RequestError, match="pattern layers: Qwen3_5ForCausalLM leaves model.visual behind"):
+        llmprune.prune(source, 0.25, "layers", calibration=ids(), output=str(tmp_path / "out"))
