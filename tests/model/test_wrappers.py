@@ -210,8 +210,8 @@ def test_fewer_layers_keep_the_towers(tmp_path, kind):
 
 def test_what_would_cut_a_tower_is_refused(tmp_path):
     source = save_tiny("llava", tmp_path / "llava")
-    with pytest.raises(RequestError, match="pattern hidden: model.vision_tower, model.multi_modal_projector of Llava"):
+    with pytest.raises(RequestError, match=r"pattern hidden: model\.vision_tower, model\.multi_modal_projector of Llava"):
         llmprune.prune(source, 0.25, "hidden", calibration=ids(), output=str(tmp_path / "out"))
     source = save_tiny("qwen3_5", tmp_path / "qwen3_5")
-    with pytest.raises(RequestError, match="pattern layers: Qwen3_5ForCausalLM leaves model.visual behind"):
+    with pytest.raises(RequestError, match=r"pattern layers: Qwen3_5ForCausalLM leaves model\.visual behind"):
         llmprune.prune(source, 0.25, "layers", calibration=ids(), output=str(tmp_path / "out"))
