@@ -148,16 +148,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Smaller:
-    """A smaller checkpoint as it was saved. ``difference``: of its logits from the masked model's, relative; None where it was not loaded."""
+    """A smaller checkpoint as it was saved."""
 
     pattern: str
     patterns: tuple[str, ...]
     layers: tuple[int, ...]  # numbers in the source of the kept blocks
     parameters: int
     bytes: int
-    difference: float | None
     remote_code: bool
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What loading the saved result has shown. difference: of its logits from the pruned model's on a window of ``tokens``, relative; None where
+    they were not compared. equal: what else loads with the source's content. instead: why transformers did not load it, and what was done.
+    """
+
+    difference: float | None
+    tokens: int
+    equal: tuple[str, ...] = ()
+    instead: str = ""
 
 
 @dataclass(frozen=True)

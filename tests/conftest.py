@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmprune.export.reload import Loaded, Reloader, loaded
 from llmprune.report import sections
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,20 +37,17 @@ def short_samples() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def reloaded_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For tests that do not ask whether a fresh process loads a smaller checkpoint: transformers loads it in this one, whose imports are there."""
+@pytest.fixture(autouse=True)
+def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Starting a process takes seconds, so a result is loaded again in this one, whose imports are there, but where a test is marked."""
+    if request.node.get_closest_marker("fresh_process"):
+        return
 
-    def logits(folder: Path, scratch: Path, ids_1L: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        from transformers import AutoModelForCausalLM
+    def load(self: Reloader, folder: Path, ids_1L: torch.Tensor) -> Loaded:
+        return loaded(self.source, folder, self.dtype, ids_1L)
 
-        own = (folder / "modeling_pruned.py").exists()
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own, output_loading_info=True)
-        assert not any(info.values()), info
-        with torch.no_grad():
-            return model.eval()(input_ids=ids_1L, use_cache=False).logits.float()
-
-    monkeypatch.setattr("llmprune.export.save.reloaded_logits", logits)
+    monkeypatch.setattr(Reloader, "start", lambda self: None)
+    monkeypatch.setattr(Reloader, "load", load)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 

@@ -1,52 +1,176 @@
-"""A finished checkpoint loaded by plain transformers in a separate process: its predictions are compared with those of the pruned model.
+"""A finished checkpoint loaded by plain transformers in a fresh process: what fits, what it predicts, and what loads beside it.
 
-Run as ``python -m llmprune.export.reload FOLDER DTYPE``; token ids come in and logits go out as safetensors through its pipes, so that it ends
-with the process that started it, and leaves no file behind.
+Run as ``python -m llmprune.export.reload SOURCE DTYPE``; one request comes in and one answer goes out through its pipes, each a line of JSON and
+a tensor as safetensors, so that it ends with the process that started it, and leaves no file behind. Most of its time goes into imports, which it
+does while it waits.
+
+Shapes: L = tokens of a window, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llmprune.errors import PromiseError
+from llmprune.checkpoint.companions import tokenizer_files
+from llmprune.data.tokenizer import load_tokenizer
+from llmprune.errors import PromiseError, RequestError, first_line
+from llmprune.model.wrappers import auto_class
+
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+TEXT = "The first thing to know about a river: 3 × 7 is twenty-one, “quoted”, naïve, 你好.\n\n\tend"
+TURNS = [{"role": "user", "content": "How long is the river?"}, {"role": "assistant", "content": "Long."}]
 
 
-def reloaded_logits(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1, L, V]: predictions of the checkpoint in ``folder``, loaded in a fresh process. Raises PromiseError when it does not load."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    words = [sys.executable, "-m", "llmprune.export.reload", str(folder), str(dtype).removeprefix("torch.")]
-    done = subprocess.run(words, input=save({"ids": ids_1L.cpu().contiguous()}), env=environment, capture_output=True, check=False)
-    if done.returncode:
-        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
-        raise PromiseError(f"the result does not load with transformers: {said[:300]}", "report this; nothing was published")
-    return load(done.stdout)["logits"]
+@dataclass(frozen=True)
+class Loaded:
+    """What plain transformers makes of a folder. unfit: keys, by what is wrong with them; equal: whether a part that loads from the source's
+    folder (tokenizer, chat template, processor) loads from this one with the same content.
+    """
+
+    logits_1LV: Tensor
+    unfit: dict[str, list[str]]
+    equal: dict[str, bool]
 
 
-def main(folder: str, dtype: str) -> None:
+class Reloader:
+    """The fresh process. source: the folder of the checkpoint that was pruned; scratch: for code that transformers copies; dtype: of the weights."""
+
+    def __init__(self, source: Path, scratch: Path, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+        self.words = [sys.executable, "-m", "llmprune.export.reload", str(source), str(dtype).removeprefix("torch.")]
+        self.environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Let it import what it needs; its memory is that of the libraries until it is asked."""
+        if self._process is None:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self.words, stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment)
+
+    def load(self, folder: Path, ids_1L: Tensor) -> Loaded:
+        """Load the checkpoint in ``folder`` once. Raises PromiseError when it does not load, MemoryError when the process is killed meanwhile."""
+        self.start()
+        assert self._process is not None
+        answer, said = self._process.communicate(packed({"folder": str(folder)}, {"ids": ids_1L.cpu().contiguous()}))
+        if self._process.returncode == -signal.SIGKILL:
+            raise MemoryError
+        if self._process.returncode:
+            last = (said.decode(errors="replace").strip().splitlines() or [f"exit code {self._process.returncode}"])[-1]
+            raise PromiseError(f"the result does not load with transformers: {last[:300]}", "report this; nothing was published")
+        found, tensors = unpacked(answer)
+        return Loaded(tensors["logits"], found["unfit"], found["equal"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def packed(said: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    return json.dumps(said).encode() + b"\n" + save(tensors)
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    said, _, tensors = data.partition(b"\n")
+    return json.loads(said), load(tensors)
+
+
+@torch.no_grad()
+def loaded(source: Path, folder: Path, dtype: torch.dtype, ids_1L: Tensor) -> Loaded:
+    """What this process makes of ``folder``. Experts run one by one, as they do while a model is pruned, so that both compute alike."""
     from transformers import AutoConfig
 
-    from llmprune.model.wrappers import auto_class
+    own_class = (folder / "modeling_pruned.py").exists()
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    open_model: Any = auto_class(kind).from_pretrained  # which returns a pair here
+    model, info = open_model(folder, dtype=dtype, trust_remote_code=own_class, local_files_only=True, output_loading_info=True)
+    model.set_experts_implementation("eager")
+    logits_1LV = model.eval()(input_ids=ids_1L, use_cache=False).logits.float().contiguous()
+    return Loaded(logits_1LV, {what: sorted(map(str, keys)) for what, keys in info.items() if keys}, equal_parts(source, folder))
+
+
+def equal_parts(source: Path, folder: Path) -> dict[str, bool]:
+    """Whether what transformers loads from the source's folder beside the weights has the same content in ``folder``."""
+    found = {}
+    if tokenizer_files(source) and (tokenizer := _tokenizer(source)) is not None:
+        again = _tokenizer(folder)
+        found["tokenizer"] = again is not None and _of_tokenizer(again) == _of_tokenizer(tokenizer)
+        if tokenizer.chat_template:
+            found["chat template"] = again is not None and _of_template(again) == _of_template(tokenizer)
+    if any((source / name).is_file() for name in PROCESSOR) and (processor := _processor(source)) is not None:
+        again = _processor(folder)
+        found["processor"] = again is not None and again.to_dict() == processor.to_dict()
+    return found
+
+
+def _opened(open_it: Callable[..., Any], folder: Path) -> Any:
+    """None where it does not load, which the machine may be the reason for: a package that is not installed, say."""
+    try:
+        return open_it(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:
+        return None
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except RequestError:
+        return None
+
+
+def _processor(folder: Path) -> Any:
+    """Of images, video or sound; transformers' own gives back the tokenizer of a model that needs none."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
+
+    kinds = (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor)
+    return next((found for kind in kinds if hasattr(found := _opened(kind.from_pretrained, folder), "to_dict")), None)
+
+
+def _of_tokenizer(tokenizer: Any) -> tuple[Any, ...]:
+    return type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer(TEXT)["input_ids"]
+
+
+def _of_template(tokenizer: Any) -> tuple[Any, ...]:
+    """The template, and what it makes of a dialogue, if it takes this one."""
+    try:
+        return tokenizer.chat_template, tokenizer.apply_chat_template(TURNS, tokenize=False)
+    except Exception as error:
+        return tokenizer.chat_template, str(error)
+
+
+def main(source: str, dtype: str) -> None:
+    from transformers import AutoConfig
 
     with os.fdopen(os.dup(1), "wb") as answer:
-        os.dup2(2, 1)  # what libraries print must not mix with the logits
-        code = (Path(folder) / "modeling_pruned.py").exists()
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        open_model: Any = auto_class(kind).from_pretrained  # which returns a pair here
-        model, info = open_model(folder, dtype=getattr(torch, dtype), trust_remote_code=code, local_files_only=True, output_loading_info=True)
-        wrong = {name: found for name, found in info.items() if found}
-        if wrong:
-            raise SystemExit(f"tensors that do not fit: {wrong}")
-        with torch.no_grad():
-            logits = model.eval()(input_ids=load(sys.stdin.buffer.read())["ids"], use_cache=False).logits
-        answer.write(save({"logits": logits.float().contiguous()}))
+        os.dup2(2, 1)  # what libraries print must not mix with the answer
+        config = _opened(AutoConfig.from_pretrained, Path(source))
+        if config is not None:
+            auto_class(config.model_type)._model_mapping.get(type(config), None)  # imports the class
+        request = sys.stdin.buffer.read()
+        if not request:  # the run has ended without a result
+            return
+        asked, tensors = unpacked(request)
+        try:
+            found = loaded(Path(source), Path(asked["folder"]), getattr(torch, dtype), tensors["ids"])
+        except Exception as error:
+            raise SystemExit(f"{type(error).__name__}: {first_line(error)}") from None
+        answer.write(packed({"unfit": found.unfit, "equal": found.equal}, {"logits": found.logits_1LV}))
 
 
 if __name__ == "__main__":

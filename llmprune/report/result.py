@@ -23,6 +23,7 @@ from llmprune.results import (
     Origin,
     Polished,
     Pushed,
+    Reloaded,
     Row,
     Sample,
     Smaller,
@@ -63,7 +64,8 @@ class Report:
     files: dict[str, str] = field(default_factory=dict)  # sha256 of each file of the output, except the card and the reports
     tensors: dict[str, str] = field(default_factory=dict)  # sha256 of each tensor's bytes
     sample: Sample | NoSample | None = None
-    smaller: Smaller | None = None  # of a structured pattern: what was saved, and how it was loaded again
+    smaller: Smaller | None = None  # of a structured pattern: what was saved
+    reloaded: Reloaded | None = None  # None for a live model
     tasks: tuple[TaskResult, ...] = ()  # what ``llmprune eval`` has added
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: Timings = field(default=Timings(), compare=False)
@@ -165,6 +167,7 @@ class Report:
             tensors=get("tensors", dict[str, str], {}),
             sample=get("sample", Sample | NoSample | None),
             smaller=get("smaller", Smaller | None),
+            reloaded=get("reloaded", Reloaded | None, None),
             tasks=get("tasks", tuple[TaskResult, ...], ()),
             timings=get("timings", Timings),
         )

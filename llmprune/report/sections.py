@@ -218,12 +218,13 @@ def sizes(report: Report) -> Section:
     ]
     if towers := report.source.towers:
         rows += [(", ".join(towers.paths), count(towers.weights)), ("share of the model that text does not pass", percent(towers.share))]
+    if found := report.reloaded:
+        apart = say(found.instead or "not finite") if found.difference is None else number(found.difference, 2)
+        rows.append(("logits when loaded again, relative difference", apart))
     if not smaller:
         said = "Sparse weights are plain zeros in plain safetensors: the files are no smaller, and dense kernels are no faster."
         return Section("sizes", "Sizes", (said,), table=_pairs(rows))
     rows += [("parameters saved", count(smaller.parameters)), ("weights on disk", size(smaller.bytes))]
-    apart = smaller.difference
-    rows += [("logits when loaded again, relative difference", say("not loaded") if apart is None else number(apart, 2))]
     said = f"{smaller.pattern}: the saved model is smaller, and {len(smaller.layers)} blocks remain."
     return Section("sizes", "Sizes", (said,), table=_pairs(rows))
 

@@ -19,7 +19,9 @@ from llmprune.errors import RequestError
 from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.replay import check_replay
-from llmprune.export.save import save_smaller
+from llmprune.export.check import MOST_TOKENS, check_result, fits, predictions
+from llmprune.export.reload import Reloader
+from llmprune.export.save import rounded_to, save_smaller
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.coarse import COARSE
@@ -28,7 +30,7 @@ from llmprune.publish.card import write_card
 from llmprune.ratios.trials import Decision
 from llmprune.report.page import page
 from llmprune.report.result import Report
-from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Sample, Smaller, Timings
+from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Reloaded, Sample, Smaller, Timings
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_output
 from llmprune.run.prepare import Job, asked_windows, describe, described
@@ -57,20 +59,21 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
         prompt = sample.prompt_for(job.stream, job.source)
         dense_text = sample.written(job.stream, prompt)
         done = prune_job(turned, journal, sink, listen)
-        found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, listen)) for d in dense)
-        pruned_text = sample.written(done.now, prompt)
-        folder, smaller = saved(turned, journal, sink, done)
-        report = report_of(job, done, found, smaller, manifest_of(folder), sample.beside(prompt, dense_text, pruned_text), perf_counter() - began)
-        publish(folder, report, job)
-        journal.publish(folder)
+        with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
+            if fits(count_parameters(job.stream.skeleton), job.stream.dtype):
+                reloader.start()  # its imports take as long as the perplexity of a small model
+            found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, listen)) for d in dense)
+            pruned_text = sample.written(done.now, prompt)
+            result = saved(turned, journal, sink, done, reloader)
+        report = report_of(job, done, found, result, sample.beside(prompt, dense_text, pruned_text), perf_counter() - began)
+        publish(result.folder, report, job)
+        journal.publish(result.folder)
         return report
     finally:
         journal.close()
 
 
-def report_of(
-    job: Job, done: Done, found: tuple[Evaluation, ...], smaller: Smaller | None, manifest: Manifest, written: Sample | NoSample, seconds: float
-) -> Report:
+def report_of(job: Job, done: Done, found: tuple[Evaluation, ...], result: Saved, written: Sample | NoSample, seconds: float) -> Report:
     """The report of the run. found: perplexities; written: how the dense and the pruned model continue a prompt."""
     return Report(
         recipe=job.recipe.resolved(),
@@ -86,9 +89,10 @@ def report_of(
         reasons=done.decision.ratios.reasons,
         tried=done.decision.ratios.tried,
         frontier=done.decision.frontier,
-        smaller=smaller,
-        files=manifest.files,
-        tensors=manifest.tensors,
+        smaller=result.smaller,
+        reloaded=result.reloaded,
+        files=result.manifest.files,
+        tensors=result.manifest.tensors,
         sample=written,
         timings=Timings(seconds, done.resumed, peak_resident(), job.footprint.peak.total),
     )
@@ -180,13 +184,28 @@ def record_polish(job: Job, journal: Journal, polished: list[Polished], done: Po
         journal.write("polished", {"report": asdict(done), "hashes": hashes})
 
 
-def saved(job: Job, journal: Journal, sink: Sink, done: Done) -> tuple[Path, Smaller | None]:
-    """(the folder of the finished checkpoint, the smaller one if units have been cut out)."""
+@dataclass(frozen=True)
+class Saved:
+    """The finished checkpoint. smaller: where units have been cut out."""
+
+    folder: Path
+    manifest: Manifest
+    smaller: Smaller | None
+    reloaded: Reloaded
+
+
+def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader) -> Saved:
+    """Write the checkpoint, and load it again. job: of the rotated model, if it is one; reloader: with the source as it was given."""
+    ids_1L = job.data.calibration.ids_NL[:1, :MOST_TOKENS]
+    wanted_1LV = predictions(done.now, ids_1L)
     dropped = any(row.dropped for block in done.blocks for row in block.rows)
     if dropped and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
-        ids_NL = job.data.calibration.ids_NL
-        smaller = save_smaller(job.stream, done.now, done.blocks, ids_NL, job.recipe.pad, journal.smaller, journal.folder)
-        return journal.smaller, smaller
-    job.stream.finish()
-    sink.finish()
-    return journal.weights, None
+        about = (job.stream, done.now, done.blocks, job.recipe.pad)
+        folder, smaller, dtype = journal.smaller, save_smaller(*about, journal.smaller), rounded_to(*about)
+    else:
+        job.stream.finish()
+        sink.finish()
+        folder, smaller, dtype = journal.weights, None, job.stream.dtype
+    parameters = smaller.parameters if smaller else count_parameters(job.stream.skeleton)
+    reloaded = check_result(job.stream, folder, wanted_1LV, ids_1L, parameters, dtype, smaller is not None, reloader)
+    return Saved(folder, manifest_of(folder), smaller, reloaded)

@@ -98,7 +98,6 @@ def test_another_run_is_named(cli, model):
     ("words", "mask", "mode"),
     [(("--pattern", "2:4"), 0o077, 0o600), (("--pattern", "2:4"), 0o022, 0o644), (("--pattern", "channels", "--sparsity", 0.25), 0o022, 0o644)],
 )
-@pytest.mark.usefixtures("reloaded_here")
 def test_modes_follow_the_umask(cli, small, words, mask, mode):
     before = os.umask(mask)
     try:

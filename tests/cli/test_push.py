@@ -39,7 +39,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def output(made, tmp_path, tmp_path_factory, request, reloaded_here) -> Path:
+def output(made, tmp_path, tmp_path_factory, request) -> Path:
     """A copy of a finished output; tests choose its kind by parametrising ``output`` indirectly."""
     kind = getattr(request, "param", DENSE)
     if kind not in made:

@@ -54,7 +54,6 @@ def runs() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("recipe", "flags"), [*runs()])
-@pytest.mark.usefixtures("reloaded_here")
 def test_every_recipe_runs(cli: Cli, small: tuple[object, ...], recipe: Path, flags: tuple[object, ...]) -> None:
     ran = cli("--recipe", recipe, "--output", "out", *small, *flags)
     assert ran.code == 0, ran.err
@@ -70,7 +69,6 @@ def test_every_recipe_runs(cli: Cli, small: tuple[object, ...], recipe: Path, fl
 
 
 @pytest.mark.parametrize("recipe", MIXTURES, ids=lambda p: p.stem)
-@pytest.mark.usefixtures("reloaded_here")
 def test_every_recipe_for_mixtures_leaves_what_it_says(cli: Cli, small: tuple[object, ...], mixtral: Path, recipe: Path) -> None:
     words = ("--model", mixtral, "--calibration", BUNDLED / "calibration.txt", "--output", "out")
     ran = cli("--recipe", recipe, *words, *small)

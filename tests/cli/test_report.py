@@ -66,7 +66,6 @@ def ran(cli: Cli, finished: Path) -> dict[str, Any]:
     return json.loads(Path("out/llmprune.json").read_text())
 
 
-@pytest.mark.usefixtures("reloaded_here")
 @pytest.mark.parametrize("words", [BALANCED, ("--model", "llama", "--pattern", "channels", "--sparsity", 0.25)], ids=["balanced", "channels"])
 def test_every_number_is_that_of_the_run(cli: Cli, small: tuple[object, ...], words: tuple[object, ...]) -> None:
     result = cli(*words, "--output", "out", *small)

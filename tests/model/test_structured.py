@@ -7,6 +7,7 @@ says have gone.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
-import llmprune.export.save
 import llmprune.pruners.layers
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import PromiseError, RequestError
 from llmprune.evaluation.divergence import after_blocks
 from llmprune.export.live import save_sliced
+from llmprune.export.reload import Reloader
 from llmprune.report.result import Report
 from llmprune.run.prepare import open_stream
 from llmprune.structured.spaces import refusal, spaces_of
@@ -35,18 +36,6 @@ IDS = tiny_windows(8, 24)
 PATTERNS = ("channels", "heads", "kv-groups", "kernel", "layers", "experts", "hidden")
 ROUNDING = 1e-5
 HALF = 0.5
-
-
-def in_this_process(folder: Path, scratch: Path, ids_1L: Tensor, dtype: torch.dtype) -> Tensor:
-    model = reloaded(folder, trust_remote_code=(folder / "modeling_pruned.py").exists(), dtype=dtype)
-    with torch.no_grad():
-        return model(ids_1L).logits
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A process takes seconds: one test starts it, the others load the result beside themselves."""
-    monkeypatch.setattr(llmprune.export.save, "reloaded_logits", in_this_process)
 
 
 def works(family: str, pattern: str) -> bool:
@@ -106,7 +95,7 @@ def test_a_family_cut_and_loaded_again(family, pattern, tmp_path):
         assert report.sparsity == pytest.approx(HALF)
     smaller = reloaded(tmp_path / "out")
     assert parameters(smaller) == parameters(dense) - report.zeros
-    assert report.smaller.difference < 1e-4
+    assert report.reloaded.difference < 1e-4
     generates_alike(smaller)
     wanted = logits_without(dense, pattern, report)
     assert float((logits(smaller) - wanted).abs().max()) < ROUNDING
@@ -147,7 +136,7 @@ def test_every_quality_loads_as_it_was_measured(named, tmp_path):
     """The run itself compares logits; here the live model is compared with the folder too."""
     model = stored("qwen3", tmp_path / "model")
     report = cut(tmp_path / "model", "structured", 0.4, uniform=True, **named)
-    assert report.smaller.difference < 1e-4
+    assert report.reloaded.difference < 1e-4
     live = llmprune.prune(model, 0.4, "structured", calibration=IDS, uniform=True, round_to=1, accept_damage=True, **named)
     assert parameters(live.model) == parameters(reloaded(tmp_path / "out"))
     assert float((logits(live.model) - logits(reloaded(tmp_path / "out"))).abs().max()) < 1e-4
@@ -236,8 +225,8 @@ def test_refusals(pattern, sparsity, options, said, tmp_path):
 
 def test_a_result_that_predicts_otherwise_is_not_published(tmp_path, monkeypatch):
     stored("llama", tmp_path / "model")
-    wrong = lambda *about: in_this_process(*about) * 1.01  # noqa: E731
-    monkeypatch.setattr(llmprune.export.save, "reloaded_logits", wrong)
+    load = Reloader.load
+    monkeypatch.setattr(Reloader, "load", lambda *about: replace(found := load(*about), logits_1LV=found.logits_1LV * 1.01))
     with pytest.raises(PromiseError, match="differ"):
         cut(tmp_path / "model", "channels")
     assert not (tmp_path / "out").exists()
