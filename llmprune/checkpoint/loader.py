@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 
 from llmprune.checkpoint.names import convert, natural, parameter_names, revert, stored_rows
 from llmprune.checkpoint.source import DTYPES, FIRST_NUMBER, Source
@@ -173,6 +174,18 @@ class Loader:
         for target, source in self.tied.items():
             module, leaf = self._place(target)
             module._parameters[leaf] = self.skeleton.get_parameter(source)
+        for path in {name.rpartition(".")[0] for name in self._outer_parameters()}:
+            self._initialise(path)
+
+    def _initialise(self, path: str) -> None:
+        """What transformers does to a loaded embedding: its class initialises it, but for tensors marked as loaded. Some classes write to the
+        padding row all the same, whatever the checkpoint has there.
+        """
+        module = self.skeleton.get_submodule(path)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            with guard_torch_init_functions(), torch.no_grad():
+                self.skeleton._init_weights(module)
 
     def free_outer(self) -> None:
         for name in self._outer_parameters():

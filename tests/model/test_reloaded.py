@@ -13,6 +13,8 @@ import torch
 from cuts import tiny
 from families import tiny_windows
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
@@ -189,3 +191,18 @@ def test_where_arithmetic_rounds_a_few_tokens_may_be_routed_otherwise() -> None:
     with pytest.raises(PromiseError, match="differ"):
         compared(wanted, wanted + 2, torch.bfloat16)
     assert compared(wanted / 0, other, torch.float32) is None
+
+
+def test_a_padding_row_is_what_transformers_makes_of_it(tmp_path) -> None:
+    """Youtu's class writes zeros over it after loading; tokens of that number then have no embedding, whatever the checkpoint stores."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    parts = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["youtu"](**sizes, **parts, pad_token_id=3))
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "model")
+    ids_NL = torch.arange(96).remainder(16).view(4, 24)  # 3 among them
+    report = llmprune.prune(tmp_path / "model", pattern="2:4", method="magnitude", calibration=ids_NL, output=str(tmp_path / "out"))
+    assert report.reloaded.difference == 0
+    before, after = (load_file(tmp_path / folder / "model.safetensors")["model.embed_tokens.weight"] for folder in ("model", "out"))
+    assert torch.equal(before, after)
+    assert before[3].all()
