@@ -53,7 +53,7 @@ def check_result(
     Raises PromiseError when it does not load whole, predicts otherwise, or has lost a part that the source has beside its weights.
     """
     if not fits(parameters, stream.walk.model.dtype):
-        short = f"loading the result takes about {need(parameters, stream.walk.model.dtype):,} bytes, and {memory_limit():,} are free"
+        short = f"loading the result takes about {need(parameters, stream.walk.model.dtype):,} bytes at once, more than were free"
         return from_disk(stream, folder, wanted_1LV, ids_1L, dtype, short)
     try:
         loaded = reloader.load(folder, ids_1L)
