@@ -42,11 +42,33 @@ TINY = """
 """
 FIELDS = {name: int(value) for value, names in re.findall(r"^(\d+):((?:\s+[A-Za-z_]\w*)+)", TINY, re.MULTILINE) for name in names.split()}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HYBRID = ["linear_attention", "linear_attention", "hybrid"] * 2
 # what single types need besides
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "dots3_note_text": {"layer_types": ["full_attention"] * 4, "use_dsa": False},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+    },
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "n_mamba_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
     "xmod": {"default_language": "en_XX"},

@@ -26,6 +26,8 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.spaces import Space
 from llmprune.types import Listener, Records
 
+FEW = 64  # tokens of an expert, below which its score is uncertain
+
 
 class Routed:
     """While active, records what each expert of a stack adds to its tokens."""
@@ -124,7 +126,17 @@ def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ra
             flow.outputs[batch] = flow.run(index, block, batch)
     drop = round(ratio * space.units)
     keep_E = drop_smallest(routed.score_E.view(space.groups, -1), drop // space.groups).flatten()
-    silent = sum(mean.tokens == 0 for mean in routed.means)
-    notes = (f"{silent} of {space.units} experts were never chosen: they are dropped first",) if silent and drop else ()
+    notes = few_tokens([mean.tokens for mean in routed.means]) if drop else ()
     kept = tuple(keep_E.nonzero().flatten().tolist())
     return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)
+
+
+def few_tokens(tokens_E: list[int]) -> tuple[str, ...]:
+    """Notes about experts whose scores rest on little. tokens: that calibration has routed to each."""
+    silent, few = tokens_E.count(0), [tokens for tokens in tokens_E if 0 < tokens < FEW]
+    notes = [f"{silent} of {len(tokens_E)} experts were never chosen: they are dropped first"] if silent else []
+    if few:
+        notes.append(
+            f"{len(few)} of {len(tokens_E)} experts saw fewer than {FEW} tokens, the least {min(few)}: more --samples make their scores surer"
+        )
+    return tuple(notes)

@@ -18,6 +18,7 @@ from llmprune.maths import counts, scores
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.greedy_obs import greedy_obs
 from llmprune.maths.least_squares import mean_bias, refit_kept
+from llmprune.pruners.experts import few_tokens
 from llmprune.types import Stats
 from unit.references import best_repair, damped, naive_greedy, output_error
 
@@ -261,3 +262,11 @@ def test_layers_of_least_cost_go() -> None:
     assert counts.least_needed(cost, 2, fixed=[1]) == [2, 3]
     with pytest.raises(RequestError, match="5 layers were to be dropped of 4 that may be"):
         counts.least_needed(cost, 5, fixed=[0])
+
+
+def test_experts_that_saw_few_tokens_are_named() -> None:
+    assert few_tokens([64, 65, 1000]) == ()
+    assert few_tokens([0, 63, 5, 64]) == (
+        "1 of 4 experts were never chosen: they are dropped first",
+        "2 of 4 experts saw fewer than 64 tokens, the least 5: give more --samples",
+    )
