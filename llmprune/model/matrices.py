@@ -109,6 +109,16 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
     return found
 
 
+def other_weights(block: nn.Module) -> dict[str, int]:
+    """Parameters of two dimensions or more which are neither matrices found above, nor convolutions, embeddings or biases: weights of each, by
+    name. They stay as they are.
+    """
+    matrices = {matrix.parameter for matrix in block_matrices(block)}
+    apart = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Conv1d | nn.Embedding)}
+    bare = ((name, p) for name, p in block.named_parameters() if p.dim() > 1 and not name.endswith("bias"))
+    return {name: p.numel() for name, p in bare if name not in matrices | apart}
+
+
 def _flat_stacks(module: nn.Module) -> int:
     """How many matrices lie one after the other in each two-dimensional parameter of a module: groups of a grouped Linear, or DBRX's experts."""
     groups = getattr(module, "n_groups", 0) if isinstance(module, nn.Linear) else 0

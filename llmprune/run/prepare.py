@@ -16,13 +16,14 @@ import llmprune
 from llmprune.checkpoint.companions import LARGEST, too_large
 from llmprune.checkpoint.files import to_json
 from llmprune.checkpoint.journal import partial_folder
+from llmprune.checkpoint.loader import listed
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
-from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.matrices import Matrix, Selection, other_weights
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import is_wrapper
 from llmprune.pruners.plan import Plan, Work
@@ -98,7 +99,7 @@ class Job:
         apart = f"; {towers}" if towers else ""
         return (
             f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
-            f"{weights:,} weights, {weights / in_places:.1%} of theirs; "
+            f"{weights:,} weights, {weights / in_places:.1%} of theirs{'' if structure else self.stays_dense()}; "
             f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
             f"{self.describe_data()}\n"
             f"{self.footprint}\n"
@@ -106,6 +107,11 @@ class Job:
             + (f"; without {', '.join(left)}, larger than {LARGEST:,} bytes" if left else "")
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
+
+    def stays_dense(self) -> str:
+        """The parameters of blocks that no pattern sees, because they are not recognised as matrices; those of every block once."""
+        others = sorted({key for block in self.stream.walk.blocks for key in other_weights(block)})
+        return f", {listed(others)} not among them" if others else ""
 
     def describe_data(self) -> str:
         calibration = self.data.calibration

@@ -302,3 +302,24 @@ def test_a_skip_of_what_is_left_alone_anyway_is_taken(model: Path) -> None:
 def test_inspection_refuses_such_a_skip_too(model: Path) -> None:
     with pytest.raises(RequestError, match="matches no parameter"):
         inspect(open_folder(model, "model"), Selection(skip="layers.7"))
+
+
+# --- what stays dense -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
+def test_much_that_is_not_recognised_as_matrices_does_not_stay_dense_without_a_word(tmp_path: Path, monkeypatch, live: bool) -> None:
+    """DBRX's experts lie flat in parameters of two dimensions; here as if nothing were known of that."""
+    monkeypatch.setattr("llmprune.model.matrices._flat_stacks", lambda module: 0)
+    given = tiny_model("dbrx") if live else save_tiny("dbrx", tmp_path / "model", torch.float32)
+    asked_for = asked("2:4", live) | ({} if live else {"output": str(tmp_path / "out")})
+    with pytest.raises(RequestError, match=r"6 parameters with \d\d% of the blocks' weights .* would stay dense: \S+\.mlp\.w1, ") as refused:
+        llmprune.prune(given, pattern="2:4", **asked_for)
+    assert "--skip" in refused.value.hint
+    llmprune.prune(given, pattern="2:4", skip=r"\.mlp\.", **asked_for)
+
+
+def test_the_little_that_is_not_among_the_matrices_is_named(tmp_path: Path) -> None:
+    asked_for = {"model": str(save_tiny("mamba", tmp_path / "model")), "output": str(tmp_path / "out"), "sparsity": 0.5}
+    job = prepare(read_recipe(None, asked_for), tiny_windows())
+    assert "of theirs, mixer.A_log not among them; " in str(job)
