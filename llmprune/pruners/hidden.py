@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmprune.maths.linalg import drop_smallest
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.pruners.block_pruner import PrunedBlock, run_again
-from llmprune.pruners.matrix import correct
+from llmprune.pruners.matrix import correct, notes_on_filled, with_notes
 from llmprune.pruners.plan import Plan, Work
 from llmprune.pruners.weights import stages_of
 from llmprune.results import BlockReport, Row
@@ -132,40 +132,44 @@ class WidthPruner:
         path, tokens = flow.stream.path_of(index), sum(ids_NL.numel() for ids_NL in flow.ids)
         outputs: Iterable[tuple[Tensor, Tensor]] = ()
         if index < len(flow.stream.names):
-            changed = self._narrow(flow, dense, index, block, clock)
+            changed, notes = self._narrow(flow, dense, index, block, clock)
             outputs = run_again(flow, dense, index, block)
         else:
-            changed = self._corrected(flow, dense, index, block, clock) if self.plan.asymmetric and self.matrices[index] else []
-        return PrunedBlock([row_of(self.structure, path, self.asked, self.choice, tokens)], changed, changed, outputs)
+            corrects = self.plan.asymmetric and self.matrices[index]
+            changed, notes = self._corrected(flow, dense, index, block, clock) if corrects else ([], ())
+        row = row_of(self.structure, path, self.asked, self.choice, tokens)
+        return PrunedBlock(with_notes([row], notes), changed, changed, outputs)
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
         """Nothing remains to be done."""
 
-    def _narrow(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
-        """Run both paths through a block; its outputs are left in their ``outputs``. Names of the changed parameters."""
+    def _narrow(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> tuple[list[str], tuple[str, ...]]:
+        """Run both paths through a block; its outputs are left in their ``outputs``. (names of the changed parameters, notes)."""
         keeps = self._keeps
         if self.plan.asymmetric:
-            changed = self._corrected(flow, dense, index, block, clock)
-            return list(dict.fromkeys(changed + self.structure.mask(index, block, keeps)))
+            changed, notes = self._corrected(flow, dense, index, block, clock)
+            return list(dict.fromkeys(changed + self.structure.mask(index, block, keeps))), notes
         for batch in range(len(dense)):
             dense.outputs[batch] = dense.run(index, block, batch)
         changed = self.structure.mask(index, block, keeps)
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)
-        return changed
+        return changed, ()
 
-    def _corrected(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> list[str]:
-        """Correct the matrices of a block, or the head, towards the dense path's outputs, stage by stage."""
-        changed: list[str] = []
+    def _corrected(self, flow: Flow, dense: Flow, index: int, block: nn.Module, clock: Clock) -> tuple[list[str], tuple[str, ...]]:
+        """Correct the matrices of a block, or the head, towards the dense path's outputs, stage by stage. (names of their parameters, notes)."""
+        changed: list[Matrix] = []
+        lost_zeros = 0
         written = written_axes(self.structure, index, block) if index < len(flow.stream.names) else None
         with closing(stages_of(flow, dense, index, block, self.matrices[index], self.plan, clock, {})) as stages:
             for stage, statistics in stages:
-                changed += [correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage]
+                lost_zeros += sum(correct(flow.stream, index, block, m, statistics.pop(m.name, Stats())) for m in stage)
+                changed += stage
                 # the dense path is done; the pruned one has not reached the writers of the stream. Its readers are still to be corrected, all at once
                 if written is not None:
                     mask_block(block, [written], self._keeps)
                 clock.lap("solve")
-        return changed
+        return [m.parameter for m in changed], notes_on_filled(lost_zeros, sum(m.rows * m.columns for m in changed))
 
 
 def written_axes(structure: Structure, index: int, block: nn.Module) -> Space:

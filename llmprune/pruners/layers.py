@@ -18,7 +18,7 @@ from llmprune.evaluation.divergence import after_blocks, divergences
 from llmprune.maths.counts import least_needed
 from llmprune.maths.scores import Mean, block_influence
 from llmprune.pruners.block_pruner import PrunedBlock, run_again
-from llmprune.pruners.matrix import correct
+from llmprune.pruners.matrix import correct, notes_on_filled, with_notes
 from llmprune.pruners.plan import Plan, Work
 from llmprune.pruners.weights import stages_of
 from llmprune.results import BlockReport, Row
@@ -163,10 +163,14 @@ class LayerPruner:
             flow.through(index, block)
             return PrunedBlock(rows, (), (), ())
         changed: dict[str, None] = {}
+        lost_zeros = weights = 0
         with closing(stages_of(flow, dense, index, block, self.structure.repaired(index, block), self.plan, clock, {})) as stages:
             for stage, statistics in stages:
-                changed |= dict.fromkeys(correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in stage)
+                lost_zeros += sum(correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in stage)
+                weights += sum(m.rows * m.columns for m in stage)
+                changed |= dict.fromkeys(m.parameter for m in stage)
                 clock.lap("solve")
+        rows = with_notes(rows, notes_on_filled(lost_zeros, weights))
         return PrunedBlock(rows, list(changed), list(changed), run_again(flow, dense, index, block))
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:

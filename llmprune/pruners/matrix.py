@@ -5,6 +5,7 @@ Shapes: R = output rows, C = input columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,8 @@ from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.stream.stream import Stream
 from llmprune.types import Pattern, Pruned, Stats
 
+SPARSE = 0.01  # share of zeros from which a matrix counts as sparse
+
 
 def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats, plan: Plan, sparsity: float) -> Row:
     """Score, mask and repair one matrix in float32, rounded to the dtype it is stored in."""
@@ -31,18 +34,40 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     stored_RC = pruned.weight_RC.to(stream.stored_dtype(index, matrix.parameter))
     if not all_finite(stored_RC):
         raise StoppedError(f"{name}: pruned weights are not finite", "calibrate with other text, or report this")
+    lost_zeros = filled(view_RC, stored_RC)
     view_RC.copy_(stored_RC)
     zeros = int((stored_RC == 0).sum())
-    row = Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, pruned.notes)
+    notes = pruned.notes + notes_on_filled(lost_zeros, stored_RC.numel())
+    row = Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, notes)
     return row if plan.structure is None else plan.structure.with_units(row, pruned.keep_RC)
 
 
-def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> str:
-    """Correct a matrix that is not pruned towards the dense path's outputs; the name of its parameter."""
-    if stats.tokens:
-        view_RC = matrix.view(block)
-        view_RC.copy_(asymmetric_target(view_RC.float(), stats).to(stream.stored_dtype(index, matrix.parameter)))
-    return matrix.parameter
+def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> int:
+    """Correct a matrix that is not pruned towards the dense path's outputs; how many of its zeros were filled."""
+    if not stats.tokens:
+        return 0
+    view_RC = matrix.view(block)
+    corrected_RC = asymmetric_target(view_RC.float(), stats).to(stream.stored_dtype(index, matrix.parameter))
+    lost_zeros = filled(view_RC, corrected_RC)
+    view_RC.copy_(corrected_RC)
+    return lost_zeros
+
+
+def filled(before_RC: Tensor, after_RC: Tensor) -> int:
+    """Zeros that are none any more, in rows that were not all zeros: those are dropped channels, which are masked again."""
+    zeros_RC = (before_RC == 0) & (after_RC != 0)
+    return int((zeros_RC & (before_RC != 0).any(1, keepdim=True)).sum())
+
+
+def notes_on_filled(zeros: int, weights: int) -> tuple[str, ...]:
+    """Of a source that was sparse: that it is less so. weights: of which the zeros were a part; a few in dense matrices are chance."""
+    said = f"{zeros:,} zeros were filled by the repair; --target symmetric, with --solver mask_only where there is a solver, keeps them"
+    return (said,) if zeros > SPARSE * weights else ()
+
+
+def with_notes(rows: Sequence[Row], notes: tuple[str, ...]) -> list[Row]:
+    """Rows of a block whose first has further notes, about matrices that have no row."""
+    return [replace(row, notes=row.notes + notes * (place == 0)) for place, row in enumerate(rows)]
 
 
 def solve_at(weight_RC: Tensor, stats: Stats, plan: Plan, ratio: float, name: str) -> Pruned:

@@ -15,7 +15,7 @@ from llmprune.maths.least_squares import mean_bias
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
 from llmprune.pruners.block_pruner import PrunedBlock, run_again
 from llmprune.pruners.distillation import polish
-from llmprune.pruners.matrix import correct, prune_matrix
+from llmprune.pruners.matrix import correct, notes_on_filled, prune_matrix, with_notes
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.reconstruction import reconstruct_block
 from llmprune.pruners.unit_scores import beside, counts_writers
@@ -79,10 +79,13 @@ class UnitPruner:
         touched = self._touched(index, block)
         rows: dict[str, Row] = {}
         changed: list[str] = []
+        lost_zeros = weights = 0
         with closing(stages_of(flow, aim, index, block, touched, self.plan, clock, {})) as stages:
             for stage, statistics in stages:
                 repaired = [m for m in stage if f"{path}.{m.name}" not in self.asked]
-                changed += [correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in repaired]
+                lost_zeros += sum(correct(flow.stream, index, block, m, statistics.pop(m.name)) for m in repaired)
+                weights += sum(m.rows * m.columns for m in repaired)
+                changed += [m.parameter for m in repaired]
                 if self.gradients is not None:
                     self.gradients.add_to(index, statistics)
                 for m in stage:
@@ -90,7 +93,7 @@ class UnitPruner:
                         rows[m.name], biases = self._prune_reader(flow.stream, index, block, m, statistics.pop(m.name))
                         changed += biases
                 clock.lap("solve")
-        return [rows[m.name] for m in touched if m.name in rows], changed
+        return with_notes([rows[m.name] for m in touched if m.name in rows], notes_on_filled(lost_zeros, weights)), changed
 
     def _touched(self, index: int, block: nn.Module) -> list[Matrix]:
         """The readers; towards the dense path's outputs the other matrices are repaired too, once anything is dropped."""

@@ -323,3 +323,23 @@ def test_the_little_that_is_not_among_the_matrices_is_named(tmp_path: Path) -> N
     asked_for = {"model": str(save_tiny("mamba", tmp_path / "model")), "output": str(tmp_path / "out"), "sparsity": 0.5}
     job = prepare(read_recipe(None, asked_for), tiny_windows())
     assert "of theirs, mixer.A_log not among them; " in str(job)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "options"),
+    [("channels", 0.25, {"quality": "fast"}), ("hidden", 0.5, {}), ("unstructured", 0.3, {"quality": "max"})],
+    ids=["channels", "hidden", "unstructured"],
+)
+def test_zeros_of_a_sparse_source_that_a_repair_fills_are_counted(model: Path, tmp_path: Path, pattern: str, sparsity: float, options: Any) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: w * (torch.arange(w.shape[-1]) % 4 < 2) if "_proj" in name else w for name, w in tensors.items()}
+
+    def notes(**options: Any) -> list[str]:
+        out = str(tmp_path / "out")
+        report = llmprune.prune(model, sparsity, pattern, output=out, overwrite=True, **asked("layers") | options)
+        return [note for note in report.notes if "zeros were filled by the repair" in note]
+
+    assert not notes(**options)
+    rewrite(model, halve)
+    assert notes(**options)
+    assert not notes(target="symmetric", **({} if pattern == "hidden" else {"criterion": "wanda", "solver": "mask_only"}))
