@@ -38,7 +38,7 @@ def short_samples() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Starting a process takes seconds, so a result is loaded again in this one, whose imports are there, but where a test is marked."""
     if request.node.get_closest_marker("fresh_process"):
         return
@@ -48,7 +48,7 @@ def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Reloader, "start", lambda self: None)
     monkeypatch.setattr(Reloader, "load", load)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
 
 
 @pytest.fixture(scope="session")
