@@ -86,9 +86,9 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 def load(folder: Path) -> tuple[Any, list[str]]:
     """(the model as any user gets it, what plain loading complains of)."""
-    config = AutoConfig.from_pretrained(folder)
-    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) in (config.architectures or ())
-    auto: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
+    if AutoConfig.from_pretrained(folder).model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
+        auto = AutoModelForImageTextToText
     model, info = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     said = [f"{kind}: {sorted(map(str, info[kind]))[:2]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
     return model.eval().requires_grad_(False), said
@@ -253,8 +253,11 @@ def try_type(model_type: str, patterns: list[str], wrapper: bool, answers: Any) 
         source = Path(scratch) / model_type
         try:
             save_tiny(model_type, source, wrapper)
+            model, said = load(source)
+            if wrong := [complaint for complaint in said if complaint.startswith("missing")]:
+                raise ValueError(f"saved and loaded again, it lacks tensors, {wrong[0]}")
             with torch.no_grad():
-                plain_perplexity(load(source)[0], windows(1))
+                plain_perplexity(model, windows(1))
         except Exception as error:
             answers.send(("-", f"not made: {place_of(error)}"))
             return

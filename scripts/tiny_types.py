@@ -118,14 +118,22 @@ def sub_configs(kind: type) -> dict[str, type]:
 def save_tiny(model_type: str, folder: Path, wrapper: bool = False) -> None:
     """A random model of a type, of a wrapper with its towers, with columns of different scale and no bias of zero, saved as any checkpoint is."""
     config = tiny_config(CONFIG_MAPPING[model_type], model_type)
-    torch.manual_seed(0)
     auto = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+    if wrapper:  # towers have sizes of many names
+        with torch.device("meta"):
+            _check_tiny(auto.from_config(config))
+    torch.manual_seed(0)
     model = auto.from_config(config, dtype=torch.float32)
-    if sum(p.numel() for p in model.parameters()) > 20_000_000:
-        raise ValueError(f"{sum(p.numel() for p in model.parameters()):,} parameters are not tiny")
+    _check_tiny(model)
     for parameter in model.parameters():
         if parameter.dim() < 2:
             parameter.data += 0.05 * torch.randn_like(parameter)
         elif parameter.is_floating_point():
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5).mul_(torch.randn(parameter.shape[-1]).mul(0.5).exp())
     model.save_pretrained(folder)
+
+
+def _check_tiny(model: Any) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    if count > 20_000_000:
+        raise ValueError(f"{count:,} parameters are not tiny")

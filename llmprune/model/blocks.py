@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError, first_line
-from llmprune.model.wrappers import is_wrapper
+from llmprune.model.wrappers import is_wrapper, others
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
 WIDEST = 3  # values that a block may return
@@ -60,10 +60,12 @@ def find_blocks(model: PreTrainedModel) -> str:
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)  # of the encoder, of half-blocks, or missing in some
     names = {id(module): name for name, module in model.named_modules()}
     decoder = model.get_decoder()
+    apart = {id(m) for tower in others(model) for m in tower.modules()}
     roots = ((decoder, count), (decoder, None)) if is_wrapper(model) else ((decoder, count), (model, count), (decoder, None))
     for root, length in roots:
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == (length or len(m))]
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
+        outermost = [m for m in outermost if id(m) not in apart] or outermost
         if len(outermost) == 1 and len(outermost[0]):
             return names[id(outermost[0])]
     found = ", ".join(f"{names[id(m)]} ({len(m)})" for m in outermost[:4]) or "none"

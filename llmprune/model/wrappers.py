@@ -39,13 +39,20 @@ def towers(model: PreTrainedModel) -> dict[str, int]:
         return {}
     text = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     passed = {id(p) for part in text if part is not None for p in part.parameters()}
+    passed -= {id(p) for part in others(model) for p in part.parameters()}
     sizes = {name: (p.numel(), id(p) in passed) for name, p in model.named_parameters()}
     return outermost({n: size for n, (size, used) in sizes.items() if not used}, [n for n, (_, used) in sizes.items() if used])
 
 
-def outermost(apart: Mapping[str, int], others: Iterable[str]) -> dict[str, int]:
-    """The sizes of tensors by the outermost modules that hold none of the ``others``; all by name."""
-    shared = {path for name in others for path in _paths(name)}
+def others(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models inside a model that are of another kind of config than its text decoder's: towers of other modalities."""
+    own = {type(model.config), type(model.config.get_text_config(decoder=True))}
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and type(m.config) not in own]
+
+
+def outermost(apart: Mapping[str, int], beside: Iterable[str]) -> dict[str, int]:
+    """The sizes of tensors by the outermost modules that hold none of those ``beside`` them; all by name."""
+    shared = {path for name in beside for path in _paths(name)}
     found: dict[str, int] = {}
     for name, size in apart.items():
         path = next((path for path in _paths(name) if path not in shared), name)

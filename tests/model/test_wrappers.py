@@ -30,7 +30,8 @@ from llmprune.run.prepare import open_stream
 
 TYPES = (
     *("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "mistral3", "internvl", "aya_vision"),
-    *("gemma3", "gemma4", "got_ocr2", "llama4", "qwen3_5", "fuyu", "glm4v", "idefics2", "lfm2_vl", "ovis2", "video_llava", "qwen3_vl_moe", "aria"),
+    *("gemma3", "gemma4", "got_ocr2", "git", "llama4", "qwen3_5"),
+    *("fuyu", "glm4v", "idefics2", "lfm2_vl", "ovis2", "video_llava", "qwen3_vl_moe", "aria"),
 )
 REFUSED = {
     "paligemma": "'paligemma' with use_bidirectional_attention is not a causal language model",
