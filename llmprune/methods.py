@@ -155,6 +155,12 @@ def spellings(name: str) -> dict[str, str]:
     """
     if name in offered("patterns"):
         return {name: name}
+    return _own_spellings(name)
+
+
+@cache
+def _own_spellings(name: str) -> dict[str, str]:
+    """``spellings`` of a pattern of ours, whose file does not change while it is imported from."""
     tree = ast.parse((Path(__file__).parent / "patterns" / f"{name}.py").read_text(encoding="utf-8"))
     said = (n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "spellings" and n.value is not None)
     return next((ast.literal_eval(node.value) for node in said if node.value is not None), {})

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from shortcuts import PICTURES, SKETCHES, load_here
 
-from llmprune.export.reload import Loaded, Reloader, loaded
+from llmprune.export.reload import Reloader
 from llmprune.report import sections
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,32 +42,24 @@ def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.node.get_closest_marker("fresh_process"):
         return
 
-    def load(self: Reloader, folder: Path, ids_1L: torch.Tensor) -> Loaded:
-        return loaded(self.source, folder, self.dtype, ids_1L)
-
     monkeypatch.setattr(Reloader, "start", lambda self: None)
-    monkeypatch.setattr(Reloader, "load", load)
+    monkeypatch.setattr(Reloader, "load", load_here)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
 
 
-@pytest.fixture(scope="session")
-def drawn() -> dict[str, str]:
-    return {}
+@pytest.fixture(scope="session", autouse=True)
+def sketched() -> Iterator[None]:
+    """Pictures are most of a run as short as in these tests (see shortcuts.py); ``pictures`` asks for real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, sketch in SKETCHES.items():
+            patch.setattr(sections, name, sketch)
+        yield
 
 
-@pytest.fixture
-def pictures_once(monkeypatch: pytest.MonkeyPatch, drawn: dict[str, str]) -> None:
-    """For tests that make the same result again and again: a picture of the same numbers is not drawn twice."""
-    for name in ("bars", "curves", "heat_map"):
-        monkeypatch.setattr(f"llmprune.report.sections.{name}", _remembered(getattr(sections, name), drawn))
-
-
-def _remembered(draw: Callable[..., str], drawn: dict[str, str]) -> Callable[..., str]:
-    @wraps(draw)
-    def remembered(*values: Any, **named: Any) -> str:
-        key = repr((draw.__name__, values, named))
-        if key not in drawn:
-            drawn[key] = draw(*values, **named)
-        return drawn[key]
-
-    return remembered
+@pytest.fixture(scope="module")
+def pictures(sketched: None) -> Iterator[None]:
+    """For files of tests that look at a report's pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in PICTURES.items():
+            patch.setattr(sections, name, draw)
+        yield

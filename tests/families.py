@@ -132,6 +132,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# one for each kind of layout: where other families repeat what a test says, these run every time (see often.py)
+TYPICAL = ("llama", "llama_tied", "gemma2", "gemma4_text", "phi3", "opt_projected", "gpt2", "falcon_new", "qwen3_moe", "gpt_oss")
+TYPICAL += ("deepseek_v3", "mamba", "lfm2", "nemotron_h", "dbrx", "lara_mini")
+
 # models that cannot be walked: their blocks hand on more than hidden states, or share weights
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("rwkv", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64, "rescale_every": 1}),

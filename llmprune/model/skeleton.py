@@ -49,8 +49,8 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         if type(parsed) not in auto_class(kind)._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         check_causal(parsed)
-        exact = dict(_empty_model(parsed, torch.float32, own).named_buffers())
-        model = _empty_model(parsed, dtype, own)
+        exact = _empty_model(parsed, torch.float32, own)
+        model = exact if dtype == torch.float32 else _empty_model(parsed, dtype, own)
     except UNBUILDABLE as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         hint = "check its sizes against the checkpoint, or free some memory" if out_of_memory(error) else "check the config against the checkpoint"
@@ -58,8 +58,9 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
     check_text(model)
     blocks: Any = model.get_submodule(find_blocks(model))
     check_layers(len(blocks), stored, stored)
+    buffers = dict(exact.named_buffers())
     for name, buffer in model.named_buffers():
-        buffer.copy_(exact[name])  # as from_pretrained does: computed in float32, then rounded
+        buffer.copy_(buffers[name])  # as from_pretrained does: computed in float32, then rounded
     model.set_experts_implementation("eager")  # one product per expert, so that each can be watched
     return model.eval().requires_grad_(False)
 

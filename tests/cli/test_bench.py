@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cli.test_refusals import refused
 from families import FAMILIES, save_tiny, tiny_model
+from forked import running
 from safetensors.torch import load_file
 
 import llmprune
+from llmprune.benchmark import run, worker
 
+FRESH = run._process
 CONFIG = FAMILIES["llama"][1]
 SHORT = ("--prompt-length", 12, "--new-tokens", 5, "--repeat", 3, "--threads", 1, "--device", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks() -> Iterator[None]:
+    """The models' processes are forks of this one, but in the test that asks for fresh ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmprune.benchmark.run._process", lambda: running(worker.main))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +87,9 @@ def test_ratios_are_pruned_over_dense(found):
         assert pruned[key]["lowest"] / dense[key]["highest"] <= ratio[key]["median"] <= pruned[key]["highest"] / dense[key]["lowest"]
 
 
-def test_tied_weights_count_once(tmp_path):
+def test_tied_weights_count_once(tmp_path, monkeypatch):
+    """In a fresh process, as everywhere but in these tests."""
+    monkeypatch.setattr("llmprune.benchmark.run._process", FRESH)
     folder = save_tiny("llama_tied", tmp_path / "tied", torch.float32)
     (model,) = llmprune.bench(folder, prompt_length=4, new_tokens=2, repeat=1, threads=1, device="cpu").models
     assert model.parameters == tiny_model("llama_tied").num_parameters()
@@ -123,7 +136,7 @@ def test_json_and_half_precision_computed_in_float32(cli, tmp_path):
     ],
 )
 def test_refused_before_any_load(cli, pair, monkeypatch, words, says):
-    monkeypatch.setattr(subprocess, "Popen", None)  # no process is started
+    monkeypatch.setattr("llmprune.benchmark.run._process", None)  # no process is started
     refused(cli, "bench", pair[1], *words, says=says, hint="hint: ")
 
 
@@ -138,7 +151,7 @@ def edited(folder: Path, place: Path, **changes: object) -> Path:
 def test_own_code_is_not_run_unasked(cli, pair, tmp_path, monkeypatch):
     own = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
     folder = edited(pair[0], tmp_path / "own", **own, per_layer_config={"0": {"intermediate_size": 48}})
-    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr("llmprune.benchmark.run._process", None)
     refused(cli, "bench", folder, says="comes with its own model code", hint="--trust-remote-code")
 
 

@@ -26,6 +26,7 @@ FLAGS = (
     "--disable-sync",
 )
 pytestmark = [
+    pytest.mark.usefixtures("pictures"),
     pytest.mark.browser,
     pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed: pip install llmprune[browser]"),
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver here: apt-get install chromium chromium-driver"),

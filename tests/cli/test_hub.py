@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from cli.hub import Hub, commit_of, metadata_errors, serve, stand_in
 from cli.runner import Ran
+from forked import running
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import close_session
 
 from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.cli.main import main
 from llmprune.data.sources import find_source
 
 LLAMA = {p.name: p.read_bytes() for p in (BUNDLED / "llama").iterdir()}
@@ -21,28 +27,30 @@ README = b"---\nlicense: llama3.2\nlanguage:\n- en\nextra_gated_prompt: a promis
 ASK = ("--model", "org/tiny", "--sparsity", 0.5, "--method", "magnitude", "--sequence-length", 64, "--samples", 8, "--output", "out")
 
 
-# One process for all commands of a test, with the addresses in its environment from the start: most of a command's time is imports.
-COMMANDS = """
-import io, json, sys
-from contextlib import redirect_stderr, redirect_stdout
-from llmprune.cli.main import main
-ends = []
-for words in json.loads(sys.argv[1]):
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        try:
-            main(words)
-        except SystemExit as end:
-            ends.append((end.code or 0, out.getvalue(), err.getvalue()))
-print(json.dumps(ends), file=sys.stderr)
-"""
+def run_at(base: str, here: Path, commands: tuple[tuple[object, ...], ...]) -> None:
+    """In a process of its own: the commands, one after the other, with an empty cache; their ends as JSON in the last line of its errors."""
+    os.chdir(here)
+    values = {"ENDPOINT": base, "HUGGINGFACE_CO_URL_TEMPLATE": f"{base}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+    values |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(here / "home" / "hub")}
+    for name, value in values.items():
+        setattr(huggingface_hub.constants, name, value)
+    datasets.config.HF_ENDPOINT, datasets.config.HF_HUB_OFFLINE = base, False
+    close_session()
+    ends = []
+    for words in commands:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                main([str(word) for word in words])
+            except SystemExit as end:
+                ends.append((end.code or 0, out.getvalue(), err.getvalue()))
+    print(json.dumps(ends), file=sys.stderr)
 
 
 def llmprune(base: str, here: Path, *commands: tuple[object, ...]) -> list[Ran]:
-    environment = os.environ | {"HF_ENDPOINT": base, "HF_HOME": str(here / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    ran = subprocess.run([sys.executable, "-c", COMMANDS, words], env=environment, cwd=here, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return [Ran(*end) for end in json.loads(ran.stderr.splitlines()[-1])]
+    with running(lambda: run_at(base, here, commands)) as process:
+        said = process.communicate()[1]
+    assert process.returncode == 0, said
+    return [Ran(*end) for end in json.loads(said.splitlines()[-1])]
 
 
 def lines() -> list[bytes]:

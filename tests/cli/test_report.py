@@ -17,6 +17,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.report.page import page
 from llmprune.report.result import Report
 
+pytestmark = pytest.mark.usefixtures("pictures")
 BALANCED = ("--model", "llama", "--sparsity", 0.5)
 HOSTILE = "</title><script>alert(1)</script>\" onload='x' & $\\frac{1}{0}$"
 
@@ -52,7 +53,7 @@ def known(value: float, numbers: list[float]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, pictures: None) -> Path:
     """A run's output, as it was left; tests take a copy."""
     place = tmp_path_factory.mktemp("report")
     (place / "small.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])

@@ -6,27 +6,25 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults.runs import contents, small_text
+from forked import running
 from often import often
 
 import llmprune
 from llmprune.checkpoint.files import lock_folder
 from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.cli.main import main
 from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import prepare
 from llmprune.types import Listener
 
 ASK = {"model": "llama", "sparsity": 0.5, "method": "wanda", "samples": 8, "sequence_length": 64, "eval": ["small.txt"], "output": "out"}
-
-
-pytestmark = pytest.mark.usefixtures("pictures_once")
 
 
 class Stop(Exception):
@@ -183,32 +181,27 @@ def test_a_crash_between_the_two_renames_of_an_overwrite(here, monkeypatch):
     assert sorted(p.name for p in here.iterdir()) == ["out", "small.txt"]
 
 
-# The command in a process that waits, when two blocks are on the disk, until a signal ends it: no other process has to be quick enough.
-WAITING = """
-import os, signal, sys
+def waiting(words: list[str]) -> None:
+    """The command, in a process that waits, when two blocks are on the disk, until a signal ends it: no other process has to be quick enough."""
 
-def wait(event, values):
-    if event == "open" and "block-00002.json" in str(values[0]) and os.path.exists("out.partial/block-00001.json"):
-        print("waiting", flush=True)
-        while True:
-            signal.pause()
+    def wait(event: str, values: tuple[object, ...]) -> None:
+        if event == "open" and "block-00002.json" in str(values[0]) and Path("out.partial/block-00001.json").exists():
+            print("waiting", flush=True)
+            while True:
+                signal.pause()
 
-sys.addaudithook(wait)
-from llmprune.cli.main import main
-main(sys.argv[1:])
-"""
+    sys.addaudithook(wait)
+    main(words)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_real_signals(here, number, code):
     """A process stopped by a signal in the middle: the promised exit code, no output, and the next run finishes."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in ASK.items() if name != "eval"]
-    command = [sys.executable, "-c", WAITING, *words, "--eval", "small.txt"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the thread count is part of a run's identity
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread)
-    said = next((line for line in process.stdout if line == "waiting\n"), "ended")
-    process.send_signal(number)
-    printed = process.communicate()[1]
+    with running(lambda: waiting([*words, "--eval", "small.txt"])) as process:
+        said = next((line for line in process.stdout if line == "waiting\n"), "ended")
+        process.send_signal(number)
+        printed = process.communicate()[1]
     assert said == "waiting\n", printed
     assert process.returncode == code
     assert "Traceback" not in printed

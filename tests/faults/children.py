@@ -12,8 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from shortcuts import SKETCHES, load_here
+
 from llmprune.cli.main import main
 from llmprune.evaluation import sample
+from llmprune.export.reload import Reloader
+from llmprune.report import sections
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,15 @@ class Ended:
 
 
 def preload() -> None:
-    """All that a run imports; and its sample is short."""
+    """All that a run imports; its sample is short, and its pictures are sketches. Results are loaded in the run's own process."""
     import transformers.models.llama.modeling_llama
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
     sample.TOKENS = 4  # forwards of the whole model: half the time of these runs
+    for name, sketch in SKETCHES.items():
+        setattr(sections, name, sketch)
+    for name, here in {"start": lambda self: None, "load": load_here}.items():
+        setattr(Reloader, name, here)
     assert threading.active_count() == 1, "a fork would lose threads"
 
 

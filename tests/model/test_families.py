@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HEADS, REFUSED, TOKENS, VOCABULARY, save_tiny, tiny_model, tiny_windows
+from families import FAMILIES, HEADS, REFUSED, TOKENS, TYPICAL, VOCABULARY, save_tiny, tiny_model, tiny_windows
+from often import often
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -59,6 +60,14 @@ ALL_STATISTICS: frozenset[Stat] = frozenset({"gram", "input_sq"})
 WINDOWS_NL = tiny_windows(6, 16)
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+typical_families = pytest.mark.parametrize("family", often(FAMILIES, *TYPICAL))
+
+
+def in_full_for_typical(cases: Iterable[Any], least: Any) -> list[Any]:
+    """(family, case): every family with one case, typical families with all, every time."""
+    cases = list(cases)
+    every = [(family, case) for family in FAMILIES for case in cases]
+    return often(every, *((family, case) for family, case in every if family in TYPICAL or case is least))
 
 
 @pytest.fixture(autouse=True)
@@ -136,8 +145,7 @@ def first_of(value: Any) -> Tensor:
 # --- the same activations ---------------------------------------------------------------------------------------------------------------------
 
 
-@every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "dtype"), in_full_for_typical([torch.float32, torch.bfloat16], torch.float32))
 @torch.no_grad()
 def test_replay_equals_forward(saved: Callable[..., Path], family: str, dtype: torch.dtype) -> None:
     model = plain(saved(family), dtype=dtype, experts_implementation="eager")
@@ -159,7 +167,7 @@ def test_replay_equals_forward(saved: Callable[..., Path], family: str, dtype: t
             assert torch.equal(stream.walk.logits(ids_NL, flow.hidden[batch]), logits[batch])
 
 
-@every_family
+@typical_families
 @torch.no_grad()
 def test_the_head_one_window_at_a_time(saved: Callable[..., Path], family: str) -> None:
     """Matrix products of other shapes round differently: float32 noise, no more."""
@@ -280,8 +288,7 @@ def test_statistics_equal_those_of_hooks(saved: Callable[..., Path], family: str
 # --- pruned checkpoints -----------------------------------------------------------------------------------------------------------------------
 
 
-@every_family
-@pytest.mark.parametrize("method", PLANS)
+@pytest.mark.parametrize(("family", "method"), in_full_for_typical(PLANS, "wanda"))
 def test_pruned_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: str, method: str) -> None:
     source, output, plan = saved(family), tmp_path / "out", PLANS[method]
     before = digests(source)
@@ -330,7 +337,7 @@ def test_sparsity_zero_is_a_copy(saved: Callable[..., Path], tmp_path: Path, fam
     assert digests(tmp_path / "out") == files
 
 
-@every_family
+@typical_families
 def test_live_model_equals_checkpoint(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     folder = saved(family, torch.float32)
     _, _, reports = prune_to(folder, tmp_path / "out", PLANS["sparsegpt"])
@@ -342,7 +349,7 @@ def test_live_model_equals_checkpoint(saved: Callable[..., Path], tmp_path: Path
         assert torch.equal(live, stored), name
 
 
-@every_family
+@pytest.mark.parametrize("family", often(FAMILIES, "llama", "gemma4_text", "mamba", "qwen3_moe"))
 def test_hidden_states_in_a_file(saved: Callable[..., Path], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = open_stream(saved(family))
     assert isinstance(Flow(stream, WINDOWS_NL).hidden, MemoryHidden)
@@ -363,7 +370,7 @@ class Toy(nn.Module):
 
     def __init__(self, between: Callable[[Any], Tensor], rounds: int = 1) -> None:
         super().__init__()
-        self.config = SimpleNamespace(num_hidden_layers=3, get_text_config=lambda decoder: self.config)
+        self.config = SimpleNamespace(model_type="toy", num_hidden_layers=3, get_text_config=lambda decoder: self.config)
         self.all_tied_weights_keys: dict[str, str] = {}
         self.between, self.rounds = between, rounds
         self.embed = nn.Embedding(VOCABULARY, 8)

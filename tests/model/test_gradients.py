@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, save_tiny, tiny_model, tiny_windows
+from families import FAMILIES, TYPICAL, save_tiny, tiny_model, tiny_windows
+from often import often
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +37,7 @@ CPU = torch.device("cpu")
 WINDOWS_NL = tiny_windows(5, 16)
 EVERYTHING = Selection(only=".")  # routers and untied heads too
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+typical_families = pytest.mark.parametrize("family", often(FAMILIES, *TYPICAL))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def check_close(got: Tensor, expected: Tensor, name: str, tolerance: float = 1e-
     assert apart <= tolerance * float(expected.double().norm()), f"{name}: {apart:.2e} of {float(expected.norm()):.2e}"
 
 
-@every_family
+@typical_families
 def test_gradients_are_those_of_plain_autograd(family: str) -> None:
     model = live(family)
     stream = LiveStream(model)
