@@ -46,6 +46,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
         layers = getattr(parsed.get_text_config(decoder=True), "num_hidden_layers", 1)  # under whatever name this kind of config has it
         check_layers(layers, PER_BLOCK * stored, stored)
+        check_towers(parsed)
         if type(parsed) not in auto_class(kind)._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         check_causal(parsed)
@@ -80,6 +81,15 @@ def check_layers(layers: Any, most: int, stored: int) -> None:
             f"config.json: num_hidden_layers is {layers}, the weights hold {stored} blocks: all tensors missing from block {stored} on",
             "the checkpoint is incomplete, or its config belongs to another; fetch it again",
         )
+
+
+def check_towers(config: PreTrainedConfig) -> None:
+    """A plausible number of blocks in every part of a model that has a config of its own; RequestError otherwise."""
+    for part in config.sub_configs:
+        for field in ("num_hidden_layers", "depth"):
+            layers = getattr(getattr(config, part, None), field, None)
+            if type(layers) is int and layers > MAX_LAYERS:
+                raise RequestError(f"config.json: {part}.{field} is {layers}", f"up to {MAX_LAYERS} blocks are supported")
 
 
 def _floats(value: Any) -> Any:

@@ -172,7 +172,7 @@ def with_processor(tmp_path) -> Path:
 
 def test_the_command_line(tmp_path, monkeypatch, capsys, with_processor):
     monkeypatch.chdir(tmp_path)
-    words = ("--calibration", "bundled-calibration", "--samples", 4, "--sequence-length", 32, "--eval", "bundled-evaluation")
+    words = ("--calibration", "bundled-calibration", "--samples", 4, "--sequence-length", 128, "--eval", "bundled-evaluation")
     ran = Cli(capsys)("prune", "--model", with_processor, "--pattern", "2:4", "--method", "wanda", *words, "--output", "out")
     assert ran.code == 0, ran.err
     share = towers(load(with_processor))
@@ -188,10 +188,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, with_processor):
     assert isinstance(AutoProcessor.from_pretrained("out"), LlavaProcessor)
     assert type(llmprune.load("out")[0]) is type(names["model"])
     found = json.loads((tmp_path / "out" / "llmprune.json").read_text())["perplexity"][0]["pruned"]
-    again = llmprune.evaluate("out", "bundled-evaluation", window=32)[0]
+    again = llmprune.evaluate("out", "bundled-evaluation", window=128)[0]
     assert again.value == pytest.approx(found["value"], rel=1e-6)
     tokens = names["tokenizer"]((ROOT / "llmprune/data/bundled/evaluation.txt").read_text())["input_ids"]
-    windows = torch.tensor(tokens[: again.windows * 32]).reshape(-1, 32)
+    windows = torch.tensor(tokens[: again.windows * 128]).reshape(-1, 128)
     assert again.value == pytest.approx(plain_perplexity(load(Path("out")), windows), rel=1e-5)
     inspected = Cli(capsys)("inspect", "out", "--verify", "2:4")
     assert inspected.code == 0, inspected.err
@@ -216,3 +216,23 @@ def test_what_would_cut_a_tower_is_refused(tmp_path):
     source = save_tiny("qwen3_5", tmp_path / "qwen3_5")
     with pytest.raises(RequestError, match=r"pattern layers: Qwen3_5ForCausalLM leaves model\.visual behind"):
         llmprune.prune(source, 0.25, "layers", calibration=ids(), output=str(tmp_path / "out"))
+
+
+def test_channels_are_cut_in_the_text_decoder_alone(tmp_path):
+    source, out = save_tiny("llava", tmp_path / "model"), tmp_path / "out"
+    llmprune.prune(source, 0.25, "channels", calibration=ids(), output=str(out), accept_damage=True)
+    dense, pruned = load(source), load(out)
+    assert pruned.config.text_config.intermediate_size < dense.config.text_config.intermediate_size
+    assert pruned.config.vision_config.to_dict() == dense.config.vision_config.to_dict()
+    for path in towers(dense):
+        for ours, theirs in zip(pruned.get_submodule(path).parameters(), dense.get_submodule(path).parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_tower_of_absurd_depth_is_refused_before_it_is_built(tmp_path):
+    source = save_tiny("llava", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 3_000_000
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=r"vision_config\.num_hidden_layers is 3000000"):
+        llmprune.prune(source, calibration=ids(), output=str(tmp_path / "out"), **ASK)
