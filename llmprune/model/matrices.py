@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Not pruned unless --only names them: routers (the name is a whole path component), Mamba's x_proj and dt_proj.
+# Not pruned unless --only names them: routers (the name is a whole path component), Mamba's x_proj and dt_proj, the few coefficients by which
+# Gemma 3n mixes its streams.
 # Norms, embeddings and short convolutions do not count as matrices.
-LEFT_ALONE = re.compile(r"(^|\.)(gate|router|shared_expert_gate|x_proj|dt_proj)(\.|$)")
+LEFT_ALONE = re.compile(r"(^|\.)(gate|router|shared_expert_gate|x_proj|dt_proj|modality_router|prediction_coefs|correction_coefs)(\.|$)")
 
 
 @dataclass(frozen=True)
