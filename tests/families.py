@@ -139,10 +139,6 @@ TYPICAL += ("deepseek_v3", "mamba", "lfm2", "nemotron_h", "dbrx", "lara_mini")
 # models that cannot be walked: their blocks hand on more than hidden states, or share weights
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("rwkv", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64, "rescale_every": 1}),
-    "glm_moe_dsa": (
-        "glm_moe_dsa",
-        FAMILIES["deepseek_v3"][1] | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
-    ),
     "gemma3n_text": (
         "gemma3n_text",
         BASE

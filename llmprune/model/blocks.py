@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError, first_line
+from llmprune.model.carried import Call, Rest, named, only_from
 from llmprune.model.wrappers import is_wrapper, others
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
@@ -31,24 +31,8 @@ PLACES = "its blocks see more or fewer hidden states than tokens"
 CHANGE = "the hidden states change between the blocks"
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one block besides its hidden states; ``keyword`` names those when they are not the first positional argument."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str | None = None
-
-
 class _AllRecorded(Exception):
     """Ends the model's forward once the last block has been reached: neither final norm nor head is needed."""
-
-
-class _Rest:
-    """What a recorder hands on beside hidden states; a block that receives it uses more of the one before it."""
-
-
-REST = _Rest()
 
 
 def find_blocks(model: PreTrainedModel) -> str:
@@ -188,14 +172,14 @@ class Walk:
                 first.extend((hidden, hidden.clone()))
             if not _unchanged(hidden, *first):
                 own.append(CHANGE)
-            elif _has_rest((call.args, call.kwargs)):
+            elif not only_from(call, i - 1):
                 own.append(MORE)
             elif i != len(calls):
                 own.append(ORDER)
             calls.append(call)
             if len(calls) == len(self.blocks) or own:
                 raise _AllRecorded
-            return _as_returned(hidden, returned)
+            return _as_returned(hidden, returned, i)
 
         try:
             with _replaced(self.blocks, receive):
@@ -217,7 +201,7 @@ class Walk:
         if first[1].shape[:2] != ids_NL.shape:
             faults.add(PLACES)
             return None
-        return first[1], calls
+        return first[1], named(calls)
 
     def _refuse_loops(self, ids_NL: Tensor) -> None:
         """Recording ends at the last block: check once that the model then continues to its head. On a window of full length, since some models
@@ -227,7 +211,7 @@ class Walk:
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
             visits.append(i)
-            return _as_returned(hidden, self.returned or 0)
+            return _as_returned(hidden, self.returned or 0, i)
 
         def at_head(*_: Any) -> None:
             raise _AllRecorded
@@ -252,7 +236,7 @@ class Walk:
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
             out = hidden_NLD if i == last else hidden
-            return _as_returned(out, self.returned or 0)
+            return _as_returned(out, self.returned or 0, i)
 
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
         with _replaced(self.blocks, receive):
@@ -265,25 +249,20 @@ class Walk:
             return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
-        """Run one block with its recorded call; the hidden states that leave it."""
+        """Run one block with its recorded call; the hidden states that leave it. What else the next block takes is left in the call."""
         named = {call.keyword: hidden_NLD} if call.keyword else {}
         out = block(*(() if named else (hidden_NLD,)), *call.args, **named, **call.kwargs)
         several = isinstance(out, tuple | list)
         if len(self.blocks) == 1:
             self.returned = len(out) if several else 0
+        if call.handed is not None:
+            call.handed.put(call.block, tuple(out[1:]))
         return out[0] if several else out
 
 
-def _as_returned(hidden: Tensor, returned: int) -> Any:
+def _as_returned(hidden: Tensor, returned: int, block: int) -> Any:
     """Hidden states as a block would return them: alone, or first in a tuple of so many values."""
-    return (hidden, *[REST] * (returned - 1)) if returned else hidden
-
-
-def _has_rest(value: Any) -> bool:
-    """Whether REST is in the arguments of a call."""
-    if isinstance(value, dict | tuple | list):
-        return any(_has_rest(inner) for inner in (value.values() if isinstance(value, dict) else value))
-    return value is REST
+    return (hidden, *(Rest(block, place) for place in range(1, returned))) if returned else hidden
 
 
 def _outside(model: PreTrainedModel) -> tuple[str, str]:
@@ -321,7 +300,7 @@ class Interned:
 
     def batch(self, calls: list[Call]) -> list[Call]:
         self._same = {}
-        return [Call(tuple(self._value(a) for a in c.args), {k: self._value(v) for k, v in c.kwargs.items()}, c.keyword) for c in calls]
+        return [call.with_values(self._value) for call in calls]
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprune.data.windows import RunData
 from llmprune.engine import prune
+from llmprune.errors import RequestError
 from llmprune.pruners.choice import coarse_pruner, fine_pruner
 from llmprune.pruners.coarse import COARSE
 from llmprune.pruners.plan import Work
@@ -35,9 +36,25 @@ class Forgetful:
 
 
 def with_gradients(work: Work, listen: Listener) -> Work:
-    """With the gradients of the dense model that its pruning and its allocation need; call it before anything is pruned."""
+    """With the gradients of the dense model that its pruning and its allocation need; call it before anything is pruned. Raises RequestError as
+    check_carried.
+    """
+    check_carried(work)
     wanted = graded(work.stream, work.matrices, work.plan)
     return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, needs_of(work.plan), listen))
+
+
+def check_carried(work: Work) -> None:
+    """Raises RequestError where blocks hand on more than hidden states to the next one, and the plan drops or trains across blocks."""
+    stream, plan = work.stream, work.plan
+    if not (plan.structure or plan.polish_steps) or stream.walk.returned in (0, 1):
+        return
+    with stream.outer():
+        _, calls = stream.walk.record(work.windows_NL[:1].to(stream.device_of(0)))
+    if any(call.handed is not None for call in calls):
+        what = f"pattern {plan.structure.name}" if plan.structure else "polish"
+        name = type(stream.walk.model).__name__
+        raise RequestError(f"{what} with {name}, whose blocks hand on more than hidden states", "use an N:M or unstructured pattern without --polish")
 
 
 def decided(recipe: Recipe, work: Work, data: RunData, records: Records, listen: Listener) -> Decision:

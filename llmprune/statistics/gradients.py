@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmprune.model.blocks import Call
+from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.gradient_taps import PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
@@ -113,6 +113,8 @@ def forward(flow: Flow, shared: HandedOn, listen: Listener) -> MemoryHidden | Fi
     blocks = len(flow.stream.names)
     # it may take half of the memory: place_hidden reckons with two generations
     entered = place_hidden(blocks * flow.size // 2, flow.stream.device_of(0), flow.stream.scratch)
+    for handed in (call.handed for calls in flow.calls for call in calls if call.handed is not None):
+        handed.keep = True  # blocks run once more, from the last to the first
     for index in range(blocks):
         with flow.stream.block(index) as block:
             for batch in range(len(flow)):
@@ -219,6 +221,7 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 def _entries(call: Call) -> list[tuple[tuple[int, Hashable], MutableMapping[Any, Any], list[Tensor]]]:
     """((id of the mapping, key), mapping, tensors) of all that the mappings of a call hold; an entry is one tensor or a tuple of them."""
-    mappings = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, MutableMapping)]
+    values = [v.handed if isinstance(v, Carried) else v for v in (*call.args, *call.kwargs.values(), call.handed)]
+    mappings = list({id(v): v for v in values if isinstance(v, MutableMapping)}.values())
     listed = [((id(m), key), m, list(value) if isinstance(value, tuple) else [value]) for m in mappings for key, value in m.items()]
     return [entry for entry in listed if all(isinstance(t, Tensor) for t in entry[2])]

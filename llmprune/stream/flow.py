@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from llmprune.model.blocks import Call, Interned
+from llmprune.model.blocks import Interned
+from llmprune.model.carried import Call, Carried
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
 
@@ -35,9 +38,11 @@ def with_mappings(call: Call, own: dict[int, Any]) -> Call:
     """A call with copies of its mappings; ``own`` holds the copies by the id of the original."""
 
     def replaced(value: Any) -> Any:
+        if isinstance(value, Carried):
+            return replace(value, handed=replaced(value.handed))
         return own.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
 
-    return Call(tuple(replaced(a) for a in call.args), {k: replaced(v) for k, v in call.kwargs.items()}, call.keyword)
+    return replace(call.with_values(replaced), handed=replaced(call.handed))
 
 
 class Flow:
@@ -90,8 +95,7 @@ class Flow:
     def entering(self, index: int, batch: int, hidden_NLD: Tensor | None = None) -> tuple[Tensor, Call]:
         """The arguments of a block for one micro-batch, on its device: ``hidden_NLD`` or else the stored hidden states, and the others."""
         device = self.stream.device_of(index)
-        call = self.calls[batch][index]
-        moved = Call(moved_to(device, call.args), {k: moved_to(device, v) for k, v in call.kwargs.items()}, call.keyword)
+        moved = self.calls[batch][index].arguments().with_values(partial(moved_to, device))
         return (self.hidden[batch] if hidden_NLD is None else hidden_NLD).to(device), moved
 
     def run(self, index: int, block: nn.Module, batch: int, hidden_NLD: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from llmprune.allocation.uniform import Uniform
 from llmprune.checkpoint.source import open_folder
 from llmprune.maths.asymmetric_target import DAMPING, asymmetric_target
 from llmprune.maths.linalg import damped
-from llmprune.model.blocks import Call
+from llmprune.model.carried import Call
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.pruners.plan import Plan
