@@ -39,9 +39,6 @@ def find_blocks(model: PreTrainedModel) -> str:
     """Path of the ModuleList of decoder blocks: the only outermost one as long as the config says, or else the only one in the decoder. Of a wrapper
     only its decoder counts: a tower may have as many blocks.
 
-    Of several as long as the config says it is the one that lies highest: towers lie inside the embeddings, or an encoder of their own. A list that
-    text does not run through is refused later.
-
     Raises RequestError when the model has none, or several that could be it.
     """
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)  # of the encoder, of half-blocks, or missing in some
@@ -49,18 +46,12 @@ def find_blocks(model: PreTrainedModel) -> str:
     decoder = model.get_decoder()
     apart = {id(m) for tower in others(model) for m in tower.modules()}
     roots = ((decoder, count), (decoder, None)) if is_wrapper(model) else ((decoder, count), (model, count), (decoder, None))
-    several: list[nn.ModuleList] = []
     for root, length in roots:
         lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == (length or len(m))]
         outermost = [m for m in lists if not any(m is not o and names[id(m)].startswith(names[id(o)] + ".") for o in lists)]
         outermost = [m for m in outermost if id(m) not in apart] or outermost
         if len(outermost) == 1 and len(outermost[0]):
             return names[id(outermost[0])]
-        several = several or (outermost if length else [])
-    highest = min((names[id(m)].count(".") for m in several), default=0)
-    first, *more = [names[id(m)] for m in several if names[id(m)].count(".") == highest] or [""]
-    if first and not more:
-        return first
     found = ", ".join(f"{names[id(m)]} ({len(m)})" for m in outermost[:4]) or "none"
     raise RequestError(f"{type(model).__name__}: no single list of decoder blocks; module lists: {found}", CANNOT_WALK)
 
