@@ -240,7 +240,7 @@ def test_a_masked_model_is_named_and_a_causal_one_of_its_kind_is_pruned(tmp_path
     prune(tmp_path / "causal")
 
 
-@pytest.mark.parametrize(("attention", "reason"), [("bi", "is not a causal language model"), ("uni", "hand on more than hidden states")])
+@pytest.mark.parametrize(("attention", "reason"), [("bi", "is not a causal language model"), ("uni", "see more or fewer hidden states than tokens")])
 def test_xlnet_is_refused_for_what_it_is(tmp_path: Path, attention: str, reason: str) -> None:
     config = XLNetConfig(**TOKENS, d_model=32, n_layer=2, n_head=4, d_inner=64, attn_type=attention)
     assert config.max_position_embeddings == -1, "transformers writes no limit of length so"
