@@ -207,6 +207,10 @@ def check_units(source: Path, output: Path, report: Any) -> Iterator[str]:
         gone = [unit for unit in range(row.units) if unit not in row.kept]
         runs[gone] = 0
         dropped += len(gone)
+        for part in ("q", "k"):  # what a norm over all heads normalises is zero too
+            norm, proj = (f"{name.removesuffix('.weight').rpartition('.')[0]}.{part}_{kind}.weight" for kind in ("norm", "proj"))
+            if norm in parameters and cut.get_parameter(norm).shape != parameters[norm].shape:
+                parameters[proj].unflatten(0, (row.units, -1))[gone] = 0
     if not dropped:
         yield "no unit is dropped"
     for ids_L in windows():

@@ -12,15 +12,21 @@ from llmprune.model.matrices import block_matrices
 from llmprune.structured.fields import fields_of
 
 FFN = ("intermediate", "ffn", "inner", "dff", "ff_", "_ff", "feed_forward", "mlp")  # words in the fields that count channels
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "kv_channels", "d_kv", "global_head_dim", "swa_head_dim", "v_head_dim")
+NO_HEADS = ("dim", "size", "linear", "mamba", "index", "ssm", "rank", "lm_head")  # words in fields that do not count attention's heads
 
 
 @dataclass(frozen=True)
 class Count:
-    """Config fields that count units: (field, its value per unit), all changed together."""
+    """Config fields that count units: (field, its value per unit), all changed together. groups: equally many units are kept in each; heads: query
+    heads of a unit.
+    """
 
     fields: tuple[tuple[str, int], ...]
     units: int
     fixed: tuple[tuple[str, Any], ...] = ()
+    groups: int = 1
+    heads: int = 1
 
 
 def channel_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
@@ -37,4 +43,41 @@ def channel_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
             yield from (Count(((name, 1),), width) for width in sorted(widths))
 
 
-COUNTS = {"channels": channel_counts}
+def head_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
+    """Query heads, equally many of every KV group; without grouping a query head goes with its key and value."""
+    for queries, keys, heads, groups, fixed in _head_fields(model):
+        if keys is None or heads == groups:
+            yield Count(((queries, 1),) + (((keys, 1),) if keys else ()), heads, fixed)
+        else:
+            yield Count(((queries, 1),), heads, fixed, groups)
+
+
+def group_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
+    """KV groups with all their query heads."""
+    for queries, keys, heads, groups, fixed in _head_fields(model):
+        per = heads // groups
+        yield Count((*(((keys, 1),) if keys else ()), (queries, per)), groups, fixed, heads=per)
+
+
+def _head_fields(model: PreTrainedModel) -> Iterator[tuple[str, str | None, int, int, tuple[tuple[str, Any], ...]]]:
+    """(field of the query heads, of the KV heads, their numbers, fields that keep the head size)."""
+    fields = dict(fields_of(model.config.to_dict()))
+    counts = {name: value for name, value in fields.items() if _counts_heads(name) and type(value) is int and value > 1}
+    shared = [name for name in counts if "kv" in name.rpartition(".")[2] or "key_value" in name]
+    for queries in [name for name in counts if name not in shared]:
+        heads, outer = counts[queries], queries.rpartition(".")[0]
+        sizes = tuple((f, v) for f, v in fields.items() if f.rpartition(".")[0] == outer and f.rpartition(".")[2] in HEAD_SIZES and type(v) is int)
+        size, rest = divmod(fields.get(f"{outer}.hidden_size".lstrip("."), 0) or 0, heads)
+        named = {name.rpartition(".")[2] for name, _ in sizes}
+        own = ((f"{outer}.head_dim".lstrip("."), size),) if size and not rest and "head_dim" not in named else ()
+        for keys in [name for name in shared if heads % counts[name] == 0] or (None,):
+            groups = counts[keys] if keys else heads
+            yield from ((queries, keys, heads, groups, fixed) for fixed in dict.fromkeys((sizes + own, sizes)))
+
+
+def _counts_heads(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return "head" in last and not any(word in last for word in NO_HEADS)
+
+
+COUNTS = {"channels": channel_counts, "heads": head_counts, "kv-groups": group_counts}

@@ -2,42 +2,29 @@
 
 A field is changed, a model without weights is built from the changed config, and the shapes that shrank show where the units lie. Proved is that a
 random block of the smaller config, with the remaining tensors, computes what the whole block computes beside zeros.
-
-Shapes: U = units, K = places of one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, product
+from collections.abc import Collection, Sequence
+from itertools import islice
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.model.families.lookup import family_of
-from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
 from llmprune.structured.counted import COUNTS, Count
 from llmprune.structured.derived import shapes, unlike
-from llmprune.structured.fields import put
+from llmprune.structured.fields import put, read
+from llmprune.structured.layouts import Shrunk, check_channels, layouts, shrunk_tensors, spaces_of_block
 from llmprune.structured.slicing import empty_block, slice_parameters
-from llmprune.structured.spaces import Axis, Reader, Space, all_spaces, places
+from llmprune.structured.spaces import Space, all_spaces
 from llmprune.structured.trial import Trial, Unproven
 
+NONE = dict.fromkeys(("heads", "kv-groups"), "no field of its config gives fewer heads of the same size")
 LAYOUTS = 16  # that are tried for one field
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """A dimension of a tensor that is ``each`` places shorter with every unit less; ``rest`` places belong to none."""
-
-    name: str
-    dim: int
-    each: int
-    rest: int
 
 
 def derived_spaces(model: PreTrainedModel, path: str, pattern: str) -> list[tuple[Space, ...]]:
@@ -53,6 +40,8 @@ def derived_spaces(model: PreTrainedModel, path: str, pattern: str) -> list[tupl
         if proved.isdisjoint(names):
             try:
                 spaces = Proof(model, path, pattern, count).spaces()
+                if any({s.name for s in block} & {s.name for s in more} for block, more in zip(found, spaces, strict=True)):
+                    raise Unproven("counts units that another field counts too", 4)
             except Unproven as error:
                 failed.append(Unproven(f"{' and '.join(names)}: {error}", error.step))
                 continue
@@ -60,7 +49,8 @@ def derived_spaces(model: PreTrainedModel, path: str, pattern: str) -> list[tupl
             for block, more in zip(found, spaces, strict=True):
                 block.extend(more)
     if not proved:
-        why = max(failed, key=lambda error: error.step, default="no field of its config counts them")
+        last = max(failed, key=lambda error: error.step, default=None)
+        why = str(last) if last is not None and last.step else NONE.get(pattern, "no field of its config counts them")
         raise RequestError(f"{model.config.model_type} cannot be cut by {pattern}: {why}", "its weights can be pruned without a structured pattern")
     return [tuple(block) for block in found]
 
@@ -102,7 +92,7 @@ def require_buildable(model: PreTrainedModel, path: str, spaces: Sequence[Sequen
     hint = "use --uniform, or --pad"
     for index, block in enumerate(model.get_submodule(path).children()):
         fewer = {space.name: torch.arange(space.units // 2) for space in spaces[index]}
-        if any(count != 1 or "." in name for space in spaces[index] for name, count in space.config):
+        if any("." in name or type(read(model.config, name)) is not int for space in spaces[index] for name, _ in space.config):
             raise RequestError(f"{model.config.model_type}: its config has no plain fields for layers of different sizes", hint)
         try:
             own = empty_block(block, model.config, index, spaces[index], fewer)
@@ -133,23 +123,53 @@ class Proof:
             raise Unproven(f"{units} instead of {self.count.units}: {error}", 2) from None
 
     def spaces(self) -> list[list[Space]]:
-        units = self.count.units
-        shrunk = self.shrunk(self.smaller(units - 1), units - 1)
-        self.check(shrunk)
-        trial, kinds = None, self.kinds(shrunk)
-        fewer = units // 2 + 1 if units > 3 else units - 1
-        failed = ""
-        for layouts in islice(self.layouts(shrunk), LAYOUTS):
-            spaces = [list(self.of_block(i, shrunk[i], layouts)) for i in range(len(self.blocks))]
-            if trial is None:
-                smaller = self.smaller(fewer)
-                if self.shrunk(smaller, fewer) != shrunk:
-                    raise Unproven(f"{fewer} instead of {units} do not leave as many places fewer", 2)
-                trial = Trial(self.model, smaller, self.path)
-            failed = next((f for i in kinds if (f := trial.differs(i, spaces[i], fewer, self.pattern))), "")
-            if not failed:
+        """The spaces of every block. Raises Unproven where no layout of the units gives a smaller block like the block beside zeros."""
+        counts = self.legal()
+        most, fewer = counts[-1], counts[len(counts) // 2]
+        smaller = self.smaller(most)
+        shrunk = self.shrunk(smaller, most)
+        if fewer != most:
+            smaller = self.smaller(fewer)
+            if self.shrunk(smaller, fewer) != shrunk:
+                raise Unproven(f"{fewer} instead of {self.count.units} do not leave as many places fewer", 2)
+        if self.pattern == "channels":
+            check_channels(self.blocks, shrunk)
+        trial, kinds, failed = Trial(self.model, smaller, self.path), self.kinds(shrunk), ""
+        legal = () if self.pattern == "channels" else (*counts, self.count.units)
+        for layout in islice(layouts(self.count, self.blocks, shrunk), LAYOUTS):
+            spaces = [list(spaces_of_block(block, shrunk[i], layout, self.pattern, self.count, legal)) for i, block in enumerate(self.blocks)]
+            if layout.scaled and not any(space.scales for block in spaces for space in block):
+                break
+            wrong = next((f for i in kinds if (f := trial.differs(i, spaces[i], fewer, self.pattern))), "")
+            if not wrong:
                 return spaces
+            failed = failed or wrong
         raise Unproven(failed, 4)
+
+    def legal(self) -> list[int]:
+        """Numbers of units, fewer than all, with which the config can be built."""
+        units, groups = self.count.units, self.count.groups
+        if self.pattern == "channels":
+            return [*dict.fromkeys((units // 2 + 1, units - 1))]
+        found, first = list(range(groups, units, groups)), ""
+        while found:
+            try:
+                self.smaller(found[-1])
+                break
+            except Unproven as error:
+                first = first or str(error)
+                found.pop()
+        if first:
+            found = [n for n in found[:-1] if self.builds(n)] + found[-1:]
+        if not found:
+            raise Unproven(first or f"{units} in {groups} groups cannot be fewer", 2)
+        return found
+
+    def builds(self, units: int) -> bool:
+        try:
+            return bool(self.smaller(units))
+        except Unproven:
+            return False
 
     def shrunk(self, smaller: PreTrainedModel, units: int) -> list[list[Shrunk]]:
         """What shrank in each block. Raises Unproven for any other change."""
@@ -159,24 +179,9 @@ class Proof:
         own = list(smaller.get_submodule(self.path).children())
         if len(own) != len(self.blocks):
             raise Unproven("changes the number of blocks", 1)
-        found = [self.shrunk_in(shapes(a), shapes(b), units) for a, b in zip(self.blocks, own, strict=True)]
+        found = [shrunk_tensors(shapes(a), shapes(b), self.count.units, units) for a, b in zip(self.blocks, own, strict=True)]
         if not any(found):
             raise Unproven("has no effect on the blocks", 0)
-        return found
-
-    def shrunk_in(self, whole: dict[str, tuple[int, ...]], cut: dict[str, tuple[int, ...]], units: int) -> list[Shrunk]:
-        if whole.keys() != cut.keys():
-            raise Unproven(f"changes whether there is {sorted(whole.keys() ^ cut.keys())[0]}", 1)
-        found = []
-        for name, shape in whole.items():
-            if len(shape) != len(cut[name]):
-                raise Unproven(f"changes the dimensions of {name}", 1)
-            for dim, (size, less) in enumerate(zip(shape, cut[name], strict=True)):
-                each, odd = divmod(size - less, self.count.units - units)
-                if odd or each < 0 or size < each * self.count.units:
-                    raise Unproven(f"{name} is {less} instead of {size} long", 1)
-                if each:
-                    found.append(Shrunk(name, dim, each, size - each * self.count.units))
         return found
 
     def kinds(self, shrunk: list[list[Shrunk]]) -> list[int]:
@@ -186,66 +191,3 @@ class Proof:
             if shrunk[i] and all(unlike(self.blocks[j], block, j, i) is not None for j in found):
                 found.append(i)
         return found
-
-    def check(self, shrunk: list[list[Shrunk]]) -> None:
-        """Channels are columns of the matrices that read them, rows of those that write them, and nothing else."""
-        for block, found in zip(self.blocks, shrunk, strict=True):
-            matrices = {m.parameter: m for m in block_matrices(block)}
-            biases = {m.bias for m in matrices.values() if m.parameter in {s.name for s in found}}
-            for s in found:
-                if s.name not in matrices and s.name not in biases:
-                    raise Unproven(f"{s.name} is cut too", 3)
-            readers = [s for s in found if _reads(s, matrices)]
-            if found and not readers:
-                raise Unproven("nothing reads what it counts", 3)
-
-    def layouts(self, shrunk: list[list[Shrunk]]) -> Iterator[dict[tuple[str, int], tuple[int, tuple[int, ...]]]]:
-        """For every dimension (its first place, the runs of one unit)."""
-        every = {(s.name, s.dim): s for found in shrunk for s in found}
-        options = {}
-        for key, s in every.items():
-            runs = [(1,) * s.each, (s.each,)] if s.each > 1 else [(1,)]
-            options[key] = [(start, widths) for widths in runs for start in ((0, s.rest) if s.rest else (0,))]
-        for chosen in product(*options.values()):
-            yield dict(zip(options, chosen, strict=True))
-
-    def of_block(self, index: int, shrunk: list[Shrunk], layouts: dict[tuple[str, int], tuple[int, tuple[int, ...]]]) -> Iterator[Space]:
-        block = self.blocks[index]
-        matrices: dict[str, list[Matrix]] = {}
-        for m in block_matrices(block):
-            matrices.setdefault(m.parameter, []).append(m)
-        first = {name: ms[0] for name, ms in matrices.items()}
-        readers = [s for s in shrunk if _reads(s, first)]
-        others = [s for s in shrunk if s not in readers]
-
-        def index_UK(s: Shrunk) -> Tensor:
-            start, widths = layouts[s.name, s.dim]
-            return places(self.count.units, widths) + start
-
-        for reader in readers:
-            mine = [s for s in others if reader is max(readers, key=lambda r: _common(r.name, s.name))]
-            for matrix in matrices[reader.name]:
-                e = matrix.expert
-                axes = tuple(Axis(s.name, s.dim - (e is not None), index_UK(s), e) for s in mine)
-                parent = reader.name.removesuffix(".weight").rpartition(".")[0] or reader.name.removesuffix(".weight")
-                yield Space(
-                    self.pattern,
-                    parent if e is None else f"{parent}[{e}]",
-                    self.count.units,
-                    axes,
-                    (Reader(matrix.name, index_UK(reader)),),
-                    config=self.count.fields,
-                    fixed=self.count.fixed,
-                )
-
-
-def _reads(s: Shrunk, matrices: dict[str, Matrix]) -> bool:
-    """Whether what shrank are the input columns of a matrix."""
-    m = matrices.get(s.name)
-    return m is not None and s.dim - (m.expert is not None) == (0 if m.transposed else 1)
-
-
-def _common(a: str, b: str) -> int:
-    """How many components two paths have in common at their start."""
-    pairs = list(zip(a.split("."), b.split("."), strict=False))
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))

@@ -32,9 +32,9 @@ def stored(saved: dict[str, Any], config: PreTrainedConfig, name: str) -> Any:
 
 def read(config: Any, name: str) -> Any:
     """The value of a field; None where a config has no such field."""
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
-    return config
+    own, last = _inside(config, name), name.rpartition(".")[2]
+    fields = own.to_dict() if isinstance(own, PreTrainedConfig) else own or {}
+    return fields.get(canonical(own, last))
 
 
 def fields_of(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,8 +70,9 @@ def part_of(saved: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
 
 def _inside(config: Any, name: str) -> Any:
     """The config that holds the last part of a dotted name."""
-    outer = name.rpartition(".")[0]
-    return read(config, outer) if outer else config
+    for part in name.split(".")[:-1]:
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return config
 
 
 def _place(saved: dict[str, Any], config: PreTrainedConfig, name: str, write: bool = False) -> tuple[dict[str, Any], str]:
@@ -79,7 +80,7 @@ def _place(saved: dict[str, Any], config: PreTrainedConfig, name: str, write: bo
     *outer, last = name.split(".")
     inner: Any = config
     for part in outer:
-        inner = read(inner, part)
+        inner = _inside(inner, f"{part}.")
         fields = dict(saved.get(part) or (inner if isinstance(inner, dict) else inner.to_dict()))
         if write:
             saved[part] = fields

@@ -20,7 +20,7 @@ from llmprune.model.families.table import HEADS, Cut, Family, Part, Residual, Sc
 from llmprune.model.matrices import Matrix, block_matrices
 
 PATTERNS = ("channels", "heads", "kv-groups", "experts", "kernel", "layers", "hidden")
-DERIVED = ("channels", "layers")  # where an architecture has no table
+DERIVED = ("channels", "heads", "kv-groups", "layers")  # where an architecture has no table
 ROUNDED = ("channels", "kernel", "hidden")
 WITHOUT = {
     "channels": "its config cannot express a number of FFN channels",
@@ -63,6 +63,7 @@ class Space:
     least: int = 1  # units that must be kept
     fixed: tuple[tuple[str, Any], ...] = ()  # config fields to write out, because their default would follow the cut
     scales: tuple[Scale, ...] = ()  # parameters that a cut rescales, by the root of the share of kept units
+    legal: tuple[int, ...] = ()  # numbers of units that the model's own config can express; empty: any
 
 
 def refusal(config: PreTrainedConfig, pattern: str) -> str | None:
@@ -265,6 +266,8 @@ def legal_counts(config: PreTrainedConfig, space: Space, round_to: int = 1, nati
     step = math.lcm(space.groups, round_to if space.pattern in ROUNDED else 1)
     counts = {n for n in range(step, space.units, step) if n >= space.least} | {space.units}
     sizes, family = dict(space.config), family_of(config)
+    if native and space.legal:
+        counts &= {*space.legal}
     if native and family and family.divides and family.substitute is None:
         if HEADS in sizes:
             counts = {n for n in counts if config.hidden_size % (n * sizes[HEADS]) == 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +50,44 @@ class Trial:
         """What is wrong with the spaces of one block; nothing where its smaller block computes what it does beside zeros."""
         block, cut = (walk.blocks[index] for walk in self.walks)
         fill(block, self.generator)
-        keeps = {s.name: torch.randperm(s.units, generator=self.generator)[:fewer].sort().values for s in spaces}
         full = self.run(0, index)
         if pattern == "channels" and self.is_linear(index, block, spaces, full):
             return "nothing but products lies between the matrices"
-        try:
-            cut.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
-        except RuntimeError as error:
-            return f"the smaller block is another ({str(error).splitlines()[-1].strip()[:100]})"
-        mask_block(block, spaces, keeps)
-        masked, sliced = self.run(0, index), self.run(1, index)
-        cut.to("meta")
+        whole = {name: t.clone() for name, t in block.state_dict().items()}
+        for first in (True, False):  # the first units of each group would tell groups that are not known
+            keeps = {s.name: self.some(s, fewer, first) for s in spaces}
+            try:
+                cut.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
+            except RuntimeError as error:
+                return f"the smaller block is another ({str(error).splitlines()[-1].strip()[:100]})"
+            mask_block(block, [replace(s, axes=()) for s in spaces], keeps)
+            unread = self.run(0, index)
+            mask_block(block, spaces, keeps)
+            masked = self.run(0, index)
+            wrong = self.apart(masked, self.run(1, index), full)
+            if not any(s.scales for s in spaces) and float((masked - unread).abs().max()) > EXACT * float(masked.abs().max()):
+                wrong = wrong or "other units change with those that are dropped"
+            block.load_state_dict(whole)
+            if wrong:
+                break
+        for emptied in (block, cut):
+            emptied.load_state_dict({name: p.to("meta") for name, p in emptied.named_parameters()}, strict=False, assign=True)
+        return wrong
+
+    @staticmethod
+    def apart(masked: Tensor, sliced: Tensor, full: Tensor) -> str:
+        """What is wrong with the output of the smaller block; nothing if it is that of the block beside zeros, and that of the full block is not."""
         apart, effect = float((masked - sliced).abs().max()), float((masked - full).abs().max())
         if not apart <= EXACT * float(masked.abs().max()):
             return f"the smaller block's output differs by {apart / float(masked.abs().max()):.2g} from the block's beside zeros"
         return "" if effect > APART * apart else "without these units the output is the same"
+
+    def some(self, space: Space, fewer: int, first: bool) -> Tensor:
+        """The first units, or random ones, equally many of each group."""
+        groups, each = space.groups, space.units // space.groups
+        orders = [torch.arange(each) if first else torch.randperm(each, generator=self.generator) for _ in range(groups)]
+        picks = [order[: fewer // groups] + group * each for group, order in enumerate(orders)]
+        return torch.cat(picks).sort().values
 
     def run(self, which: int, index: int) -> Tensor:
         walk = self.walks[which]

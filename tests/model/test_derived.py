@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuts import ROUNDING, WINDOWS, blocks_of, logits, passed_by, reloaded, tiny
+from cuts import ROUNDING, WINDOWS, blocks_of, half, logits, passed_by, reloaded, tiny
 from families import BASE, FAMILIES, TOKENS, uneven
 from often import often
 from transformers import AutoModelForCausalLM
@@ -23,6 +23,7 @@ from llmprune.model.matrices import block_matrices
 from llmprune.structured.counted import COUNTS
 from llmprune.structured.derived import inexpressible
 from llmprune.structured.derived_units import Proof, derived_spaces
+from llmprune.structured.spaces import refusal, spaces_of
 from llmprune.structured.trial import Trial
 
 FOUR = BASE | {"num_hidden_layers": 4}
@@ -111,18 +112,54 @@ KINDS = {
 
 def half_of_each_field(spaces: Any) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    return [{s.name: torch.randperm(s.units, generator=generator)[: s.units // 2].sort().values for s in found} for found in spaces]
+    return [{s.name: half(s, generator) for s in found} for found in spaces]
 
 
-@pytest.mark.parametrize("name", often(KINDS, "phi", "granitemoe", "llama4_text", "dots1", "gptj"))
-def test_channels_cut_are_channels_that_nothing_reads(name: str, tmp_path: Any) -> None:
+HEADS = {
+    "phi": "biases",
+    "glm4": "gate and up in one matrix, norms after both",
+    "exaone4": "norms inside a head",
+    "dots1": "dense and sparse layers",
+    "granitemoe": "another scale",
+    "llama4_text": "blocks without positions",
+}
+UNITS = [*(("channels", name) for name in KINDS), *((pattern, name) for name in HEADS for pattern in ("heads", "kv-groups"))]
+EVERY_TIME = [*(("channels", n) for n in ("phi", "granitemoe", "llama4_text", "dots1", "gptj")), ("heads", "exaone4"), ("kv-groups", "phi")]
+
+
+@pytest.mark.parametrize(("pattern", "name"), often(UNITS, *EVERY_TIME))
+def test_units_cut_are_units_that_nothing_reads(pattern: str, name: str, tmp_path: Any) -> None:
     model = model_of(name)
     assert model.config.model_type not in TABLES
-    spaces = derived_spaces(model, find_blocks(model), "channels")
+    spaces = derived_spaces(model, find_blocks(model), pattern)
     assert all(spaces)
     keeps = half_of_each_field(spaces)
     slice_model(model, keeps).save_pretrained(tmp_path)
     assert float((logits(reloaded(tmp_path)) - logits(without_readers(model, keeps, spaces))).abs().max()) < ROUNDING
+
+
+TABLED = ["llama", "phi3", "gpt_oss", "qwen3_next", "deepseek_v3", "olmo2", "gpt2", "opt", "mixtral", "starcoder2"]
+
+
+@pytest.mark.parametrize("name", often(TABLED, "phi3", "gpt_oss", "olmo2"))
+def test_what_is_derived_is_what_tables_say(name: str) -> None:
+    model = tiny(name)
+    path = find_blocks(model)
+    for pattern in [p for p in COUNTS if refusal(model.config, p) is None]:
+        for index, (block, spaces) in enumerate(zip(blocks_of(model), derived_spaces(model, path, pattern), strict=True)):
+            table = spaces_of(model.config, index, block, pattern)
+            assert places_of(block, spaces) == places_of(block, table), pattern
+            assert {(s.config, s.groups, s.least) for s in spaces} == {(s.config, s.groups, s.least) for s in table}
+
+
+def places_of(block: Any, spaces: Any) -> set[Any]:
+    """(parameter, expert, dimension, the places of every unit), of readers too."""
+    matrices = {m.name: m for m in block_matrices(block)}
+    found = {(a.parameter, a.expert, a.dim, str(a.index_UK.sort(1).values.tolist())) for s in spaces for a in s.axes}
+    for reader in (r for s in spaces for r in s.readers):
+        m = matrices[reader.matrix]
+        found.add((m.parameter, m.expert, 0 if m.transposed else 1, str(reader.columns_UK.tolist())))
+    return found
 
 
 @pytest.mark.slow
@@ -154,5 +191,8 @@ def test_what_is_not_proved_is_refused_with_the_step() -> None:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bitnet"](**FOUR))
     with pytest.raises(RequestError, match=r"bitnet cannot be cut by channels: intermediate_size: mlp.ffn_sub_norm.weight is cut too"):
         derived_spaces(model, "model.layers", "channels")
+    by_heads = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gptj"](**TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}))
+    with pytest.raises(RequestError, match="gptj cannot be cut by heads: no field of its config gives fewer heads of the same size"):
+        derived_spaces(by_heads, "transformer.h", "heads")
     with pytest.raises(RequestError, match="no space is named 'mlp'"):
         slice_model(model, [{"mlp": torch.arange(8)}] * 4)
