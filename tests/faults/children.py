@@ -39,8 +39,9 @@ class Ended:
 def preload() -> None:
     """All that a run imports; its sample is short, and its pictures are sketches. Results are loaded in the run's own process."""
     import transformers.models.llama.modeling_llama
-    import transformers.tokenization_utils_tokenizers  # noqa: F401
+    import transformers.tokenization_utils_tokenizers
 
+    transformers.utils.logging.disable_progress_bar()  # of loading the results
     sample.TOKENS = 4  # forwards of the whole model: half the time of these runs
     for name, sketch in SKETCHES.items():
         setattr(sections, name, sketch)
