@@ -125,7 +125,7 @@ class Proof:
     def spaces(self) -> list[list[Space]]:
         """The spaces of every block. Raises Unproven where no layout of the units gives a smaller block like the block beside zeros."""
         counts = self.legal()
-        most, fewer = counts[-1], counts[len(counts) // 2]
+        most, fewer = counts[-1], counts[(len(counts) - 1) // 2]
         smaller = self.smaller(most)
         shrunk = self.shrunk(smaller, most)
         if fewer != most:
