@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
+START, LOAD = Reloader.start, Reloader.load
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("LLMPRUNE_ASSETS", ROOT.parent / "shared" / "assets"))
 
@@ -36,15 +37,22 @@ def short_samples() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def reloaded_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def reloaded_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Starting a process takes seconds, so a result is loaded again in this one, whose imports are there, but where a test is marked."""
-    if request.node.get_closest_marker("fresh_process"):
-        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reloader, "start", lambda self: None)
+        patch.setattr(Reloader, "load", load_here)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
+        yield
 
-    monkeypatch.setattr(Reloader, "start", lambda self: None)
-    monkeypatch.setattr(Reloader, "load", load_here)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
+
+@pytest.fixture(autouse=True)
+def fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests with the mark of this name."""
+    if request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr(Reloader, "start", START)
+        monkeypatch.setattr(Reloader, "load", LOAD)
 
 
 @pytest.fixture(scope="session", autouse=True)

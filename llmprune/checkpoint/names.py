@@ -65,12 +65,14 @@ def parameter_names(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[st
 
 
 def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Fill the skeleton's parameters that consist of these checkpoint tensors, in ``dtype``.
+    """Fill the skeleton's parameters that consist of these checkpoint tensors, in ``dtype``. transformers notes which conversions were used, for the
+    way back; here a block at a time is loaded, and those of all blocks are kept.
 
     Raises ConversionError when transformers cannot convert them.
     """
     mapping: Any = get_model_conversion_mapping(skeleton)
     config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"}, dtype=dtype)
+    used = _signatures(vars(skeleton).get("_weight_conversions", []))
     quiet = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -78,9 +80,16 @@ def convert(skeleton: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.
     finally:
         if quiet:
             transformers_logging.enable_progress_bar()
+    used |= _signatures(vars(skeleton)["_weight_conversions"])
+    vars(skeleton)["_weight_conversions"] = [conversion for conversion in mapping if _signatures([conversion]) <= used]
     problems = [*info.unexpected_keys, *info.conversion_errors, *info.error_msgs, *info.mismatched_keys]
     if problems:
         raise ConversionError(f"transformers could not convert {str(problems[0])[:200]}")
+
+
+def _signatures(conversions: list[Any]) -> set[tuple[Any, ...]]:
+    """What identifies conversions, which are made again for every load."""
+    return {(type(c), tuple(c.source_patterns), tuple(c.target_patterns)) for c in conversions}
 
 
 def revert(skeleton: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

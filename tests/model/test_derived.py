@@ -196,3 +196,26 @@ def test_what_is_not_proved_is_refused_with_the_step() -> None:
         derived_spaces(by_heads, "transformer.h", "heads")
     with pytest.raises(RequestError, match="no space is named 'mlp'"):
         slice_model(model, [{"mlp": torch.arange(8)}] * 4)
+
+
+def test_blocks_of_two_kinds_have_conversions_of_their_own(tmp_path) -> None:
+    """Three short convolutions of Bailing's linear attention are joined on loading, and its experts in other blocks: each block has its way back."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "layer_group_size": 2}
+    latent = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+    }
+    groups = {"head_dim": 8, "n_group": 1, "topk_group": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["bailing_hybrid"](**FOUR | sizes | latent | groups))
+    uneven(model)
+    model.save_pretrained(tmp_path / "model")
+    report = llmprune.prune(
+        tmp_path / "model", 0.25, "channels", method="magnitude", round_to=4, calibration=WINDOWS, output=str(tmp_path / "out"), accept_damage=True
+    )
+    assert report.reloaded.difference < 1e-4
