@@ -52,7 +52,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
     },
     "blt": {"encoder_hash_byte_group_vocab": 50},
-    "dots3_note_text": {"layer_types": ["full_attention"] * 4, "use_dsa": False},
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * 4},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2,
         "indexer_budget": 8,

@@ -57,14 +57,20 @@ class Cutter:
 
     def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
         """Write every tensor, with one block in memory at a time."""
+        same = self.unchanged()
         with outer_of():
-            apart = set(self.loader.unused_keys)
-            shards.put({key: tensor.cpu() for key, tensor in self.outside().items() if key not in apart})
-        for key in self.loader.unused_keys:
+            shards.put({key: tensor.cpu() for key, tensor in self.outside().items() if key not in same})
+        for key in same:
             shards.put({key: self.loader.source.read(key)})
         for new, old in enumerate(self.kept):
             with block_of(old) as block:
                 shards.put({key: tensor.cpu() for key, tensor in self.tensors(new, block).items()})
+
+    def unchanged(self) -> list[str]:
+        """The checkpoint's tensors outside the blocks that are saved as they are stored: those that are not loaded, or all where none is cut."""
+        loader, unused = self.loader, set(self.loader.unused_keys)
+        written = loader.sink.written if loader.sink else ()
+        return [k for k in loader.outer_keys if k in unused or (self.outer is None and k not in loader.converted and k not in written)]
 
     def tensors(self, new: int, block: nn.Module) -> dict[str, Tensor]:
         """The cut block that becomes number ``new``, as checkpoint tensors in their stored dtype."""

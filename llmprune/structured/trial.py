@@ -44,6 +44,8 @@ class Trial:
             self.calls = calls, smaller_calls
         except RequestError as error:
             raise Unproven(str(error), 3) from None
+        if any(call.handed is not None for call in calls):
+            raise Unproven("its blocks hand on more than hidden states", 3)
 
     @torch.no_grad()
     def differs(self, index: int, spaces: Sequence[Space], fewer: int, pattern: str) -> str:
