@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import StoppedError
+from llmprune.model.matrices import Matrix
+from llmprune.pruners.plan import Plan
 from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
@@ -63,6 +65,28 @@ class BlockPruner(Protocol):
     def finish(self, dense: Flow | None, listen: Listener) -> None:
         """Work on the whole model once every block is pruned. dense: the dense path after the last block."""
         ...
+
+
+class InPlacePruner:
+    """What block pruners share that leave zeros in the weights of ``matrices`` (block -> its matrices)."""
+
+    plan: Plan
+    matrices: dict[int, list[Matrix]]
+
+    @property
+    def places(self) -> Sequence[int]:
+        return list(self.matrices)
+
+    @property
+    def wants_dense(self) -> bool:
+        return self.plan.asymmetric or self.plan.polish_steps > 0
+
+    @property
+    def accept_damage(self) -> bool:
+        return self.plan.accept_damage
+
+    def take_over(self, index: int, report: BlockReport) -> None:
+        """Nothing: the zeros are in the weights."""
 
 
 def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:

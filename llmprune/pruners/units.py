@@ -5,7 +5,6 @@ The zeros are cut out of the checkpoint at the end (``llmprune.export``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from llmprune.maths.least_squares import mean_bias
 from llmprune.model.matrices import LEFT_ALONE, Matrix, block_matrices
-from llmprune.pruners.block_pruner import PrunedBlock, run_again
+from llmprune.pruners.block_pruner import InPlacePruner, PrunedBlock, run_again
 from llmprune.pruners.distillation import polish
 from llmprune.pruners.matrix import correct, notes_on_filled, prune_matrix, with_notes
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.reconstruction import reconstruct_block
 from llmprune.pruners.unit_scores import beside, counts_writers
 from llmprune.pruners.weights import aim_of, stages_of
-from llmprune.results import BlockReport, Row
+from llmprune.results import Row
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
@@ -30,7 +29,7 @@ from llmprune.types import Listener, Stats
 
 
 @dataclass(frozen=True)
-class UnitPruner:
+class UnitPruner(InPlacePruner):
     """Drops whole units. matrices: those of each block that read units. asked: the ratio of each reader, by full name. gradients: of the dense model,
     where the plan asks for some.
     """
@@ -40,21 +39,6 @@ class UnitPruner:
     matrices: dict[int, list[Matrix]]
     asked: dict[str, float]
     gradients: LossGradients | None = None
-
-    @property
-    def places(self) -> Sequence[int]:
-        return list(self.matrices)
-
-    @property
-    def wants_dense(self) -> bool:
-        return self.plan.asymmetric or self.plan.polish_steps > 0
-
-    @property
-    def accept_damage(self) -> bool:
-        return self.plan.accept_damage
-
-    def take_over(self, index: int, report: BlockReport) -> None:
-        """Nothing: the zeros are in the weights."""
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
         readers, aim = self.matrices[index], aim_of(self.plan, dense, index, block)

@@ -5,7 +5,7 @@ Shapes: R = output rows, C = input columns.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +18,12 @@ from llmprune.maths.order import best_order
 from llmprune.model.channels import Channels
 from llmprune.model.matrices import Matrix
 from llmprune.patterns.nm import NM
-from llmprune.pruners.block_pruner import PrunedBlock, run_again, run_head_again
+from llmprune.pruners.block_pruner import InPlacePruner, PrunedBlock, run_again, run_head_again
 from llmprune.pruners.distillation import polish
 from llmprune.pruners.matrix import prune_matrix, solve_at
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.reconstruction import reconstruct_block
-from llmprune.results import BlockReport, Row
+from llmprune.results import Row
 from llmprune.statistics.gradients import LossGradients
 from llmprune.statistics.norms import norm_scales
 from llmprune.statistics.stages import at_head, inner_channels, part_by_part, stage_by_stage
@@ -45,7 +45,7 @@ class Variants:
 
 
 @dataclass(frozen=True)
-class WeightPruner:
+class WeightPruner(InPlacePruner):
     """Drops single weights or groups of them.
 
     matrices: of each block, and of the head, that are pruned. asked: the ratio of each, by full name. gradients: of the dense model, where the plan
@@ -57,21 +57,6 @@ class WeightPruner:
     asked: dict[str, float]
     gradients: LossGradients | None = None
     variants: Variants | None = None
-
-    @property
-    def places(self) -> Sequence[int]:
-        return list(self.matrices)
-
-    @property
-    def wants_dense(self) -> bool:
-        return self.plan.asymmetric or self.plan.polish_steps > 0
-
-    @property
-    def accept_damage(self) -> bool:
-        return self.plan.accept_damage
-
-    def take_over(self, index: int, report: BlockReport) -> None:
-        """Nothing: the zeros are in the weights."""
 
     def prune(self, flow: Flow, dense: Flow | None, index: int, block: nn.Module, clock: Clock) -> PrunedBlock:
         matrices, head = self.matrices[index], index == len(flow.stream.names)

@@ -99,8 +99,8 @@ def block_solvers() -> list[str]:
     return [name for name in own_names("solvers") if trait(find("solvers", name), "fits_blocks")]
 
 
-def is_tried(allocation: str) -> bool:
-    """Whether an allocation prunes the whole model on trial."""
+def names_tried(allocation: str) -> bool:
+    """Whether this is the name of an allocation that prunes the whole model on trial."""
     return bool(trait(find("allocation", allocation), "tried"))
 
 

@@ -25,7 +25,7 @@ from llmprune.recipe.named import (
     build_pattern,
     find_pattern,
     in_groups,
-    is_tried,
+    names_tried,
     spelled_patterns,
     takes_group,
 )
@@ -210,7 +210,7 @@ class Recipe(BaseModel):
     @property
     def makes_trials(self) -> bool:
         """Whether windows have to be held back for trials."""
-        return self.max_ppl_increase is not None or is_tried(self.parts.allocation)
+        return self.max_ppl_increase is not None or names_tried(self.parts.allocation)
 
     @property
     def budget(self) -> str:
@@ -247,7 +247,7 @@ class Recipe(BaseModel):
         if not (self.in_groups or self.takes_group):
             group = "matrix"  # where blocks and units compete
         allocation = named.allocation
-        if self.max_ppl_increase is not None and is_tried(allocation):
+        if self.max_ppl_increase is not None and names_tried(allocation):
             allocation = "fisher"  # a budget that is found by trials excludes an allocation that makes trials
         one_size = self.in_groups or self.uniform or (self.structured and self.pattern != "structured")
         return replace(

@@ -12,7 +12,7 @@ from llmprune.recipe.named import (
     STRUCTURED_METHODS,
     build_pattern,
     find_pattern,
-    is_tried,
+    names_tried,
 )
 from llmprune.recipe.parts import Part
 from llmprune.recipe.recipe import BUDGETS, Recipe
@@ -62,7 +62,7 @@ def check_budget(recipe: Recipe, hint: str) -> None:
         raise RequestError("no sparsity", hint)
     if len(given) > 1:
         raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
-    if recipe.max_ppl_increase is not None and recipe.allocation is not None and is_tried(recipe.allocation):
+    if recipe.max_ppl_increase is not None and recipe.allocation is not None and names_tried(recipe.allocation):
         raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials itself", "use fisher or uniform")
 
 
