@@ -4,4 +4,5 @@ source "$(dirname "$0")/environment.sh"
 ruff check .
 ruff format --check .
 mypy
+export OMP_NUM_THREADS=1 # a core for each of pytest's workers
 python -m pytest -q --numprocesses auto --dist worksteal "$@"

@@ -15,6 +15,7 @@ from llmprune.report import sections
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # models are loaded in forks too, whose threads are not OpenMP's
 torch.set_num_threads(1)
 
 START, LOAD = Reloader.start, Reloader.load

@@ -136,7 +136,5 @@ def few_tokens(tokens_E: list[int]) -> tuple[str, ...]:
     silent, few = tokens_E.count(0), [tokens for tokens in tokens_E if 0 < tokens < FEW]
     notes = [f"{silent} of {len(tokens_E)} experts were never chosen: they are dropped first"] if silent else []
     if few:
-        notes.append(
-            f"{len(few)} of {len(tokens_E)} experts saw fewer than {FEW} tokens, the least {min(few)}: more --samples make their scores surer"
-        )
+        notes.append(f"{len(few)} of {len(tokens_E)} experts saw fewer than {FEW} tokens, the least {min(few)}: give more --samples")
     return tuple(notes)

@@ -42,6 +42,7 @@ def preload() -> None:
     import transformers.tokenization_utils_tokenizers
 
     transformers.utils.logging.disable_progress_bar()  # of loading the results
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # in threads of a fork OpenMP fails
     sample.TOKENS = 4  # forwards of the whole model: half the time of these runs
     for name, sketch in SKETCHES.items():
         setattr(sections, name, sketch)
