@@ -327,7 +327,7 @@ def test_the_little_that_is_not_among_the_matrices_is_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "options"),
-    [("channels", 0.25, {"quality": "fast"}), ("hidden", 0.5, {}), ("unstructured", 0.3, {"quality": "max"})],
+    [("channels", 0.25, {"quality": "fast"}), ("hidden", 0.5, {}), ("unstructured", 0.3, {"quality": "balanced"})],
     ids=["channels", "hidden", "unstructured"],
 )
 def test_zeros_of_a_sparse_source_that_a_repair_fills_are_counted(model: Path, tmp_path: Path, pattern: str, sparsity: float, options: Any) -> None:

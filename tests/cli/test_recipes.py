@@ -40,7 +40,7 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "mixtral"
 
 
-LONG = ("best-2of4", "within-5-percent")
+LONG = ("best-2of4", "within-5-percent", "mixed-2of4-40")
 
 
 def runs() -> Iterator[Any]:

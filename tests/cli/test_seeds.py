@@ -11,6 +11,7 @@ from families import save_tiny, tiny_windows
 from often import often
 
 import llmprune
+from llmprune.checkpoint.resolve import BUNDLED
 
 IDS_NL = tiny_windows(18)
 DRAWS: dict[str, dict[str, Any]] = {
@@ -25,7 +26,8 @@ DRAWS: dict[str, dict[str, Any]] = {
 
 
 def weights(ask: dict[str, Any], seed: int, folder: Path) -> bytes:
-    given = {} if "model" in ask else {"model": str(folder / "model"), "calibration": IDS_NL}
+    (folder / "text.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
+    given = {"eval": [str(folder / "text.txt")]} if "model" in ask else {"model": str(folder / "model"), "calibration": IDS_NL}
     llmprune.prune(**given | ask, seed=seed, device="cpu", output=str(folder / "out"), overwrite=True)
     return (folder / "out" / "model.safetensors").read_bytes()
 

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 
-@pytest.mark.fresh_process
 def test_channels_end_to_end(cli, small):
     ran = cli("prune", "--model", "llama", "--pattern", "channels", "--sparsity", "25%", "--quality", "fast", "--output", "out", *small)
     assert ran.code == 0, ran.err

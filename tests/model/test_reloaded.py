@@ -118,10 +118,12 @@ def test_a_damaged_result_is_not_published(model, tmp_path, monkeypatch, damage,
 
 
 @pytest.mark.fresh_process
-def test_what_transformers_says_of_a_result_that_does_not_load(model, tmp_path, monkeypatch) -> None:
-    damaged(monkeypatch, other_kind)
-    with pytest.raises(PromiseError, match=r"does not load with transformers: .*nobody's"):
-        llmprune.prune(model, output=str(tmp_path / "out"), **QUICK)
+def test_what_transformers_says_of_a_result_that_does_not_load(model, tmp_path) -> None:
+    shutil.copytree(model, tmp_path / "out")
+    other_kind(tmp_path / "out")
+    reloader = Reloader(model, tmp_path, torch.float32)
+    with reloader, pytest.raises(PromiseError, match=r"does not load with transformers: .*nobody's"):
+        reloader.load(tmp_path / "out", torch.tensor([[1, 2]]))
 
 
 @pytest.mark.fresh_process
