@@ -162,13 +162,24 @@ class Smaller:
 @dataclass(frozen=True)
 class Reloaded:
     """What loading the saved result has shown. difference: of its logits from the pruned model's on a window of ``tokens``, relative; None where
-    they were not compared. equal: what else loads with the source's content. instead: why transformers did not load it, and what was done.
+    they were not compared. equal: what else loads with the source's content; unread: what does not load from the source either. instead: why
+    transformers did not load it, and what was done.
     """
 
     difference: float | None
     tokens: int
     equal: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     instead: str = ""
+
+    def __str__(self) -> str:
+        said = self.instead or "loaded again by transformers in a fresh process"
+        if self.tokens and self.difference is None:
+            said += ": the pruned model's logits are not finite, and were not compared"
+        elif self.tokens:
+            said += f": logits {f'within {self.difference:.2g} of' if self.difference else 'equal to'} the pruned model's"
+        said += f"; equal to the source's: {', '.join(self.equal)}" if self.equal else ""
+        return said + (f"; not compared, because the source's does not load here: {', '.join(self.unread)}" if self.unread else "")
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,11 @@ def check_result(
     except MemoryError:
         return from_disk(stream, folder, wanted_1LV, ids_1L, dtype, "the process that loaded the result was killed, as where memory runs out")
     check_keys(loaded, cut)
-    lost = [part for part, equal in loaded.equal.items() if not equal]
+    lost = [part for part, equal in loaded.equal.items() if equal is False]
     if lost:
         raise PromiseError(f"the result's {lost[0]} does not load as the source's does", "report this, with the names of the source's files")
-    return Reloaded(compared(wanted_1LV, loaded.logits_1LV, dtype), ids_1L.shape[1], tuple(loaded.equal))
+    equal, unread = (tuple(part for part, found in loaded.equal.items() if found is kind) for kind in (True, None))
+    return Reloaded(compared(wanted_1LV, loaded.logits_1LV, dtype, stream.device_of(0)), ids_1L.shape[1], equal, unread)
 
 
 def check_keys(loaded: Loaded, cut: bool) -> None:
@@ -79,18 +80,20 @@ def from_disk(stream: Stream, folder: Path, wanted_1LV: Tensor, ids_1L: Tensor, 
     if not isinstance(stream, CheckpointStream):
         return Reloaded(None, 0, instead=f"not loaded again: {why}")
     again = CheckpointStream(open_folder(folder, stream.source.name), stream.dtype, stream.device)
-    apart = compared(wanted_1LV, predictions(again, ids_1L), dtype)
+    apart = compared(wanted_1LV, predictions(again, ids_1L), dtype, torch.device("cpu"))
     return Reloaded(apart, ids_1L.shape[1], instead=f"loaded again block by block, not by transformers: {why}")
 
 
-def compared(wanted_1LV: Tensor, got_1LV: Tensor, dtype: torch.dtype) -> float | None:
+def compared(wanted_1LV: Tensor, got_1LV: Tensor, dtype: torch.dtype, device: torch.device) -> float | None:
     """The relative difference of the logits; None where those of the pruned model are not finite. Raises PromiseError where it is too large.
 
-    In a dtype that rounds at every step it is that of the median token: a router of experts may decide otherwise for some.
+    In a dtype that rounds at every step, and on another device than the CPU, where the result is loaded, it is that of the median token: a router of
+    experts may decide otherwise for some. device: where the pruned model's logits were computed.
     """
     if not all_finite(wanted_1LV):
         return None
-    apart = difference(wanted_1LV, got_1LV) if dtype in ALIKE else median_difference(wanted_1LV, got_1LV)
+    measure = difference if dtype in ALIKE or device.type == "cpu" else median_difference
+    apart = measure(wanted_1LV, got_1LV)
     most = ALIKE.get(dtype, ROUNDED_ALIKE)
     if not apart <= most:
         raise PromiseError(f"the saved model's logits differ from the pruned model's by {apart:.3g} of the largest, more than {most:g}", REPORT_THIS)

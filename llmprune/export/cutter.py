@@ -49,7 +49,7 @@ class Cutter:
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes too."""
-        found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside().items()}
+        found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside(self.loader.outer_keys).items()}
         for new, old in enumerate(self.kept):
             block = self.loader.skeleton.get_submodule(f"{self.path}.{old}")
             found |= {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.tensors(new, block).items()}
@@ -58,8 +58,10 @@ class Cutter:
     def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
         """Write every tensor, with one block in memory at a time."""
         same = self.unchanged()
-        with outer_of():
-            shards.put({key: tensor.cpu() for key, tensor in self.outside().items() if key not in same})
+        changed = sorted(set(self.loader.outer_keys).difference(same))
+        if changed:
+            with outer_of():
+                shards.put({key: tensor.cpu() for key, tensor in self.outside(changed).items()})
         for key in same:
             shards.put({key: self.loader.source.read(key)})
         for new, old in enumerate(self.kept):
@@ -89,13 +91,13 @@ class Cutter:
                 merged[f"{self.path}.{new}.{name}"] = tensor.to(dtype)
         return plain | (self._reverted(merged) if merged else {})
 
-    def outside(self) -> dict[str, Tensor]:
-        """The tensors outside the blocks, cut, as checkpoint tensors in their stored dtype."""
+    def outside(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors outside the blocks, cut, as checkpoint tensors in their stored dtype."""
         space, model, found = self.outer, self.loader.skeleton, {}
         cut: dict[str, Tensor] = {}
         if space is not None:
             cut = slice_parameters(model, [space], self.keeps[0], [axis.parameter for axis in space.axes])
-        for key in self.loader.outer_keys:
+        for key in keys:
             name = self.loader.parameter_of[key]
             name = self.loader.tied.get(name, name)
             found[key] = (cut[name] if name in cut else tensors_of(model)[name].detach()).to(DTYPES[self.loader.source.tensors[key].dtype])

@@ -9,6 +9,7 @@ Shapes: L = tokens of a window, V = vocabulary.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,28 +22,31 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.errors import PromiseError, RequestError, first_line
+from llmprune.errors import MISTAKES, PromiseError, RequestError, mistake, out_of_memory
+from llmprune.model.skeleton import UNBUILDABLE
 from llmprune.model.wrappers import auto_class
 
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEXT = "The first thing to know about a river: 3 × 7 is twenty-one, “quoted”, naïve, 你好.\n\n\tend"
+UNRENDERED: tuple[type[Exception], ...] = (*MISTAKES, TemplateError)  # what a template raises for a dialogue that it does not take
 TURNS = [{"role": "user", "content": "How long is the river?"}, {"role": "assistant", "content": "Long."}]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What plain transformers makes of a folder. unfit: keys, by what is wrong with them; equal: whether a part that loads from the source's
-    folder (tokenizer, chat template, processor) loads from this one with the same content.
+    """What plain transformers makes of a folder. unfit: keys, by what is wrong with them; equal: whether a part of the source's folder (tokenizer,
+    chat template, processor) loads from this one with the same content, None where it does not load from the source's either.
     """
 
     logits_1LV: Tensor
     unfit: dict[str, list[str]]
-    equal: dict[str, bool]
+    equal: dict[str, bool | None]
 
 
 class Reloader:
@@ -61,11 +65,11 @@ class Reloader:
             self._process = subprocess.Popen(self.words, stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment)
 
     def load(self, folder: Path, ids_1L: Tensor) -> Loaded:
-        """Load the checkpoint in ``folder`` once. Raises PromiseError when it does not load, MemoryError when the process is killed meanwhile."""
+        """Load the checkpoint in ``folder`` once. Raises PromiseError when it does not load, MemoryError when its memory runs out."""
         self.start()
         assert self._process is not None
         answer, said = self._process.communicate(packed({"folder": str(folder)}, {"ids": ids_1L.cpu().contiguous()}))
-        if self._process.returncode == -signal.SIGKILL:
+        if self._process.returncode in (-signal.SIGKILL, errno.ENOMEM):
             raise MemoryError
         if self._process.returncode:
             last = (said.decode(errors="replace").strip().splitlines() or [f"exit code {self._process.returncode}"])[-1]
@@ -105,25 +109,28 @@ def loaded(source: Path, folder: Path, dtype: torch.dtype, ids_1L: Tensor) -> Lo
     return Loaded(logits_1LV, {what: sorted(map(str, keys)) for what, keys in info.items() if keys}, equal_parts(source, folder))
 
 
-def equal_parts(source: Path, folder: Path) -> dict[str, bool]:
-    """Whether what transformers loads from the source's folder beside the weights has the same content in ``folder``."""
-    found = {}
-    if tokenizer_files(source) and (tokenizer := _tokenizer(source)) is not None:
-        again = _tokenizer(folder)
-        found["tokenizer"] = again is not None and _of_tokenizer(again) == _of_tokenizer(tokenizer)
-        if tokenizer.chat_template:
-            found["chat template"] = again is not None and _of_template(again) == _of_template(tokenizer)
-    if any((source / name).is_file() for name in PROCESSOR) and (processor := _processor(source)) is not None:
-        again = _processor(folder)
-        found["processor"] = again is not None and again.to_dict() == processor.to_dict()
+def equal_parts(source: Path, folder: Path) -> dict[str, bool | None]:
+    """Whether what the source's folder has beside the weights loads with the same content from ``folder``; None where the source's does not load."""
+    found: dict[str, bool | None] = {}
+    if tokenizer_files(source):
+        tokenizer, again = _tokenizer(source), _tokenizer(folder)
+        found["tokenizer"] = _equal(tokenizer, again, _of_tokenizer)
+        if tokenizer is not None and tokenizer.chat_template:
+            found["chat template"] = _equal(tokenizer, again, _of_template)
+    if any((source / name).is_file() for name in PROCESSOR):
+        found["processor"] = _equal(_processor(source), _processor(folder), lambda processor: processor.to_dict())
     return found
+
+
+def _equal(wanted: Any, got: Any, content: Callable[[Any], Any]) -> bool | None:
+    return None if wanted is None else got is not None and content(got) == content(wanted)
 
 
 def _opened(open_it: Callable[..., Any], folder: Path) -> Any:
     """None where it does not load, which the machine may be the reason for: a package that is not installed, say."""
     try:
         return open_it(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:
+    except (*UNBUILDABLE, OSError):
         return None
 
 
@@ -150,7 +157,7 @@ def _of_template(tokenizer: Any) -> tuple[Any, ...]:
     """The template, and what it makes of a dialogue, if it takes this one."""
     try:
         return tokenizer.chat_template, tokenizer.apply_chat_template(TURNS, tokenize=False)
-    except Exception as error:
+    except UNRENDERED as error:
         return tokenizer.chat_template, str(error)
 
 
@@ -168,8 +175,8 @@ def main(source: str, dtype: str) -> None:
         asked, tensors = unpacked(request)
         try:
             found = loaded(Path(source), Path(asked["folder"]), getattr(torch, dtype), tensors["ids"])
-        except Exception as error:
-            raise SystemExit(f"{type(error).__name__}: {first_line(error)}") from None
+        except (*UNBUILDABLE, OSError, MemoryError) as error:
+            raise SystemExit(errno.ENOMEM if out_of_memory(error) else mistake(error)) from None
         answer.write(packed({"unfit": found.unfit, "equal": found.equal}, {"logits": found.logits_1LV}))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError, first_line
-from llmprune.model.carried import Call, Rest, named, only_from
+from llmprune.model.carried import Call, Rest, only_from, with_names
 from llmprune.model.wrappers import is_wrapper, others
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
@@ -192,7 +192,7 @@ class Walk:
         if first[1].shape[:2] != ids_NL.shape:
             faults.add(PLACES)
             return None
-        return first[1], named(calls)
+        return first[1], with_names(calls)
 
     def _refuse_loops(self, ids_NL: Tensor) -> None:
         """Recording ends at the last block: check once that the model then continues to its head. On a window of full length, since some models

@@ -65,7 +65,7 @@ def only_from(call: Call, block: int) -> bool:
     return all(value.block == block if isinstance(value, Rest) else not _has_rest(value) for value in values)
 
 
-def named(calls: list[Call]) -> list[Call]:
+def with_names(calls: list[Call]) -> list[Call]:
     """Recorded calls with the names of carried values in place of their placeholders."""
     handed = Handed()
     takes = [_has_rest((call.args, call.kwargs)) for call in calls] + [False]

@@ -110,7 +110,7 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
     return found
 
 
-def other_weights(block: nn.Module) -> dict[str, int]:
+def unrecognised(block: nn.Module) -> dict[str, int]:
     """Parameters of two dimensions or more which are neither matrices found above, nor convolutions, embeddings or biases: weights of each, by
     name. They stay as they are.
     """

@@ -46,7 +46,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype, stored: int = MAX
         parsed = CONFIG_MAPPING[kind].from_dict({k: _floats(v) for k, v in config.items() if k not in left_out})
         layers = getattr(parsed.get_text_config(decoder=True), "num_hidden_layers", 1)  # under whatever name this kind of config has it
         check_layers(layers, PER_BLOCK * stored, stored)
-        check_towers(parsed)
+        check_depths(parsed)
         if type(parsed) not in auto_class(kind)._model_mapping:
             raise RequestError(f"config.json: model_type {kind!r} is not a causal language model", "give a causal LM")
         check_causal(parsed)
@@ -83,7 +83,7 @@ def check_layers(layers: Any, most: int, stored: int) -> None:
         )
 
 
-def check_towers(config: PreTrainedConfig) -> None:
+def check_depths(config: PreTrainedConfig) -> None:
     """A plausible number of blocks in every part of a model that has a config of its own; RequestError otherwise."""
     for part in config.sub_configs:
         for field in ("num_hidden_layers", "depth"):

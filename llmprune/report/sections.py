@@ -221,12 +221,13 @@ def sizes(report: Report) -> Section:
     if found := report.reloaded:
         apart = say(found.instead or "not finite") if found.difference is None else number(found.difference, 2)
         rows.append(("logits when loaded again, relative difference", apart))
+    checked = (f"The result was checked before it was published: {found}.",) if found else ()
     if not smaller:
         said = "Sparse weights are plain zeros in plain safetensors: the files are no smaller, and dense kernels are no faster."
-        return Section("sizes", "Sizes", (said,), table=_pairs(rows))
+        return Section("sizes", "Sizes", (said, *checked), table=_pairs(rows))
     rows += [("parameters saved", count(smaller.parameters)), ("weights on disk", size(smaller.bytes))]
     said = f"{smaller.pattern}: the saved model is smaller, and {len(smaller.layers)} blocks remain."
-    return Section("sizes", "Sizes", (said,), table=_pairs(rows))
+    return Section("sizes", "Sizes", (said, *checked), table=_pairs(rows))
 
 
 def speeds(bench: Bench) -> Section:

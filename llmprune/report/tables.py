@@ -17,7 +17,7 @@ from llmprune.report.compare import Result, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
 from llmprune.report.result import Report
-from llmprune.results import BlockReport, Reloaded, Smaller
+from llmprune.results import BlockReport, Smaller
 
 MOST_NOTES = 10
 
@@ -55,7 +55,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"perplexity, pruned: {pair.pruned}", soft_wrap=True)
         console.print(f"divergence: {pair.divergence}", soft_wrap=True)
     if report.reloaded:
-        console.print(reloaded(report.reloaded), soft_wrap=True)
+        console.print(str(report.reloaded), markup=False, soft_wrap=True)
     for note in report.notes[:MOST_NOTES]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if len(report.notes) > MOST_NOTES:
@@ -68,18 +68,6 @@ def print_smaller(report: Report, found: Smaller, console: Console) -> None:
     """What was saved."""
     layers = f", {len(found.layers)} of {len(report.blocks)} layers" if found.pattern == "layers" else ""
     console.print(f"smaller model: {found.parameters:,} of {report.parameters:,} parameters{layers}, {found.bytes:,} bytes of weights")
-
-
-def reloaded(found: Reloaded) -> str:
-    """What loading the result again has shown."""
-    how = found.instead or "loaded again by transformers in a fresh process"
-    equal = f"; equal to the source's: {', '.join(found.equal)}" if found.equal else ""
-    if found.tokens and found.difference is None:
-        return f"{how}: the pruned model's logits are not finite, and were not compared{equal}"
-    if not found.tokens:
-        return how
-    logits = f"within {found.difference:.2g} of" if found.difference else "equal to"
-    return f"{how}: logits {logits} the pruned model's{equal}"
 
 
 def units_of(block: BlockReport) -> str:

@@ -61,7 +61,7 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
         done = prune_job(turned, journal, sink, listen)
         with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
             if fits(count_parameters(job.stream.skeleton), job.stream.dtype):
-                reloader.start()  # its imports take as long as the perplexity of a small model
+                reloader.start()  # it imports meanwhile
             found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, listen)) for d in dense)
             pruned_text = sample.written(done.now, prompt)
             result = saved(turned, journal, sink, done, reloader)

@@ -16,7 +16,7 @@ from llmprune.pruners.plan import Plan
 from llmprune.pruners.rotation import check_rotation
 from llmprune.ratios.latency import sparsity_for
 from llmprune.recipe.recipe import Recipe
-from llmprune.run.preflight import check_matrices, check_others, check_outside, share_for
+from llmprune.run.preflight import check_matrices, check_outside, check_unrecognised, share_for
 from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.selected import check_skip, selected
 from llmprune.stream.stream import Stream
@@ -33,7 +33,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         plan, matrices = recipe.plan(), selected(stream, selection)
         check_outside(stream, selection)
         check_matrices(matrices, stream, plan)
-        check_others(stream, selection)
+        check_unrecognised(stream, selection)
         return plan, matrices
     check_skip(stream, selection)
     if isinstance(stream, WholeStream):

@@ -15,7 +15,7 @@ from llmprune.checkpoint.source import INDEX
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.model.kinds import longest_sequence
-from llmprune.model.matrices import Matrix, Selection, block_matrices, other_weights
+from llmprune.model.matrices import Matrix, Selection, block_matrices, unrecognised
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
 from llmprune.pruners.plan import Plan, Work
@@ -23,7 +23,7 @@ from llmprune.ratios.measured import allocations, is_tried, share
 from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 
-MOST_OTHERS = 0.1  # of the blocks' weights: parameters that are not recognised as matrices
+MOST_UNRECOGNISED = 0.1  # of the blocks' weights: parameters that are not recognised as matrices
 PAGES = 1 << 20  # approximate bytes of the reports, the card and a run's records of its blocks
 
 
@@ -105,18 +105,18 @@ def check_matrices(matrices: dict[int, list[Matrix]], stream: Stream, plan: Plan
         )
 
 
-def check_others(stream: Stream, selection: Selection) -> None:
+def check_unrecognised(stream: Stream, selection: Selection) -> None:
     """Check that hardly anything stays dense only because it is not recognised as a matrix; what --skip names stays so on purpose."""
     if selection.only:
         return
     blocks = list(zip(stream.names, stream.walk.blocks, strict=True))
-    others = {f"{name}.{key}": size for name, block in blocks for key, size in other_weights(block).items() if not selection.skips(f"{name}.{key}")}
-    dense = sum(others.values())
+    bare = {f"{name}.{key}": size for name, block in blocks for key, size in unrecognised(block).items() if not selection.skips(f"{name}.{key}")}
+    dense = sum(bare.values())
     seen = sum(m.rows * m.columns for _, block in blocks for m in block_matrices(block))
-    if dense > MOST_OTHERS * (dense + seen):
+    if dense > MOST_UNRECOGNISED * (dense + seen):
         raise RequestError(
-            f"{len(others)} parameters with {dense / (dense + seen):.0%} of the blocks' weights are not recognised as matrices and would stay dense: "
-            f"{', '.join(list(others)[:2])}",
+            f"{len(bare)} parameters with {dense / (dense + seen):.0%} of the blocks' weights are not recognised as matrices and would stay dense: "
+            f"{', '.join(list(bare)[:2])}",
             "name them in --skip if they may",
         )
 

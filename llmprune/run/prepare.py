@@ -23,7 +23,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
-from llmprune.model.matrices import Matrix, Selection, other_weights
+from llmprune.model.matrices import Matrix, Selection, unrecognised
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import is_wrapper
 from llmprune.pruners.plan import Plan, Work
@@ -110,7 +110,7 @@ class Job:
 
     def stays_dense(self) -> str:
         """The parameters of blocks that no pattern sees, because they are not recognised as matrices; those of every block once."""
-        others = sorted({key for block in self.stream.walk.blocks for key in other_weights(block)})
+        others = sorted({key for block in self.stream.walk.blocks for key in unrecognised(block)})
         return f", {listed(others)} not among them" if others else ""
 
     def describe_data(self) -> str:

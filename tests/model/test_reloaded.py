@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from llmprune.checkpoint.sink import Sink
 from llmprune.errors import PromiseError, RequestError
 from llmprune.export.check import compared
 from llmprune.export.reload import Reloader
-from llmprune.report.tables import reloaded
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 QUICK = {"pattern": "2:4", "method": "magnitude", "calibration": "bundled-calibration", "samples": 4, "sequence_length": 64}
@@ -47,11 +47,19 @@ def test_a_result_is_loaded_in_a_fresh_process(model, tmp_path) -> None:
     found = report.reloaded
     assert (found.difference, found.tokens, found.instead) == (0, 64, "")
     assert found.equal == ("tokenizer", "chat template", "processor")
-    assert reloaded(found) == (
+    assert str(found) == (
         "loaded again by transformers in a fresh process: logits equal to the pruned model's; "
         "equal to the source's: tokenizer, chat template, processor"
     )
     assert json.loads((tmp_path / "out/llmprune.json").read_text())["reloaded"]["equal"] == list(found.equal)
+
+
+def test_what_does_not_load_from_the_source_either_is_named(model, tmp_path) -> None:
+    (model / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Nobodys"}))
+    found = llmprune.prune(model, output=str(tmp_path / "out"), **QUICK).reloaded
+    assert found.unread == ("processor",)
+    assert str(found).endswith("chat template; not compared, because the source's does not load here: processor")
+    assert str(found) in html.unescape((tmp_path / "out/report.html").read_text())
 
 
 def other_weight(folder: Path) -> None:
@@ -187,12 +195,12 @@ def test_where_arithmetic_rounds_a_few_tokens_may_be_routed_otherwise() -> None:
     wanted = torch.randn(1, 64, 50)
     other = wanted.clone()
     other[0, :3] += 2
-    assert compared(wanted, other, torch.bfloat16) == 0
-    with pytest.raises(PromiseError, match="differ"):
-        compared(wanted, other, torch.float32)
-    with pytest.raises(PromiseError, match="differ"):
-        compared(wanted, wanted + 2, torch.bfloat16)
-    assert compared(wanted / 0, other, torch.float32) is None
+    there, here = torch.device("cuda"), torch.device("cpu")  # where the pruned model ran; the result is loaded here
+    assert compared(wanted, other, torch.bfloat16, there) == 0
+    for got, dtype, device in ((other, torch.float32, there), (other, torch.bfloat16, here), (wanted + 2, torch.bfloat16, there)):
+        with pytest.raises(PromiseError, match="differ"):
+            compared(wanted, got, dtype, device)
+    assert compared(wanted / 0, other, torch.float32, here) is None
 
 
 def test_a_padding_row_is_what_transformers_makes_of_it(tmp_path) -> None:
