@@ -15,7 +15,8 @@ checked like this:
 - the perplexity that llmprune measures block by block is that of a plain forward;
 - 2:4 by Wanda: the masks of all nn.Linear are computed again from forward hooks on the plain model;
 - layers: the tensors left are the source's; channels, heads, kv-groups, experts: fewer parameters than before;
-- channels, heads, kv-groups (by magnitude): the result predicts what the plain source does when nothing reads the dropped units.
+- channels, heads, kv-groups (by magnitude): the result predicts what the plain source does when nothing reads the dropped units;
+- experts: the result predicts what the plain source does when its routers' logits for the dropped experts are minus infinity.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import transformers
 from safetensors import safe_open
 from tiny_types import VOCABULARY, save_tiny
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -221,10 +223,47 @@ def check_units(source: Path, output: Path, report: Any) -> Iterator[str]:
             yield f"logits differ by {apart:.2g} of the largest from the source's without these units"
 
 
+class Unchosen(TorchFunctionMode):
+    """The logits of some experts are minus infinity, by the address of the router's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: dict[int, list[int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        gone = self.dropped.get(args[1].data_ptr()) if func is F.linear else None
+        return out if gone is None else out.index_fill(-1, torch.tensor(gone), -math.inf)
+
+
+@torch.no_grad()
+def check_experts(source: Path, output: Path, report: Any) -> Iterator[str]:
+    """The logits are those of the source when no token can choose the dropped experts."""
+    dense, cut = load(source)[0], load(output)[0]
+    mine, its, unchosen = dense.state_dict(), cut.state_dict(), Unchosen()
+    for block, row in ((b.block, row) for b in report.blocks for row in b.rows if row.kept is not None):
+        gone = [e for e in range(row.units) if e not in row.kept]
+        shrunk = [n for n in mine if n.startswith(f"{block}.") and mine[n].shape != its[n].shape]
+        for name in shrunk:
+            if mine[name].dim() == 2 and len(mine[name]) > 1 and not name.startswith(f"{row.matrix}."):
+                unchosen.dropped[mine[name].data_ptr()] = gone
+            elif mine[name].dim() < 3:
+                mine[name][..., gone] = -math.inf
+        if not gone or not shrunk:
+            yield f"{block}: no expert is dropped"
+    for ids_L in windows():
+        with unchosen:
+            wanted = dense(input_ids=ids_L[None], use_cache=False).logits
+        found = cut(input_ids=ids_L[None], use_cache=False).logits
+        apart = float((wanted - found).abs().max() / wanted.abs().max())
+        if not apart < 1e-4:
+            yield f"logits differ by {apart:.2g} of the largest from the source's without these experts"
+
+
 def checks(pattern: str) -> list[Callable[[Path, Path, Any], Iterator[str]]]:
     if pattern in ("2:4", "50%"):
         return [check_any, partial(check_zeros, pattern=pattern), check_dense, *([check_wanda] if pattern == "2:4" else [])]
-    return [check_any, check_smaller, *([check_layers] if pattern == "layers" else [check_units] if pattern != "experts" else [])]
+    return [check_any, check_smaller, {"layers": check_layers, "experts": check_experts}.get(pattern, check_units)]
 
 
 # --- one type -----------------------------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ from llmprune.structured.fields import fields_of
 
 FFN = ("intermediate", "ffn", "inner", "dff", "ff_", "_ff", "feed_forward", "mlp")  # words in the fields that count channels
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "kv_channels", "d_kv", "global_head_dim", "swa_head_dim", "v_head_dim")
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")  # experts of a token
+EXPERT_GROUPS = ("n_group", "num_expert_group")  # runs of experts, the best of which a token chooses from: so many as topk_group says
 NO_HEADS = ("dim", "size", "linear", "mamba", "index", "ssm", "rank", "lm_head")  # words in fields that do not count attention's heads
 
 
 @dataclass(frozen=True)
 class Count:
     """Config fields that count units: (field, its value per unit), all changed together. groups: equally many units are kept in each; heads: query
-    heads of a unit.
+    heads of a unit; least: units that must be kept.
     """
 
     fields: tuple[tuple[str, int], ...]
@@ -27,6 +29,7 @@ class Count:
     fixed: tuple[tuple[str, Any], ...] = ()
     groups: int = 1
     heads: int = 1
+    least: int = 1
 
 
 def channel_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
@@ -80,4 +83,20 @@ def _counts_heads(name: str) -> bool:
     return "head" in last and not any(word in last for word in NO_HEADS)
 
 
-COUNTS = {"channels": channel_counts, "heads": head_counts, "kv-groups": group_counts}
+def expert_counts(model: PreTrainedModel, path: str) -> Iterator[Count]:
+    """Experts, as many as a token chooses at least; where it chooses within groups, equally many of each. A group is judged by its two best."""
+    fields = dict(fields_of(model.config.to_dict()))
+    for name, value in fields.items():
+        outer, _, last = name.rpartition(".")
+        number = value[0] if isinstance(value, list | tuple) and len({*map(str, value)}) == 1 else value
+        if "expert" not in last or last in (*PER_TOKEN, *EXPERT_GROUPS) or type(number) is not int or number < 2:
+            continue
+        beside = {f.rpartition(".")[2]: v for f, v in fields.items() if f.rpartition(".")[0] == outer}
+        chosen = max((max(v) if isinstance(v, list | tuple) else v for f in PER_TOKEN if (v := beside.get(f))), default=1)
+        grouped = [beside[f] for f in EXPERT_GROUPS if beside.get(f)]
+        groups = grouped[0] if grouped else 1
+        in_a_group = max(2, -(-chosen // (beside.get("topk_group") or 1))) if grouped else chosen
+        yield Count(((name, 1),), number, groups=groups, least=groups * in_a_group)
+
+
+COUNTS = {"channels": channel_counts, "heads": head_counts, "kv-groups": group_counts, "experts": expert_counts}

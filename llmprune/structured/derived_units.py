@@ -1,4 +1,4 @@
-"""FFN channels, heads and KV groups of architectures without a table: which config fields count them is found by trying, and proved.
+"""FFN channels, heads, KV groups and experts of architectures without a table: which config fields count them is found by trying, and proved.
 
 A field is changed, a model without weights is built from the changed config, and the shapes that shrank show where the units lie. Proved is that a
 random block of the smaller config, with the remaining tensors, computes what the whole block computes beside zeros.
@@ -6,10 +6,11 @@ random block of the smaller config, with the remaining tensors, computes what th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError
@@ -18,12 +19,12 @@ from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
 from llmprune.structured.counted import COUNTS, Count
 from llmprune.structured.derived import shapes, unlike
 from llmprune.structured.fields import put, read
-from llmprune.structured.layouts import Shrunk, check_channels, layouts, shrunk_tensors, spaces_of_block
-from llmprune.structured.slicing import empty_block, slice_parameters
-from llmprune.structured.spaces import Space, all_spaces
+from llmprune.structured.layouts import Layout, Shrunk, check_channels, expert_spaces, layouts, shrunk_tensors, spaces_of_block
+from llmprune.structured.slicing import empty_block, slice_parameters, widened
+from llmprune.structured.spaces import WITHOUT, Space, all_spaces
 from llmprune.structured.trial import Trial, Unproven
 
-NONE = dict.fromkeys(("heads", "kv-groups"), "no field of its config gives fewer heads of the same size")
+NONE = dict.fromkeys(("heads", "kv-groups"), "no field of its config gives fewer heads of the same size") | {"experts": WITHOUT["experts"]}
 LAYOUTS = 16  # that are tried for one field
 
 
@@ -85,14 +86,17 @@ def named_spaces(model: PreTrainedModel, path: str, names: Collection[str]) -> l
     return model_spaces(model, path, patterns)
 
 
-def require_buildable(model: PreTrainedModel, path: str, spaces: Sequence[Sequence[Space]]) -> None:
-    """Raises RequestError where blocks without a table cannot be built one by one in sizes of their own, as layers of different sizes are."""
+def require_buildable(model: PreTrainedModel, path: str, spaces: Sequence[Sequence[Space]], several: bool) -> None:
+    """Raises RequestError where blocks without a table cannot be built one by one in sizes of their own, as layers of different sizes are
+    (``several``), and those that have lost experts.
+    """
     if family_of(model.config) is not None:
         return
-    hint = "use --uniform, or --pad"
+    hint = "use --uniform, or --pad" if several else "its weights can be pruned without a structured pattern"
     for index, block in enumerate(model.get_submodule(path).children()):
-        fewer = {space.name: torch.arange(space.units // 2) for space in spaces[index]}
-        if any("." in name or type(read(model.config, name)) is not int for space in spaces[index] for name, _ in space.config):
+        none = torch.arange(0)
+        fewer = {s.name: widened(s, none, max(s.least, s.units // 2 // s.groups * s.groups)) for s in spaces[index]}
+        if several and any("." in name or type(read(model.config, name)) is not int for space in spaces[index] for name, _ in space.config):
             raise RequestError(f"{model.config.model_type}: its config has no plain fields for layers of different sizes", hint)
         try:
             own = empty_block(block, model.config, index, spaces[index], fewer)
@@ -136,8 +140,8 @@ class Proof:
             check_channels(self.blocks, shrunk)
         trial, kinds, failed = Trial(self.model, smaller, self.path), self.kinds(shrunk), ""
         legal = () if self.pattern == "channels" else (*counts, self.count.units)
-        for layout in islice(layouts(self.count, self.blocks, shrunk), LAYOUTS):
-            spaces = [list(spaces_of_block(block, shrunk[i], layout, self.pattern, self.count, legal)) for i, block in enumerate(self.blocks)]
+        for layout in islice(layouts(self.count, self.blocks, shrunk, self.pattern == "experts"), LAYOUTS):
+            spaces = [list(self.laid_out(block, shrunk[i], layout, legal)) for i, block in enumerate(self.blocks)]
             if layout.scaled and not any(space.scales for block in spaces for space in block):
                 break
             wrong = next((f for i in kinds if (f := trial.differs(i, spaces[i], fewer, self.pattern))), "")
@@ -146,12 +150,17 @@ class Proof:
             failed = failed or wrong
         raise Unproven(failed, 4)
 
+    def laid_out(self, block: nn.Module, shrunk: Sequence[Shrunk], layout: Layout, legal: tuple[int, ...]) -> Iterator[Space]:
+        if self.pattern == "experts":
+            return expert_spaces(block, shrunk, layout, self.count, legal)
+        return spaces_of_block(block, shrunk, layout, self.pattern, self.count, legal)
+
     def legal(self) -> list[int]:
         """Numbers of units, fewer than all, with which the config can be built."""
         units, groups = self.count.units, self.count.groups
         if self.pattern == "channels":
             return [*dict.fromkeys((units // 2 + 1, units - 1))]
-        found, first = list(range(groups, units, groups)), ""
+        found, first = [n for n in range(groups, units, groups) if n >= self.count.least], ""
         while found:
             try:
                 self.smaller(found[-1])
@@ -162,7 +171,7 @@ class Proof:
         if first:
             found = [n for n in found[:-1] if self.builds(n)] + found[-1:]
         if not found:
-            raise Unproven(first or f"{units} in {groups} groups cannot be fewer", 2)
+            raise Unproven(first or f"{units} in {groups} groups cannot be fewer (at least {max(groups, self.count.least)})", 2)
         return found
 
     def builds(self, units: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,20 @@ def read(config: Any, name: str) -> Any:
     own, last = _inside(config, name), name.rpartition(".")[2]
     fields = own.to_dict() if isinstance(own, PreTrainedConfig) else own or {}
     return fields.get(canonical(own, last))
+
+
+def with_fields(config: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedConfig:
+    """A copy of the decoder's config with other values."""
+    text = config.get_text_config(decoder=True)
+    changed = copy.copy(text)
+    for name, value in values.items():
+        *outer, last = name.split(".")
+        inner = changed
+        for part in outer[text is not config and _inside(config, f"{outer[0]}.") is text :] if outer else ():
+            setattr(inner, part, copy.copy(getattr(inner, part)))
+            inner = getattr(inner, part)
+        setattr(inner, last, value)
+    return changed
 
 
 def fields_of(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

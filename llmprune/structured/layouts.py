@@ -5,7 +5,7 @@ Shapes: U = units, K = places of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmprune.model.families.table import Scale
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.structured.counted import Count
-from llmprune.structured.spaces import Axis, Reader, Space, places
+from llmprune.structured.spaces import Axis, Reader, Space, places, tensors_of
 from llmprune.structured.trial import Unproven
 
 
@@ -67,13 +67,14 @@ def check_channels(blocks: Sequence[nn.Module], shrunk: Sequence[Sequence[Shrunk
                 raise Unproven(f"{s.name} is cut too", 3)
 
 
-def layouts(count: Count, blocks: Sequence[nn.Module], shrunk: Sequence[Sequence[Shrunk]]) -> Iterator[Layout]:
-    """The possible layouts, the likeliest first."""
+def layouts(count: Count, blocks: Sequence[nn.Module], shrunk: Sequence[Sequence[Shrunk]], runs: bool = False) -> Iterator[Layout]:
+    """The possible layouts, the likeliest first. runs: the places of a unit are neighbours everywhere."""
     every = dict.fromkeys(s for found in shrunk for s in found)
     read = [s.each for block, found in zip(blocks, shrunk, strict=True) for s in found if _reads(s, _stacked(block))]
     size = max(1, min(read, default=1) // count.heads)
-    options = {s: [(start, runs) for runs in _runs(s.each, size, count.heads) for start in dict.fromkeys((0, s.rest))] for s in every}
-    for scaled in (False, True):
+    found = {s: [(s.each,)] if runs else _runs(s.each, size, count.heads) for s in every}
+    options = {s: [(start, widths) for widths in found[s] for start in dict.fromkeys((0, s.rest))] for s in every}
+    for scaled in (False, True)[: 2 - runs]:
         for chosen in product(*options.values()):
             yield Layout(dict(zip(options, chosen, strict=True)), scaled)
 
@@ -121,6 +122,36 @@ def spaces_of_block(
                 tuple(_scales(mine, matrices)) if layout.scaled else (),
                 legal,
             )
+
+
+def expert_spaces(block: nn.Module, shrunk: Sequence[Shrunk], layout: Layout, count: Count, legal: tuple[int, ...]) -> Iterator[Space]:
+    """A space for every module of nothing but stacks of experts, with the router whose path is most like its own. Raises Unproven where there is
+    none, or experts shrink in another dimension too.
+    """
+    matrices = _stacked(block)
+    stacks = {name for ms in matrices.values() for m in ms if m.expert is not None for name in (m.parameter, m.bias)}
+    inside, routers = ([s for s in shrunk if (s.name in stacks) is there] for there in (True, False))
+    if not inside and any("expert" in s.name for s in routers):
+        raise Unproven("its experts are not in stacks", 3)
+    if shrunk and not (inside and any(s.name in matrices for s in routers)):
+        raise Unproven("no stack of experts shrinks with a router", 3)
+    if several := next((s.name for s in inside if s.dim), None):
+        raise Unproven(f"{several} is cut along another dimension than its experts", 3)
+    modules = list(dict.fromkeys(_only(s.name, block, stacks) for s in inside))
+    for module in modules:
+        mine = [s for s in inside if s.name.startswith(f"{module}.")]
+        mine += [s for s in routers if module == max(modules, key=lambda m: _common(m, s.name))]
+        axes = tuple(Axis(s.name, s.dim, layout.index_UK(s, count.units)) for s in mine)
+        yield Space("experts", module, count.units, axes, (), count.groups, count.fields, count.least, legal=legal)
+
+
+def _only(parameter: str, block: nn.Module, names: Collection[str]) -> str:
+    """The path of the largest module that holds a parameter, and none besides ``names``."""
+    held = tensors_of(block)
+    path = parameter.rpartition(".")[0]
+    while (parent := path.rpartition(".")[0]) and all(name in names for name in held if name.startswith(f"{parent}.")):
+        path = parent
+    return path
 
 
 def _scales(shrunk: Sequence[Shrunk], matrices: dict[str, list[Matrix]]) -> Iterator[Scale]:

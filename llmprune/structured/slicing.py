@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, block_matrices
+from llmprune.structured.fields import with_fields
 from llmprune.structured.spaces import Axis, Space, check_keep, tensors_of
 
 Keeps = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ def mask_block(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> None:
     for space in _cut(spaces, keeps):
         if space.pattern == "experts":
             raise RequestError(f"{space.name}: zeros do not keep a router from choosing experts", "cut them out, or keep them")
-        dropped_N = _dropped(space, keeps[space.name])
+        dropped_N = dropped_units(space, keeps[space.name])
         for axis in _axes(space, matrices):
             tensor = tensors[axis.parameter].data
             tensor = tensor if axis.expert is None else tensor[axis.expert]
@@ -112,13 +112,7 @@ def empty_block(block: nn.Module, config: PreTrainedConfig, index: int, spaces: 
 
 def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> PreTrainedConfig:
     """A copy of a config with the sizes of one block."""
-    own = copy.copy(config)
-    for field, value in sizes(spaces, keeps).items():
-        setattr(own, field, value)
-    for space in _cut(spaces, keeps):
-        for field, fixed in space.fixed:
-            setattr(own, field, fixed)
-    return own
+    return with_fields(config, sizes(spaces, keeps) | {name: value for space in _cut(spaces, keeps) for name, value in space.fixed})
 
 
 def widened(space: Space, keep_K: Tensor, count: int) -> Tensor:
@@ -143,7 +137,7 @@ def _rescale(tensor: Tensor, factor: float, offset: float) -> None:
     tensor.copy_((exact + offset) * factor - offset)
 
 
-def _dropped(space: Space, keep_K: Tensor) -> Tensor:
+def dropped_units(space: Space, keep_K: Tensor) -> Tensor:
     dropped = torch.ones(space.units, dtype=torch.bool)
     dropped[keep_K.cpu()] = False
     return dropped.nonzero().flatten()
@@ -166,7 +160,7 @@ def _expert(space: Space) -> int | None:
 
 
 def _dropped_experts(spaces: Sequence[Space], keeps: Keeps) -> set[int]:
-    return {int(e) for space in spaces if space.pattern == "experts" and space.name in keeps for e in _dropped(space, keeps[space.name])}
+    return {int(e) for space in spaces if space.pattern == "experts" and space.name in keeps for e in dropped_units(space, keeps[space.name])}
 
 
 @dataclass(frozen=True)
@@ -183,7 +177,7 @@ class _Kept:
         for space in _cut(spaces, keeps):
             if _expert(space) in dropped:
                 continue
-            dropped_N = _dropped(space, keeps[space.name])
+            dropped_N = dropped_units(space, keeps[space.name])
             for axis in _axes(space, matrices):
                 size = tensors[axis.parameter].shape[axis.dim + (axis.expert is not None)]
                 mask = masks.setdefault((axis.parameter, axis.expert, axis.dim), torch.ones(size, dtype=torch.bool))

@@ -20,7 +20,7 @@ from llmprune.model.families.table import HEADS, Cut, Family, Part, Residual, Sc
 from llmprune.model.matrices import Matrix, block_matrices
 
 PATTERNS = ("channels", "heads", "kv-groups", "experts", "kernel", "layers", "hidden")
-DERIVED = ("channels", "heads", "kv-groups", "layers")  # where an architecture has no table
+DERIVED = ("channels", "heads", "kv-groups", "experts", "layers")  # where an architecture has no table
 ROUNDED = ("channels", "kernel", "hidden")
 WITHOUT = {
     "channels": "its config cannot express a number of FFN channels",

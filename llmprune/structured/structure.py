@@ -223,8 +223,9 @@ def structure_of(
         require_layers(model, paths)
     parent = paths[0].rpartition(".")[0]
     spaces, cut, numbers, others = model_spaces(model, parent, patterns), {}, [], []
-    if not uniform and not padded:
-        require_buildable(model, parent, spaces)
+    several = not uniform and not padded
+    if several or pattern == "experts":
+        require_buildable(model, parent, spaces, several)
     for index, path in enumerate(paths):
         block = model.get_submodule(path)
         numbers.append(sum(t.numel() for t in tensors_of(block).values()))

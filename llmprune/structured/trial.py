@@ -13,7 +13,8 @@ from llmprune.errors import RequestError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import block_matrices
 from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
-from llmprune.structured.slicing import mask_block, slice_parameters
+from llmprune.structured.routed import Calls, unrouted
+from llmprune.structured.slicing import Keeps, mask_block, slice_parameters
 from llmprune.structured.spaces import Space, tensors_of
 
 TOKENS = 12  # of the window that a proof runs
@@ -52,7 +53,7 @@ class Trial:
         """What is wrong with the spaces of one block; nothing where its smaller block computes what it does beside zeros."""
         block, cut = (walk.blocks[index] for walk in self.walks)
         fill(block, self.generator)
-        full = self.run(0, index)
+        full = self.scored(index, spaces) if pattern == "experts" else self.run(0, index)
         if pattern == "channels" and self.is_linear(index, block, spaces, full):
             return "nothing but products lies between the matrices"
         whole = {name: t.clone() for name, t in block.state_dict().items()}
@@ -62,10 +63,7 @@ class Trial:
                 cut.load_state_dict(slice_parameters(block, spaces, keeps), assign=True)
             except RuntimeError as error:
                 return f"the smaller block is another ({str(error).splitlines()[-1].strip()[:100]})"
-            mask_block(block, [replace(s, axes=()) for s in spaces], keeps)
-            unread = self.run(0, index)
-            mask_block(block, spaces, keeps)
-            masked = self.run(0, index)
+            unread, masked = self.without_experts(index, spaces, keeps) if pattern == "experts" else self.beside_zeros(index, spaces, keeps)
             wrong = self.apart(masked, self.run(1, index), full)
             if not any(s.scales for s in spaces) and float((masked - unread).abs().max()) > EXACT * float(masked.abs().max()):
                 wrong = wrong or "other units change with those that are dropped"
@@ -75,6 +73,33 @@ class Trial:
         for emptied in (block, cut):
             emptied.load_state_dict({name: p.to("meta") for name, p in emptied.named_parameters()}, strict=False, assign=True)
         return wrong
+
+    def beside_zeros(self, index: int, spaces: Sequence[Space], keeps: Keeps) -> tuple[Tensor, Tensor]:
+        """Outputs of the block when nothing reads the dropped units, and with zeros in their place."""
+        block = self.walks[0].blocks[index]
+        mask_block(block, [replace(s, axes=()) for s in spaces], keeps)
+        unread = self.run(0, index)
+        mask_block(block, spaces, keeps)
+        return unread, self.run(0, index)
+
+    def without_experts(self, index: int, spaces: Sequence[Space], keeps: Keeps) -> tuple[Tensor, Tensor]:
+        """The output of the block when its router chooses only among the kept experts, twice: zeros keep none from being chosen."""
+        with unrouted(self.walks[0].blocks[index], spaces, keeps):
+            masked = self.run(0, index)
+        return masked, masked
+
+    def scored(self, index: int, spaces: Sequence[Space]) -> Tensor:
+        """The output of the block. Raises Unproven where its experts do not run one by one."""
+        block = self.walks[0].blocks[index]
+        for name, tensor in tensors_of(block).items():
+            if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter) and any(name == axis.parameter for s in spaces for axis in s.axes):
+                tensor.copy_(_random(tensor.shape, self.generator))  # biases of the choice
+        for space in spaces:
+            with Calls(block.get_submodule(space.name)) as calls:
+                full = self.run(0, index)
+            if wrong := calls.wrong(space.least):
+                raise Unproven(wrong, 4)
+        return full
 
     @staticmethod
     def apart(masked: Tensor, sliced: Tensor, full: Tensor) -> str:
