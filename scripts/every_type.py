@@ -244,10 +244,10 @@ def check_experts(source: Path, output: Path, report: Any) -> Iterator[str]:
     for block, row in ((b.block, row) for b in report.blocks for row in b.rows if row.kept is not None):
         gone = [e for e in range(row.units) if e not in row.kept]
         shrunk = [n for n in mine if n.startswith(f"{block}.") and mine[n].shape != its[n].shape]
-        for name in shrunk:
-            if mine[name].dim() == 2 and len(mine[name]) > 1 and not name.startswith(f"{row.matrix}."):
+        for name in (n for n in shrunk if not n.startswith(f"{row.matrix}.")):
+            if mine[name].dim() == 2 and len(mine[name]) > 1:
                 unchosen.dropped[mine[name].data_ptr()] = gone
-            elif mine[name].dim() < 3:
+            else:
                 mine[name][..., gone] = -math.inf
         if not gone or not shrunk:
             yield f"{block}: no expert is dropped"
