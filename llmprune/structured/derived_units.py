@@ -130,6 +130,8 @@ class Proof:
         """The spaces of every block. Raises Unproven where no layout of the units gives a smaller block like the block beside zeros."""
         counts = self.legal()
         most, fewer = counts[-1], counts[(len(counts) - 1) // 2]
+        if self.pattern == "experts":
+            fewer = min(fewer, 2 * self.count.least)
         smaller = self.smaller(most)
         shrunk = self.shrunk(smaller, most)
         if fewer != most:

@@ -29,7 +29,7 @@ def unrouted(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> Iterato
     """
     tensors, logits = tensors_of(block), {}
     for space in spaces:
-        for axis in beside_stack(space):
+        for axis in (axis for axis in space.axes if not in_stack(space, axis)):  # of the router's matrix, and of vectors beside it
             tensor, places = tensors[axis.parameter], axis.index_UK[dropped_units(space, keeps[space.name])].flatten()
             if is_router(tensor):
                 logits[tensor.data_ptr()] = places
@@ -39,9 +39,9 @@ def unrouted(block: nn.Module, spaces: Sequence[Space], keeps: Keeps) -> Iterato
         yield
 
 
-def beside_stack(space: Space) -> list[Axis]:
-    """The axes of experts outside their stack: of the router's matrix, and of vectors beside it."""
-    return [axis for axis in space.axes if not axis.parameter.startswith(f"{space.name}.")]
+def in_stack(space: Space, axis: Axis) -> bool:
+    """Whether an axis of a space of experts lies in their stack."""
+    return axis.parameter.startswith(f"{space.name}.")
 
 
 def is_router(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from llmprune.errors import RequestError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import block_matrices
 from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
-from llmprune.structured.routed import Calls, unrouted
+from llmprune.structured.routed import Calls, in_stack, unrouted
 from llmprune.structured.slicing import Keeps, mask_block, slice_parameters
 from llmprune.structured.spaces import Space, tensors_of
 
@@ -52,11 +52,12 @@ class Trial:
     def differs(self, index: int, spaces: Sequence[Space], fewer: int, pattern: str) -> str:
         """What is wrong with the spaces of one block; nothing where its smaller block computes what it does beside zeros."""
         block, cut = (walk.blocks[index] for walk in self.walks)
-        fill(block, self.generator)
+        stacks = {a.parameter for s in spaces for a in s.axes if pattern == "experts" and in_stack(s, a)}
+        fill(block, self.generator, stacks)
         full = self.scored(index, spaces) if pattern == "experts" else self.run(0, index)
         if pattern == "channels" and self.is_linear(index, block, spaces, full):
             return "nothing but products lies between the matrices"
-        whole = {name: t.clone() for name, t in block.state_dict().items()}
+        whole = {name: t.clone() for name, t in block.state_dict().items() if name not in stacks}
         for first in (True, False):  # the first units of each group would tell groups that are not known
             keeps = {s.name: self.some(s, fewer, first) for s in spaces}
             try:
@@ -67,7 +68,7 @@ class Trial:
             wrong = self.apart(masked, self.run(1, index), full)
             if not any(s.scales for s in spaces) and float((masked - unread).abs().max()) > EXACT * float(masked.abs().max()):
                 wrong = wrong or "other units change with those that are dropped"
-            block.load_state_dict(whole)
+            block.load_state_dict(whole, strict=False)
             if wrong:
                 break
         for emptied in (block, cut):
@@ -91,9 +92,9 @@ class Trial:
     def scored(self, index: int, spaces: Sequence[Space]) -> Tensor:
         """The output of the block. Raises Unproven where its experts do not run one by one."""
         block = self.walks[0].blocks[index]
-        for name, tensor in tensors_of(block).items():
-            if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter) and any(name == axis.parameter for s in spaces for axis in s.axes):
-                tensor.copy_(_random(tensor.shape, self.generator))  # biases of the choice
+        cut, buffers = {axis.parameter for space in spaces for axis in space.axes}, dict(block.named_buffers())
+        for name in (name for name in buffers if name in cut):  # biases of the choice
+            buffers[name].copy_(_random(buffers[name].shape, self.generator))
         for space in spaces:
             with Calls(block.get_submodule(space.name)) as calls:
                 full = self.run(0, index)
@@ -138,9 +139,10 @@ class Trial:
         return same
 
 
-def fill(block: nn.Module, generator: torch.Generator) -> None:
-    """Random parameters."""
-    block.load_state_dict({name: _random(p.shape, generator) for name, p in block.named_parameters()}, strict=False, assign=True)
+def fill(block: nn.Module, generator: torch.Generator, stacks: Collection[str] = ()) -> None:
+    """Random parameters. Those of ``stacks`` overlap in memory: a stack of different experts takes no more than one row, one column and one each."""
+    values = {name: (_overlapping if name in stacks else _random)(p.shape, generator) for name, p in block.named_parameters()}
+    block.load_state_dict(values, strict=False, assign=True)
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -149,10 +151,15 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
 
+def _overlapping(shape: torch.Size, generator: torch.Generator, scaled: bool = True) -> Tensor:
+    few = torch.randn(sum(shape) + 1, generator=generator) * (shape[-1] ** -0.5 if scaled else 1)
+    return few.as_strided(shape, (1,) * len(shape))
+
+
 def fill_outside(model: PreTrainedModel, path: str, generator: torch.Generator) -> None:
     """Parameters outside the blocks whose rows overlap in memory, so that an embedding takes no more than one row and one column."""
     for name, parameter in list(model.named_parameters()):
         if not name.startswith(f"{path}."):
             parent, _, last = name.rpartition(".")
-            few = torch.randn(sum(parameter.shape) + 1, generator=generator)
-            setattr(model.get_submodule(parent), last, nn.Parameter(few.as_strided(parameter.shape, (1,) * parameter.dim()), requires_grad=False))
+            few = _overlapping(parameter.shape, generator, scaled=False)
+            setattr(model.get_submodule(parent), last, nn.Parameter(few, requires_grad=False))
