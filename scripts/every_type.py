@@ -54,6 +54,7 @@ from llmprune.errors import LlmpruneError
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.export.reload import Loaded, Reloader, loaded
 from llmprune.run.prepare import open_stream
+from llmprune.structured.spaces import WITHOUT
 
 WRAPPERS = "## Vision-language wrappers"
 SAID = """Of an image-text model the text decoder is pruned, calibrated and measured on text; towers and projectors are neither loaded nor changed.
@@ -280,7 +281,7 @@ def outcome(source: Path, output: Path, pattern: str) -> str:
     try:
         report = llmprune.prune(source, calibration=windows(), output=str(output), accept_damage=True, **PATTERNS[pattern])
     except LlmpruneError as error:
-        return f"refused: {error.message}"
+        return "none" if error.message.endswith(WITHOUT["experts"]) else f"refused: {error.message}"
     except Exception as error:
         return f"traceback: {place_of(error)}"
     try:
@@ -343,13 +344,14 @@ def counts(results: dict[str, dict[str, str]], patterns: list[str]) -> list[str]
     lines = [f"{len(results)} types, {len(tried)} could be made tiny (transformers {transformers.__version__})"]
     for pattern in patterns:
         kinds = Counter(found.get(pattern, "traceback").partition(":")[0] for found in tried)
-        lines.append(f"{pattern}: " + ", ".join(f"{kinds[kind]} {kind}" for kind in ("works", "refused", "wrong", "traceback")))
+        said = ", ".join(f"{kinds[kind]} {kind}" for kind in ("works", "refused", "wrong", "traceback"))
+        lines.append(f"{pattern}: {said}" + (f" ({kinds['none']} have no {pattern})" if kinds["none"] else ""))
     return lines
 
 
 def table(results: dict[str, dict[str, str]], patterns: list[str], wrappers: bool = False) -> str:
     rows = [[f"`{t}`", *(found.get(p, found.get("-", "")).partition(":")[0] for p in patterns)] for t, found in results.items()]
-    why = [f"- `{t}`, {p}: {said}" for t, found in results.items() for p, said in found.items() if said != "works"]
+    why = [f"- `{t}`, {p}: {said}" for t, found in results.items() for p, said in found.items() if said not in ("works", "none")]
     made = f"`python scripts/every_type.py {'--wrappers ' * wrappers}--patterns {','.join(patterns)} --table docs/models.md`"
     lines = [f"{WRAPPERS}\n\n{SAID}" if wrappers else "# Models", ""]
     lines += [f"Every {'wrapper' if wrappers else 'causal-LM'} type of transformers, tiny, random, pruned and checked; made by {made}.", ""]

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmprune.model.blocks import find_blocks
 from llmprune.structured.slicing import mask_block
-from llmprune.structured.spaces import PATTERNS, Space, all_spaces, outer_space, refusal, spaces_of
+from llmprune.structured.spaces import PATTERNS, Space, all_spaces, outer_space, refusal, spaces_of, tensors_of
 
 NAMES = [
     "llama",
@@ -118,16 +118,21 @@ class _Unrouted(TorchFunctionMode):
 
 
 @contextmanager
-def without_experts(model: Any, keeps: list[dict[str, Tensor]]) -> Iterator[None]:
+def without_experts(model: Any, keeps: list[dict[str, Tensor]], spaces: Any = None) -> Iterator[None]:
+    """No token can choose the dropped experts; ``spaces`` of each block: those of the family's table when omitted. Vectors beside the routers are
+    changed for good.
+    """
     dropped = {}
     for i, block in enumerate(blocks_of(model)):
-        for space in spaces_of(model.config, i, block, "experts"):
-            gone = [e for e in range(space.units) if e not in keeps[i][space.name].tolist()]
-            router = next(a.parameter for a in space.axes if a.parameter in ("mlp.gate.weight", "mlp.router.weight"))
-            dropped[block.get_parameter(router).data_ptr()] = torch.tensor(gone, dtype=torch.long)
-            for name, buffer in block.named_buffers():
-                if name == "mlp.gate.e_score_correction_bias":  # added to the sigmoid of the logits, which is 0 there
-                    buffer[gone] = float("-inf")
+        tensors = tensors_of(block)
+        for space in spaces_of(model.config, i, block, "experts") if spaces is None else spaces[i]:
+            gone = torch.tensor([e for e in range(space.units) if e not in keeps[i][space.name].tolist()], dtype=torch.long)
+            for axis in (a for a in space.axes if not a.parameter.startswith(f"{space.name}.")):
+                tensor = tensors[axis.parameter]
+                if tensor.dim() == 2 and len(tensor) > 1:
+                    dropped[tensor.data_ptr()] = gone
+                else:  # added to the scores of the choice
+                    tensor.data.index_fill_(axis.dim, gone, float("-inf"))
     with _Unrouted(dropped):
         yield
 
