@@ -58,7 +58,7 @@ def fields_of(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         if isinstance(value, dict):
             if name not in NOT_SIZES:
                 yield from fields_of(value, f"{prefix}{name}.")
-        elif not name.startswith("_"):
+        elif isinstance(name, str) and not name.startswith("_"):  # some are tables by number
             yield f"{prefix}{name}", value
 
 

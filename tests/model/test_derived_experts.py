@@ -19,6 +19,7 @@ from llmprune.model.blocks import find_blocks
 from llmprune.model.families.lookup import TABLES
 from llmprune.structured import counted
 from llmprune.structured.derived_units import derived_spaces
+from llmprune.structured.fields import fields_of
 from llmprune.structured.spaces import refusal
 
 GROUPS = FAMILIES["deepseek_v3"][1] | {"num_key_value_heads": 2, "n_shared_experts": 1, "head_dim": 8}
@@ -118,3 +119,8 @@ def test_a_dense_model_is_told_so_before_any_work(tmp_path: Any) -> None:
     assert "no table of its structure, so only channels, heads, kv-groups, experts, layers can be cut" in str(
         refusal(CONFIG_MAPPING["phi"](**BASE), "hidden")
     )
+
+
+def test_tables_by_number_in_a_config_are_no_fields() -> None:
+    """Aria's has one from patches to queries."""
+    assert list(fields_of({"text_config": {"num_experts": 4, "patches": {1225: 128}}, "top": 1})) == [("text_config.num_experts", 4), ("top", 1)]
