@@ -24,6 +24,7 @@ from llmprune.structured.slicing import empty_block, slice_parameters, widened
 from llmprune.structured.spaces import WITHOUT, Space, all_spaces
 from llmprune.structured.trial import Trial, Unproven
 
+NO_FIELD = "no field of its config counts them"
 NONE = dict.fromkeys(("heads", "kv-groups"), "no field of its config gives fewer heads of the same size") | {"experts": WITHOUT["experts"]}
 LAYOUTS = 16  # that are tried for one field
 
@@ -51,9 +52,15 @@ def derived_spaces(model: PreTrainedModel, path: str, pattern: str) -> list[tupl
                 block.extend(more)
     if not proved:
         last = max(failed, key=lambda error: error.step, default=None)
-        why = str(last) if last is not None and last.step else NONE.get(pattern, "no field of its config counts them")
+        why = str(last) if last is not None and last.step else _uncounted(model, path, pattern)
         raise RequestError(f"{model.config.model_type} cannot be cut by {pattern}: {why}", "its weights can be pruned without a structured pattern")
     return [tuple(block) for block in found]
+
+
+def _uncounted(model: PreTrainedModel, path: str, pattern: str) -> str:
+    """Why there is no field to try."""
+    there = pattern == "experts" and any("expert" in name for name in shapes(model.get_submodule(path)))
+    return NO_FIELD if there else NONE.get(pattern, NO_FIELD)
 
 
 def model_spaces(model: PreTrainedModel, path: str, patterns: Sequence[str]) -> list[tuple[Space, ...]]:

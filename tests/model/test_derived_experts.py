@@ -95,6 +95,12 @@ def test_groups_that_are_not_known_are_not_proved(monkeypatch: pytest.MonkeyPatc
         derived_spaces(model_of("glm4_moe", GROUPS), "model.layers", "experts")
 
 
+def test_experts_that_no_field_counts_are_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(counted.COUNTS, "experts", lambda model, path: iter(()))
+    with pytest.raises(RequestError, match="granitemoe cannot be cut by experts: no field of its config counts them"):
+        derived_spaces(model_of(*KINDS["granitemoe"]), "model.layers", "experts")
+
+
 REFUSED = {
     "llama4_text": (FAMILIES["llama4_text"], "not called with hidden states, the chosen experts and their gates"),
     "jetmoe": (("jetmoe", BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}), "not called with hidden states"),
