@@ -15,7 +15,7 @@ from llmprune.errors import RequestError
 from llmprune.export.fewer_layers import fewer_layers
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
-from llmprune.model.skeleton import MODULE, READABLE, own_sizes
+from llmprune.model.skeleton import MODULE, OWN_SIZES, READABLE, own_sizes
 from llmprune.structured.fields import canonical, put, read, stored
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
 from llmprune.structured.spaces import Space, required
@@ -55,7 +55,7 @@ class Export:
     @property
     def per_layer(self) -> dict[int, Sizes]:
         """Sizes of the layers that differ from the config's own; empty for a uniform model."""
-        return {int(layer): sizes for layer, sizes in self.config.get("per_layer_config", {}).items()}
+        return own_sizes(self.config)
 
 
 def export(
@@ -77,7 +77,8 @@ def export(
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
     wanted |= {name for sizes in own_sizes(source).values() for name in sizes}  # of layers that an earlier cut left uneven
-    saved = {name: value for name, value in source.items() if name not in ("auto_map", "per_layer_config", "transformers_weights")}
+    replaced = ("auto_map", "transformers_weights", *((OWN_SIZES,) if own_sizes(source) else ()))
+    saved = {name: value for name, value in source.items() if name not in replaced}
     saved |= fewer_layers(source, model, path, kept)
     for name, value in fixed.items():
         put(saved, config, name, value)
@@ -164,6 +165,8 @@ def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why
 def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, different: dict[int, Sizes]) -> Export:
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     layer, name = type(blocks[0]), type(model).__name__
+    if saved.get(OWN_SIZES):
+        raise RequestError(f"{model.config.model_type}: its own config has sizes of single layers already", "use --uniform, or --pad")
     count = 1 + len({tuple(sorted(sizes.items())) for sizes in different.values()})
     family = family_of(model.config)
     renaming = RENAMING.format(model=name) if family and family.named_by_class else ""
@@ -171,7 +174,7 @@ def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, differ
     saved |= {
         "architectures": [f"Pruned{name}"],
         "auto_map": {"AutoModelForCausalLM": f"{MODULE}.Pruned{name}"},
-        "per_layer_config": {str(i): sizes for i, sizes in different.items()},
+        OWN_SIZES: {str(i): sizes for i, sizes in different.items()},
     }
     if any(HEADS in sizes for sizes in different.values()):
         saved[READABLE] = True

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmprune.errors import RequestError
 from llmprune.export.config import READABLE, Export, export
 from llmprune.model.blocks import find_blocks
-from llmprune.model.skeleton import build_skeleton
+from llmprune.model.skeleton import OWN_SIZES, build_skeleton
 from llmprune.structured.derived_units import named_spaces
 from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
 from llmprune.structured.spaces import Space, outer_space
@@ -68,7 +68,8 @@ def empty_model(
     kept: Sequence[int],
 ) -> PreTrainedModel:
     """A model of the exported sizes without weights (parameters on the meta device); ``model`` may be without weights too."""
-    uniform = {name: value for name, value in exported.config.items() if name not in ("auto_map", "per_layer_config")}
+    replaced = ("auto_map", OWN_SIZES) if exported.per_layer else ("auto_map",)
+    uniform = {name: value for name, value in exported.config.items() if name not in replaced}
     smaller = build_skeleton(uniform, model.dtype)
     if not exported.per_layer:
         return smaller
@@ -78,7 +79,7 @@ def empty_model(
         if keeps[old]:
             own[new] = empty_block(blocks[old], smaller.config, new, spaces[old], keeps[old])
     smaller.config.update({"auto_map": exported.config["auto_map"], "architectures": exported.config["architectures"]})
-    smaller.config.per_layer_config = exported.config["per_layer_config"]
+    smaller.config.per_layer_config = exported.config[OWN_SIZES]
     smaller.config.allow_global_per_layer_attribute_access = True
     return smaller
 

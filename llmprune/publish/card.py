@@ -168,7 +168,7 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
 def loading(folder: Path, whole: bool) -> str:
     """whole: a vision-language model, with all of its parts."""
     auto = "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
-    own = "per_layer_config" in read_json(folder / "config.json")  # else transformers knows the class, whatever code lies beside it
+    own = read_json(folder / "config.json").keys() >= {"auto_map", "per_layer_config"}  # else transformers knows the class
     trust = ", trust_remote_code=True" if own else ""
     said = "\n\nThe model's class is a file in this folder, and `trust_remote_code=True` runs it: read it first." if own else ""
     return (
