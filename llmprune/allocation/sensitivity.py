@@ -2,6 +2,8 @@
 Fisher information lam_r (the K-FAC approximation of the loss), sum_r lam_r (w - v)_r H (w - v)_r^T, gives a curve; of all ratios that meet the budget
 those with the least sum of errors are taken, exactly: the curves are convex except for noise, which their lower hull removes.
 
+For experts the curve is the relative squared error of a block's output without its least ones (ratios/dropped_experts.py).
+
 Error curves and a Lagrangian as in Frantar and Alistarh, SPDY, https://arxiv.org/abs/2201.13096; the error as in Martens and Grosse, K-FAC,
 https://arxiv.org/abs/1503.05671
 """
@@ -47,7 +49,9 @@ class Sensitivity:
 
 
 def _at(ratio: float, ratios_K: Tensor, losses_K: Tensor) -> float:
-    """The error at a ratio, linear between two measured ones."""
+    """The error at a ratio, linear between two measured ones, or at the only one."""
+    if len(ratios_K) == 1:
+        return float(losses_K[0])
     k = min(max(1, int(torch.searchsorted(ratios_K, ratio))), len(ratios_K) - 1)
     share = (ratio - float(ratios_K[k - 1])) / float(ratios_K[k] - ratios_K[k - 1])
     return float(losses_K[k - 1] + share * (losses_K[k] - losses_K[k - 1]))

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
 from llmprune.export.fewer_layers import fewer_layers
+from llmprune.model.blocks import ROUTER_LOGITS
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.model.skeleton import MODULE, OWN_SIZES, READABLE, own_sizes
@@ -76,7 +77,7 @@ def export(
         required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
-    wanted |= {name for sizes in own_sizes(source).values() for name in sizes}  # of layers that an earlier cut left uneven
+    wanted |= _left_uneven(source, config, spaces)
     replaced = ("auto_map", "transformers_weights", *((OWN_SIZES,) if own_sizes(source) else ()))
     saved = {name: value for name, value in source.items() if name not in replaced}
     saved |= fewer_layers(source, model, path, kept)
@@ -88,7 +89,7 @@ def export(
         put(saved, config, name, _shared(config, name, layers, varied))
     different = {i: own for i, sizes in enumerate(layers) if (own := _own(config, saved, sizes))}
     if different:
-        return _each_layer(saved, model, path, different)
+        return _each_layer(saved, model, path, different, _without_loss(saved, config, spaces, different))
     return _uniform(saved, config)
 
 
@@ -119,6 +120,12 @@ def _fields(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> tuple[
     """The config fields that any cut touches, and those to write out with them."""
     cut = [space for layer, keep in zip(spaces, keeps, strict=True) for space in layer if space.name in keep]
     return {name for space in cut for name, _ in space.config}, {name: value for space in cut for name, value in space.fixed}
+
+
+def _left_uneven(source: dict[str, Any], config: PreTrainedConfig, spaces: Sequence[Sequence[Space]]) -> set[str]:
+    """The config fields of layers that an earlier cut left uneven, by the names that spaces have for them."""
+    names = {canonical(config, name): name for layer in spaces for space in layer for name, _ in space.config}
+    return {names.get(name, name) for sizes in own_sizes(source).values() for name in sizes}
 
 
 def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied: bool) -> int:
@@ -162,7 +169,16 @@ def _substituted(saved: dict[str, Any], config: PreTrainedConfig, kind: str, why
     return Export(named, notes=(f"saved as {kind}, which has the same tensors and the same forward: {why}",))
 
 
-def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, different: dict[int, Sizes]) -> Export:
+def _without_loss(saved: dict[str, Any], config: PreTrainedConfig, spaces: Sequence[Sequence[Space]], different: dict[int, Sizes]) -> tuple[str, ...]:
+    """Routers' logits are not returned where layers differ in experts: the balancing loss joins those of all layers. Notes about that."""
+    counts = {canonical(config, name) for layer in spaces for space in layer if space.pattern == "experts" for name, _ in space.config}
+    if not any(counts & sizes.keys() for sizes in different.values()) or not config.to_dict().get(ROUTER_LOGITS):
+        return ()
+    saved[ROUTER_LOGITS] = False
+    return (f"{ROUTER_LOGITS} is off: the balancing loss cannot join routers of different sizes",)
+
+
+def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, different: dict[int, Sizes], notes: tuple[str, ...] = ()) -> Export:
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     layer, name = type(blocks[0]), type(model).__name__
     if saved.get(OWN_SIZES):
@@ -179,4 +195,4 @@ def _each_layer(saved: dict[str, Any], model: PreTrainedModel, path: str, differ
     if any(HEADS in sizes for sizes in different.values()):
         saved[READABLE] = True
     note = f"layers of different sizes: load with trust_remote_code=True, which runs {MODULE}.py beside the weights"
-    return Export(saved, {f"{MODULE}.py": code}, (note,))
+    return Export(saved, {f"{MODULE}.py": code}, (note, *notes))

@@ -23,6 +23,7 @@ from llmprune.model.carried import Call, Rest, only_from, with_names
 from llmprune.model.wrappers import is_wrapper, others
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
+ROUTER_LOGITS = "output_router_logits"
 WIDEST = 3  # values that a block may return
 # why a walk fails, the most telling first
 MORE = "its blocks hand on more than hidden states"
@@ -109,6 +110,19 @@ def _surrounded(blocks: nn.ModuleList, around: Callable[[int], AbstractContextMa
             del block.forward
             if own is not None:
                 block.forward = own
+
+
+@contextmanager
+def _logits_alone(model: PreTrainedModel) -> Iterator[None]:
+    """A model whose config asks for its routers' balancing loss gives its logits alone: blocks that do not run in place leave no router's logits."""
+    asking = [own for own in (model.config, model.config.get_text_config(decoder=True)) if getattr(own, ROUTER_LOGITS, False)]
+    for own in asking:
+        setattr(own, ROUTER_LOGITS, False)
+    try:
+        yield
+    finally:
+        for own in asking:
+            setattr(own, ROUTER_LOGITS, True)
 
 
 class Walk:
@@ -230,13 +244,13 @@ class Walk:
             return _as_returned(out, self.returned or 0, i)
 
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
-        with _replaced(self.blocks, receive):
+        with _replaced(self.blocks, receive), _logits_alone(self.model):
             return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits  # the ids may be where the head is
 
     def forward(self, ids_NL: Tensor, around: Callable[[int], AbstractContextManager[None]]) -> Tensor:
         """[N, L, V]: logits of the model's own forward, which runs each block inside ``around(its number)``."""
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
-        with _surrounded(self.blocks, around):
+        with _surrounded(self.blocks, around), _logits_alone(self.model):
             return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:

@@ -8,15 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WHOLE_MODEL = "which decides for the whole model"
-_REFUSED = dict.fromkeys(("quality", "method", "solver", "polish", "max_ppl_increase", "allocation", "pad"), WHOLE_MODEL)
+_REFUSED = dict.fromkeys(("quality", "method", "solver", "polish", "max_ppl_increase", "pad"), WHOLE_MODEL)
+_SHARED = {"allocation": WHOLE_MODEL}
 _WIDTH = "where every matrix reads or writes the residual channels"
 
 
 @dataclass(frozen=True)
 class Coarse:
     """criteria: names that it can rank by, the default first; ``scores``: also by any criterion of weights. budget: the base of the sparsity.
-    refuses: option -> why. repairs: the kept weights are corrected towards the dense path's outputs. chooses: for the whole model, before the
-    first block, which is a separate record in the journal. pruner: the function that makes its BlockPruner.
+    allocations: names of those that can share the budget out over the layers, the default first; empty: none does. refuses: option -> why.
+    repairs: the kept weights are corrected towards the dense path's outputs. chooses: for the whole model, before the first block, which is a
+    separate record in the journal. pruner: the function that makes its BlockPruner.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Coarse:
     budget: str
     pruner: str
     help: str
+    allocations: tuple[str, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict)
     scores: bool = False
     repairs: bool = True
@@ -39,7 +42,7 @@ COARSE = {
             budget="the layers",
             pruner="llmprune.pruners.layers:layer_pruner",
             help="whole layers, those without which predictions change least (or --criterion block_influence)",
-            refuses=_REFUSED | {"round_to": WHOLE_MODEL},
+            refuses=_REFUSED | _SHARED | {"round_to": WHOLE_MODEL},
         ),
         Coarse(
             "experts",
@@ -47,6 +50,7 @@ COARSE = {
             budget="the experts",
             pruner="llmprune.pruners.experts:expert_pruner",
             help="experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
+            allocations=("uniform", "sensitivity"),
             refuses=_REFUSED | {"round_to": WHOLE_MODEL, "target_latency_ratio": "where a token goes through as many as before"},
             repairs=False,
             chooses=False,
@@ -57,7 +61,7 @@ COARSE = {
             budget="all that they hold",
             pruner="llmprune.pruners.hidden:width_pruner",
             help="residual channels, from every block, the embeddings and the head",
-            refuses=_REFUSED | dict.fromkeys(("target_latency_ratio", "skip", "only"), _WIDTH),
+            refuses=_REFUSED | _SHARED | dict.fromkeys(("target_latency_ratio", "skip", "only"), _WIDTH),
             scores=True,
         ),
     )

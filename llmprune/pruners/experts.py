@@ -1,4 +1,4 @@
-"""Experts: those that add least to the tokens that are routed to them are dropped, equally many in every block.
+"""Experts: those that add least to the tokens that are routed to them are dropped, in every block as many as its ratio says.
 
 Score of an expert: the mean over its tokens of gate weight times ||expert(x)||_2. Lasby et al., REAP the Experts, https://arxiv.org/abs/2510.13999;
 there on the unpruned model, here on the outputs of the blocks already pruned.
@@ -121,14 +121,24 @@ class ExpertPruner:
 
 def choose(flow: Flow, index: int, block: nn.Module, space: Space, name: str, ratio: float, size: int) -> Row:
     """The kept experts of one stack. The outputs of the whole block are left in ``flow.outputs``."""
+    routed = ranked(flow, index, block, space)
+    drop = round(ratio * space.units)
+    kept = tuple(kept_after(routed.score_E, space, drop).tolist())
+    notes = few_tokens([mean.tokens for mean in routed.means]) if drop else ()
+    return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)
+
+
+def ranked(flow: Flow, index: int, block: nn.Module, space: Space) -> Routed:
+    """What each expert of a stack adds to its tokens. The outputs of the whole block are left in ``flow.outputs``."""
     with Routed(block.get_submodule(space.name), space.units) as routed:
         for batch in range(len(flow)):
             flow.outputs[batch] = flow.run(index, block, batch)
-    drop = round(ratio * space.units)
-    keep_E = drop_smallest(routed.score_E.view(space.groups, -1), drop // space.groups).flatten()
-    notes = few_tokens([mean.tokens for mean in routed.means]) if drop else ()
-    kept = tuple(keep_E.nonzero().flatten().tolist())
-    return Row(name, space.units, size // space.units, ratio, 0, None, routed.tokens, notes, None, "experts", space.units, kept, size)
+    return routed
+
+
+def kept_after(score_E: Tensor, space: Space, drop: int) -> Tensor:
+    """Numbers of the experts that are kept when the ``drop`` least are dropped, equally many from each group."""
+    return drop_smallest(score_E.view(space.groups, -1), drop // space.groups).flatten().nonzero().flatten()
 
 
 def few_tokens(tokens_E: list[int]) -> tuple[str, ...]:

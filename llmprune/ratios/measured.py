@@ -13,8 +13,10 @@ from llmprune.maths.budget import on_levels
 from llmprune.maths.linalg import shrink
 from llmprune.methods import build, trait
 from llmprune.model.matrices import Matrix
+from llmprune.pruners.coarse import COARSE
 from llmprune.pruners.matrix import solve_at
 from llmprune.pruners.plan import Plan, Work
+from llmprune.ratios.dropped_experts import expert_errors
 from llmprune.results import Trial
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
@@ -60,7 +62,7 @@ def dense_gradients(
 ) -> LossGradients | None:
     """The loss gradients among ``needs``, of the model before it is pruned; None where there are none."""
     needs &= GRADIENTS
-    if not needs:
+    if not needs or not any(matrices.values()):
         return None
     return loss_gradients(stream, windows_NL if needs & PER_WEIGHT else windows_NL[:FISHER_WINDOWS], matrices, needs, listen)
 
@@ -70,6 +72,10 @@ def measure(work: Work, listen: Listener) -> Measured:
     """The measures of the plan's allocations on the dense model, all in one pass; call it before anything is pruned."""
     looking = {name: a for name, a in allocations(work.plan).items() if a.looks_at != "nothing"}
     measured: Measured = {name: {} for name in looking}
+    structure = work.plan.structure
+    if looking and structure is not None and structure.name in COARSE:
+        levels = {name: thinned(cut.levels) for name, cut in structure.cut.items()}
+        return dict.fromkeys(looking, expert_errors(work.stream, structure, work.windows_NL[:SURVEY_WINDOWS], levels, listen))
     needs = survey_needs(work.plan, list(looking.values()))
     forward = any(a.looks_at != "weights" for a in looking.values())
     flow = Flow(work.stream, work.windows_NL[:SURVEY_WINDOWS]) if forward else None

@@ -234,7 +234,8 @@ class Recipe(BaseModel):
         coarse = COARSE.get(self.pattern)
         if coarse is not None:
             repaired = coarse.repairs and self.target != "symmetric"
-            return Method(self.criterion_name or coarse.criteria[0], "mask_only", "matrix", asymmetric=repaired)
+            ranked = self.criterion_name or coarse.criteria[0]
+            return Method(ranked, "mask_only", "matrix", asymmetric=repaired, allocation=self.allocation or "uniform")
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:

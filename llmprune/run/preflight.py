@@ -24,6 +24,7 @@ from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 
 MOST_UNRECOGNISED = 0.1  # of the blocks' weights: parameters that are not recognised as matrices
+EXACT = 1e-9  # of a share: what rounding leaves
 PAGES = 1 << 20  # approximate bytes of the reports, the card and a run's records of its blocks
 
 
@@ -137,6 +138,7 @@ def check_plan(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]], dt
     check_permute(plan, dtype)
     check_trials(plan, matrices, stream)
     check_biases(plan, stream, matrices)
+    check_reach(plan)
     check_ratios(plan, stream, matrices)
 
 
@@ -157,6 +159,26 @@ def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
     for name, allocation in allocations(plan).items():
         if allocation.looks_at == "nothing":
             share(Work(stream, torch.empty(0), plan, matrices), {}, name)  # no window is read
+
+
+def check_reach(plan: Plan) -> None:
+    """Check that an exact share can be met: by equal numbers only where layers have equally many units, by unequal ones within what they can lose."""
+    structure = plan.structure
+    if structure is None or not structure.exact or not structure.cut:
+        return
+    cuts, name = structure.cut.values(), structure.name
+    if structure.uniform:
+        counts = sorted({cut.space.units for cut in cuts})
+        if name == "experts" and len(counts) > 1:
+            raise RequestError(f"experts in equal numbers: layers have {', '.join(map(str, counts))}", "add --allocation sensitivity")
+        return
+    most = sum(cut.size * cut.levels[-1] for cut in cuts) / structure.weights
+    least = min((cut.size * cut.levels[1] for cut in cuts if len(cut.levels) > 1), default=0) / structure.weights
+    if plan.sparsity > most + EXACT or 0 < plan.sparsity < least - EXACT:
+        raise RequestError(
+            f"{name} at sparsity {plan.sparsity:.4g}: {least:.4g} is the least that can be dropped, {most:.4g} the most",
+            "ask for a share between them",
+        )
 
 
 def share_for(name: str, target: int, total: int, room: int) -> float:

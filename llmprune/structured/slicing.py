@@ -112,7 +112,8 @@ def empty_block(block: nn.Module, config: PreTrainedConfig, index: int, spaces: 
 
 def sized(config: PreTrainedConfig, spaces: Sequence[Space], keeps: Keeps) -> PreTrainedConfig:
     """A copy of a config with the sizes of one block."""
-    return with_fields(config, sizes(spaces, keeps) | {name: value for space in _cut(spaces, keeps) for name, value in space.fixed})
+    own = all_sizes(spaces, keeps)  # an earlier cut may have left this block other sizes than the config's
+    return with_fields(config, own | {name: value for space in _cut(spaces, keeps) for name, value in space.fixed})
 
 
 def widened(space: Space, keep_K: Tensor, count: int) -> Tensor:

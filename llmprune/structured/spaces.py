@@ -172,7 +172,7 @@ class _Layout:
         readers = self.matrices[self.weight(cut.reader.path)] if cut.reader else [None]
         for reader in readers:
             expert = reader.expert if reader else None
-            units = cut.units or (reader.columns if reader else 0)
+            units = self.routed(cut) if cut.pattern == "experts" else cut.units or (reader.columns if reader else 0)
             yield Space(
                 cut.pattern,
                 cut.name if expert is None else f"{cut.name}[{expert}]",
@@ -185,6 +185,10 @@ class _Layout:
                 cut.fixed,
                 tuple(scale for written in cut.scales for scale in self.scales(written)),
             )
+
+    def routed(self, cut: Cut) -> int:
+        """The number of experts that the block's router chooses among: in a result of an earlier cut it may be the layer's own."""
+        return len(self.tensors[self.names(cut.writes[-1].path)[0]])
 
     def stream(self, residual: Residual) -> Space:
         """The residual channels of one block. They must be the same ones in every block, and outside (``outer_space``)."""
