@@ -52,7 +52,7 @@ def prune(
     **options: Any,
 ) -> Report:
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
-    one; the model itself keeps its shape, with zeros (except for layers and experts).
+    one; the model itself keeps its shape, with zeros (except for layers and experts; solver refit scales experts in place).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
     tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. on_progress: called with

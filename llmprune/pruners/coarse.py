@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WHOLE_MODEL = "which decides for the whole model"
-_REFUSED = dict.fromkeys(("quality", "method", "solver", "polish", "max_ppl_increase", "pad"), WHOLE_MODEL)
-_SHARED = {"allocation": WHOLE_MODEL}
+_REFUSED = dict.fromkeys(("quality", "method", "polish", "max_ppl_increase", "pad"), WHOLE_MODEL)
+_SHARED = dict.fromkeys(("allocation", "solver"), WHOLE_MODEL)
 _WIDTH = "where every matrix reads or writes the residual channels"
 
 
 @dataclass(frozen=True)
 class Coarse:
     """criteria: names that it can rank by, the default first; ``scores``: also by any criterion of weights. budget: the base of the sparsity.
-    allocations: names of those that can share the budget out over the layers, the default first; empty: none does. refuses: option -> why.
+    allocations: names of those that can share the budget out over the layers, the default first; empty: none does. solvers: likewise
+    those that repair what is kept. refuses: option -> why.
     repairs: the kept weights are corrected towards the dense path's outputs. chooses: for the whole model, before the first block, which is a
     separate record in the journal. pruner: the function that makes its BlockPruner.
     """
@@ -27,6 +28,7 @@ class Coarse:
     pruner: str
     help: str
     allocations: tuple[str, ...] = ()
+    solvers: tuple[str, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict)
     scores: bool = False
     repairs: bool = True
@@ -51,7 +53,9 @@ COARSE = {
             pruner="llmprune.pruners.experts:expert_pruner",
             help="experts of a mixture that add least to their tokens (router weight times output norm), with their router rows",
             allocations=("uniform", "sensitivity"),
-            refuses=_REFUSED | {"round_to": WHOLE_MODEL, "target_latency_ratio": "where a token goes through as many as before"},
+            solvers=("mask_only", "refit"),
+            refuses=_REFUSED
+            | {"round_to": WHOLE_MODEL, "options": "whose parts have none", "target_latency_ratio": "where a token goes through as many as before"},
             repairs=False,
             chooses=False,
         ),

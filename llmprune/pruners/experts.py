@@ -9,7 +9,7 @@ Shapes: T = tokens, E = experts, P = experts per token, D = hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from llmprune.maths.linalg import drop_smallest
 from llmprune.maths.scores import Mean, routed_norm
+from llmprune.methods import trait
 from llmprune.pruners.block_pruner import PrunedBlock, run_again
+from llmprune.pruners.gate_scale import gate_scale, writers_of
 from llmprune.pruners.plan import Plan, Work
 from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
 from llmprune.structured.spaces import Space
+from llmprune.structured.structure import Cuttable
 from llmprune.types import Listener, Records
 
 FEW = 64  # tokens of an expert, below which its score is uncertain
@@ -107,8 +110,32 @@ class ExpertPruner:
             flow.through(index, block)
             return PrunedBlock((), (), (), ())
         self._show(index, rows)
-        left = self.stream.rebuilt(index, block) if index in self.stream.keeps else block
-        return PrunedBlock(rows, (), (), run_again(flow, None, index, left))
+        if index not in self.stream.keeps:
+            return PrunedBlock(rows, (), (), run_again(flow, None, index, block))
+        changed: list[str] = []
+        if trait(self.plan.solver, "repairs"):
+            rows, changed = self._rescaled(flow, index, block, rows, cuts)
+            clock.lap("solve")
+        return PrunedBlock(rows, changed, changed, run_again(flow, None, index, self.stream.rebuilt(index, block)))
+
+    def _rescaled(self, flow: Flow, index: int, block: nn.Module, rows: list[Row], cuts: dict[str, Cuttable]) -> tuple[list[Row], list[str]]:
+        """(the rows with the scales of their stacks' gates, names of the parameters that these are folded into)."""
+        smaller, changed, noted = self.stream.rebuilt(index, block), list[str](), list[Row]()
+        for row in rows:
+            stack = cuts[row.matrix].space.name
+            if stack not in self.stream.keeps[index]:
+                noted.append(row)
+                continue
+            scale = gate_scale(flow, index, block, smaller, stack)
+            experts = block.get_submodule(stack)
+            names = writers_of(experts, row.matrix, flow.hidden[0].shape[-1])
+            for name in names:
+                weight = experts.get_parameter(name)
+                stored = self.stream.stored_dtype(index, f"{stack}.{name}")
+                weight.data.copy_((weight.data.float() * scale).to(stored))
+            changed += [f"{stack}.{name}" for name in names]
+            noted.append(replace(row, notes=(*row.notes, f"gates scaled by {scale:.4g}, folded into {names[0]}")))
+        return noted, changed
 
     def finish(self, dense: Flow | None, listen: Listener) -> None:
         """Nothing remains to be done."""

@@ -235,7 +235,7 @@ class Recipe(BaseModel):
         if coarse is not None:
             repaired = coarse.repairs and self.target != "symmetric"
             ranked = self.criterion_name or coarse.criteria[0]
-            return Method(ranked, "mask_only", "matrix", asymmetric=repaired, allocation=self.allocation or "uniform")
+            return Method(ranked, str(self.solver or "mask_only"), "matrix", asymmetric=repaired, allocation=self.allocation or "uniform")
         if self.method is not None:
             named = (STRUCTURED_METHODS if self.structured else METHODS)[self.method]
         elif self.criterion is not None or self.solver is not None:

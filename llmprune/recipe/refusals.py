@@ -126,9 +126,13 @@ def check_coarse(recipe: Recipe, mode: Coarse) -> None:
     for name, why in mode.refuses.items():
         if getattr(recipe, name):
             raise RequestError(f"{name} with pattern {mode.name}, {why}", f"leave {name} out")
-    if recipe.allocation is not None and recipe.allocation not in mode.allocations:
-        check_name("allocation", recipe.allocation, names("allocation"))
-        raise RequestError(f"allocation {recipe.allocation!r} with pattern {mode.name}", f"use {' or '.join(reversed(mode.allocations))}")
+    for what, kind, asked, known in (
+        ("allocation", "allocation", recipe.allocation, mode.allocations),
+        ("solver", "solvers", recipe.solver, mode.solvers),
+    ):
+        if asked is not None and asked not in known:
+            check_name(what, str(asked), [*names(kind), *([] if isinstance(asked, str) else [str(asked)])])
+            raise RequestError(f"{what} {str(asked)!r} with pattern {mode.name}", f"use {' or '.join(reversed(known))}")
     if recipe.target == "asymmetric" and not mode.repairs:
         raise RequestError(f"an asymmetric target with pattern {mode.name}, which repairs nothing", "leave target out")
     if recipe.criterion_name is not None and not (mode.scores and not isinstance(recipe.criterion, str)):

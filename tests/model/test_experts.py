@@ -127,11 +127,13 @@ def test_equal_numbers_are_as_they_were(tmp_path: Path) -> None:
         assert (tmp_path / "default" / name).read_bytes() == (tmp_path / "uniform" / name).read_bytes()
 
 
-def test_a_resumed_run_keeps_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("solver", [None, "refit"])
+def test_a_resumed_run_keeps_its_numbers(solver: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are measured once; the end is byte-identical."""
     stored("mixtral", tmp_path / "model")
-    cut(tmp_path / "model", 0.25, "whole")
-    ask = {"model": str(tmp_path / "model"), "sparsity": 0.25, "pattern": "experts", "allocation": "sensitivity", "accept_damage": True}
+    cut(tmp_path / "model", 0.25, "whole", solver=solver)
+    ask = {"pattern": "experts", "allocation": "sensitivity", "solver": solver, "accept_damage": True}
+    ask |= {"model": str(tmp_path / "model"), "sparsity": 0.25}
 
     def stop(step: str, done: int, total: int) -> None:
         if (step, done) == ("prune", 2):
@@ -140,7 +142,7 @@ def test_a_resumed_run_keeps_its_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         run(prepare(read_recipe(None, ask | {"output": str(tmp_path / "out")}), IDS), Listener(progress=stop))
     monkeypatch.setattr("llmprune.ratios.measured.expert_errors", None)
-    report = cut(tmp_path / "model", 0.25)
+    report = cut(tmp_path / "model", 0.25, solver=solver)
     assert report.timings.resumed_blocks == 2
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "out")
     for name in ("model.safetensors", "config.json", "modeling_pruned.py"):
@@ -164,7 +166,40 @@ def test_an_uneven_result_is_cut_again(tmp_path: Path) -> None:
         cut(tmp_path / "out", 0.5, "equal", allocation=None)
 
 
+def stack_outputs(model: Any, index: int) -> Tensor:
+    found: list[Tensor] = []
+    hook = blocks_of(model)[index].mlp.experts.register_forward_hook(lambda experts, args, out: found.append(out))
+    with torch.no_grad():
+        model(IDS)
+    hook.remove()
+    return found[0].double().flatten()
+
+
+@pytest.mark.parametrize("family", often(MIXTURES, "mixtral", "gpt_oss"))
+def test_gates_are_scaled_by_least_squares(family: str, tmp_path: Path) -> None:
+    """The scale of the first mixture, whose inputs are the dense model's, against lstsq on the outputs that hooks see."""
+    model = stored(family, tmp_path / "model")
+    plain = cut(tmp_path / "model", 0.5, "plain", allocation=None)
+    report = cut(tmp_path / "model", 0.5, allocation=None, solver="refit")
+    first = {"deepseek_v3": 1}.get(family, 0)
+    before = reloaded(tmp_path / "plain")
+    with without_loss(model), without_loss(before):
+        whole, kept = stack_outputs(model, first), stack_outputs(before, first)
+    scale = float(torch.linalg.lstsq(kept[:, None], whole[:, None]).solution)
+    after = reloaded(tmp_path / "out")
+    for name, parameter in blocks_of(after)[first].mlp.experts.named_parameters():
+        factor = scale if "down_proj" in name else 1
+        assert torch.allclose(parameter, blocks_of(before)[first].mlp.experts.get_parameter(name) * factor, rtol=1e-4, atol=1e-6)
+    assert [row.kept for row in report.rows][:1] == [row.kept for row in plain.rows][:1]
+    assert any(f"gates scaled by {scale:.3f}"[:-1] in note for note in report.rows[0].notes)
+    again = llmprune.prune(stored(family, tmp_path / "live"), 0.5, "experts", solver="refit", calibration=IDS, accept_damage=True)
+    with without_loss(again.model), without_loss(after):
+        assert float((logits(again.model) - logits(after)).abs().max()) < ROUNDING
+
+
 REFUSED = [
+    (0.25, {"solver": "admm"}, "solver 'admm' with pattern experts; use refit or mask_only"),
+    (0.25, {"solver": "refit", "options": {"damping": 0.1}}, "options with pattern experts, whose parts have none"),
     (0.25, {"allocation": "owl"}, "allocation 'owl' with pattern experts; use sensitivity or uniform"),
     (0.25, {"allocation": "explicit", "ratios": {"experts": 0.25}}, "allocation 'explicit' with pattern experts; use sensitivity or uniform"),
     (0.25, {"allocation": "sensitive"}, "allocation 'sensitive' is unknown"),
