@@ -75,7 +75,7 @@ def measure(work: Work, listen: Listener) -> Measured:
     structure = work.plan.structure
     if looking and structure is not None and structure.name in COARSE:
         levels = {name: thinned(cut.levels) for name, cut in structure.cut.items()}
-        return dict.fromkeys(looking, expert_errors(work.stream, structure, work.windows_NL[:SURVEY_WINDOWS], levels, listen))
+        return dict.fromkeys(looking, expert_errors(work.stream, structure, work.windows_NL, levels, listen))
     needs = survey_needs(work.plan, list(looking.values()))
     forward = any(a.looks_at != "weights" for a in looking.values())
     flow = Flow(work.stream, work.windows_NL[:SURVEY_WINDOWS]) if forward else None
