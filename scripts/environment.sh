@@ -16,3 +16,4 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
+export PYTHONDONTWRITEBYTECODE= # what is imported is compiled once, not by every process again

@@ -3,6 +3,7 @@
 source "$(dirname "$0")/environment.sh"
 ruff check .
 ruff format --check .
-mypy
+mypy & # beside the tests
 export OMP_NUM_THREADS=1 # a core for each of pytest's workers
 python -m pytest -q --numprocesses auto --dist worksteal "$@"
+wait $!

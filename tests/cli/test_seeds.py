@@ -32,7 +32,7 @@ def weights(ask: dict[str, Any], seed: int, folder: Path) -> bytes:
     return (folder / "out" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("draw", often(DRAWS, "shuffle", "permute", "polish", "random"))
+@pytest.mark.parametrize("draw", often(DRAWS, "shuffle", "permute", "random"))
 def test_another_seed_gives_other_bytes(draw: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", torch.float32)
     first, again, other = (weights(DRAWS[draw], seed, tmp_path) for seed in (7, 7, 8))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli.runner import Cli
 from families import save_tiny, tiny_windows
+from often import often
 
 import llmprune
 from llmprune.data.windows import Windows
@@ -19,6 +20,7 @@ from llmprune.types import Listener
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "balanced"]
 SPARSITIES = ["0.3", "0.4", "0.5", "0.6"]
+KILLED: list[tuple[list[str], list[str]]] = [(METHODS[1::2], SPARSITIES[::2]), (METHODS, SPARSITIES)]
 
 
 def asked(small: tuple[object, ...], methods: list[str], sparsities: list[str], patterns: list[str]) -> list[object]:
@@ -26,13 +28,15 @@ def asked(small: tuple[object, ...], methods: list[str], sparsities: list[str], 
     return recipes_of_sweep(None, base, methods, sparsities, patterns)
 
 
-def test_rows_are_those_of_runs_of_their_own(cli: Cli, small: tuple[object, ...]) -> None:
-    words = ("--methods", "wanda,balanced", "--sparsities", "60%", "--patterns", "unstructured,2:4")
+@pytest.mark.parametrize("patterns", often(["unstructured", "unstructured,2:4"], "unstructured"))
+def test_rows_are_those_of_runs_of_their_own(cli: Cli, small: tuple[object, ...], patterns: str) -> None:
+    several = patterns.split(",")
+    words = ("--methods", "wanda,balanced", "--sparsities", "60%", "--patterns", patterns)
     ran = cli("sweep", "--model", "llama", *words, "--output", "table", *small)
     assert ran.code == 0, ran.err
-    assert "4 prunings" in ran.out
+    assert f"{2 * len(several)} prunings" in ran.out
     stored = json.loads(Path("table/sweep.json").read_text())
-    assert [(row["method"], row["pattern"]) for row in stored["rows"]] == [(m, p) for m in ("wanda", "balanced") for p in ("unstructured", "2:4")]
+    assert [(row["method"], row["pattern"]) for row in stored["rows"]] == [(m, p) for m in ("wanda", "balanced") for p in several]
     for number, row in enumerate(stored["rows"]):
         kind = {"method" if row["method"] == "wanda" else "quality": row["method"]}
         share = {} if row["pattern"] == "2:4" else {"sparsity": row["asked"]}
@@ -42,13 +46,15 @@ def test_rows_are_those_of_runs_of_their_own(cli: Cli, small: tuple[object, ...]
         assert row["sparsity"] == alone.sparsity
         assert stored["dense"][0]["value"] == alone.perplexity[0].dense.value
     table = Path("table/sweep.md").read_text()
-    assert table.count("\n| balanced | ") == 2
+    assert table.count("\n| balanced | ") == len(several)
     assert Path("table/sweep.svg").read_text().count("<svg") == 1
-    assert "balanced 2:4" in Path("table/sweep.svg").read_text()
+    assert f"balanced {several[-1]}" in Path("table/sweep.svg").read_text()
 
 
-@pytest.mark.parametrize("sparsities", [SPARSITIES[::2], pytest.param(SPARSITIES, marks=pytest.mark.slow)], ids=["two sparsities", "four sparsities"])
-def test_four_methods_survive_a_kill(cli: Cli, small: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, sparsities: list[str]) -> None:
+@pytest.mark.parametrize(("methods", "sparsities"), often(KILLED, KILLED[0]))
+def test_a_sweep_survives_a_kill(
+    cli: Cli, small: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, methods: list[str], sparsities: list[str]
+) -> None:
     passes = []
     gradients = sweeping.dense_gradients
 
@@ -59,24 +65,24 @@ def test_four_methods_survive_a_kill(cli: Cli, small: tuple[object, ...], monkey
     class Killed(Exception):
         pass
 
-    def killed_after_five(step: str, done: int, total: int) -> None:
-        if (step, done) == ("sweep", 5):
+    def killed_after_three(step: str, done: int, total: int) -> None:
+        if (step, done) == ("sweep", 3):
             raise Killed
 
     monkeypatch.setattr(sweeping, "dense_gradients", counted)
-    rows = asked(small, METHODS, sparsities, ["unstructured"])
+    rows = asked(small, methods, sparsities, ["unstructured"])
     whole = run_sweep(prepare_sweep(rows, Path("whole")))
     assert passes == ["gradients"]
     with pytest.raises(Killed):
-        run_sweep(prepare_sweep(rows, Path("table")), Listener(progress=killed_after_five))
+        run_sweep(prepare_sweep(rows, Path("table")), Listener(progress=killed_after_three))
     assert not Path("table").exists()
     pruned = []
     prune_row = sweeping.prune_row
     monkeypatch.setattr(sweeping, "prune_row", lambda *args: pruned.append(args[1]) or prune_row(*args))
     resumed = run_sweep(prepare_sweep(rows, Path("table")))
-    assert len(pruned) == len(rows) - 5
+    assert len(pruned) == len(rows) - 3
     assert resumed.rows == whole.rows
-    assert len(resumed.rows) == len(rows) == 4 * len(sparsities)
+    assert len(resumed.rows) == len(rows) == len(methods) * len(sparsities)
     assert all(row.sparsity == pytest.approx(row.asked, abs=1e-4) for row in resumed.rows)
     assert not Path("table.partial").exists()
 

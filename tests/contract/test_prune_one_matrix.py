@@ -96,7 +96,7 @@ TIES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_ties_change_no_count(combo: Combo, tie: str) -> None:
     for rows, columns in combo.shapes()[:2]:
         weight_RC, drops = TIES[tie](make_weight(rows, columns)), combo.drops(rows, columns)
-        for inputs_TC, counts in ((make_inputs(columns), drops), (torch.eye(columns, dtype=torch.float64), drops[::3])):
+        for inputs_TC, counts in ((make_inputs(columns), drops[::2]), (torch.eye(columns, dtype=torch.float64), drops[::3])):
             stats = make_stats(combo.needs, inputs_TC)
             for drop in counts:
                 check_promises(combo, combo.run(weight_RC, stats, drop), weight_RC, drop, f"[{rows}, {columns}], {drop} dropped")
@@ -191,12 +191,11 @@ HARD: dict[str, Callable[[int], Tensor]] = {
 @all_combos
 @folded("hard", HARD)
 def test_hard_inputs_are_survived(combo: Combo, hard: str) -> None:
-    for rows, columns in combo.shapes()[:4]:
+    for number, (rows, columns) in enumerate(combo.shapes()[:4]):
         weight_RC, inputs = make_weight(rows, columns), HARD[hard](columns)
-        for sparsity in (0.3, 0.9):
-            drop = combo.pattern.dropped(rows, columns, sparsity)
-            pruned = combo.run(weight_RC, make_stats(combo.needs, inputs), drop)
-            check_promises(combo, pruned, weight_RC, drop, f"[{rows}, {columns}], {drop} dropped")
+        drop = combo.pattern.dropped(rows, columns, (0.3, 0.9)[number % 2])
+        pruned = combo.run(weight_RC, make_stats(combo.needs, inputs), drop)
+        check_promises(combo, pruned, weight_RC, drop, f"[{rows}, {columns}], {drop} dropped")
 
 
 def gram_with_lowest_eigenvalue(lowest: float, columns: int) -> Tensor:
