@@ -12,14 +12,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
-from llmprune.export.fewer_layers import fewer_layers
 from llmprune.model.blocks import ROUTER_LOGITS
 from llmprune.model.families.lookup import family_of
 from llmprune.model.families.table import HEADS, KV_HEADS
 from llmprune.model.skeleton import MODULE, OWN_SIZES, READABLE, own_sizes
+from llmprune.structured.derived import without_layers
 from llmprune.structured.fields import canonical, put, read, stored
 from llmprune.structured.slicing import Keeps, Sizes, all_sizes, widened
-from llmprune.structured.spaces import Space, required
+from llmprune.structured.spaces import Space
 
 # transformers renames the tensors of some models by the name of their class, which differs here
 RENAMING = """from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -73,14 +73,12 @@ def export(
     the kept blocks. Raises RequestError for sizes or layers that no config can express.
     """
     config = model.config
-    if family_of(config) is not None and kept is not None and len(kept) < len(spaces):
-        required(config, "layers")
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
     wanted |= _left_uneven(source, config, spaces)
     replaced = ("auto_map", "transformers_weights", *((OWN_SIZES,) if own_sizes(source) else ()))
     saved = {name: value for name, value in source.items() if name not in replaced}
-    saved |= fewer_layers(source, model, path, kept)
+    saved |= without_layers(source, model, path, kept)
     for name, value in fixed.items():
         put(saved, config, name, value)
     layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]

@@ -25,8 +25,8 @@ from llmprune.results import BlockReport, Row
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.reshaped import Reshaped
-from llmprune.structured.derived import inexpressible
-from llmprune.structured.structure import Structure, attends
+from llmprune.structured.derived import attends, inexpressible
+from llmprune.structured.structure import Structure
 from llmprune.types import SILENT, Listener, Records
 
 Order = Literal["measured", "block_influence"]

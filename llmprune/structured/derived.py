@@ -1,4 +1,4 @@
-"""Fewer blocks for architectures without a table: the config fields that count layer by layer are found, and proved on models without weights.
+"""Fewer blocks: the config fields that count layer by layer are found by trying, and proved on models without weights.
 
 Proved is that every tensor outside the blocks stays as it is, and that each kept block has the modules, settings, shapes and fixed tables of the
 block that moves there. The settings are what the config decides by a layer's number: kind of attention, window, experts, scale.
@@ -15,41 +15,56 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import RequestError
-from llmprune.model.families.lookup import family_of
-from llmprune.model.skeleton import build_skeleton
+from llmprune.model.skeleton import OWN_SIZES, build_skeleton, own_sizes
+from llmprune.structured.spaces import require
 
 TRIES = 64  # configs that are built for one choice of layers
 AT_START = ("first", "dense")  # words in fields that count layers from the first one
 AFTER_LAST = ("num_nextn_predict_layers", "num_mtp_layers")  # predictors of further tokens: their numbers would be taken by others
+WITHOUT_ATTENTION = {"conv", "linear_attention"}  # layer types
 
 
 def without_layers(source: dict[str, Any], model: PreTrainedModel, path: str, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a stored config that change when only the blocks ``kept`` of the list ``path`` are kept; ``model`` may be without weights.
+    """The fields of a stored config that change when only the blocks ``kept`` of the list ``path`` are kept, in their order; ``model`` may be
+    without weights.
 
-    Raises RequestError where no config of this kind is proved to describe them, with what the last attempt got wrong.
+    Raises RequestError for numbers that are not sorted, unique and in range, and where no config of this kind is proved to describe the blocks, with
+    what the last attempt got wrong.
     """
-    blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+    total = len(list(model.get_submodule(path).children()))
+    if list(kept) == list(range(total)):
+        return {}
+    if not kept or sorted({*kept} & {*range(total)}) != list(kept):
+        raise RequestError(f"layers {list(kept)} of {total} kept", "give sorted numbers, each once, at least one")
+    if not attends(model.config, kept):
+        raise RequestError(f"layers {list(kept)} kept: none of them has attention, and transformers' cache needs one", "keep a layer with attention")
+    require(model.config, "layers")
     text = model.config.get_text_config(decoder=True)
     nested = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
-    plain = {name: value for name, value in source.items() if name != "auto_map"}
-    wrong = "no field of its config counts them"
-    for edit in islice(_edits(text, source if nested is None else source.get(nested, {}), len(blocks), kept), TRIES):
+    left_out = ("auto_map", OWN_SIZES) if own_sizes(source) else ("auto_map",)  # sizes of their own go along with blocks
+    plain = {name: value for name, value in source.items() if name not in left_out}
+    whole, wrong = build_skeleton(plain, model.dtype), "no field of its config counts them"
+    for edit in islice(_edits(text, source if nested is None else source.get(nested, {}), total, kept), TRIES):
         changed = edit if nested is None else {nested: source.get(nested, {}) | edit}
         different: str | None
         try:
-            different = _difference(model, build_skeleton(plain | changed, model.dtype), path, kept)
+            different = _difference(whole, build_skeleton(plain | changed, model.dtype), path, kept)
         except RequestError as error:
             different = str(error)
         if different is None:
             return changed
         wrong = different
-    raise RequestError(f"layers: {model.config.model_type} without blocks {sorted({*range(len(blocks))} - {*kept})}: {wrong}", "drop other blocks")
+    raise RequestError(f"layers: {model.config.model_type} without blocks {sorted({*range(total)} - {*kept})}: {wrong}", "drop other blocks")
+
+
+def attends(config: PreTrainedConfig, kept: Iterable[int]) -> bool:
+    """Whether one of these layers has attention, if any of the model has."""
+    types = config.to_dict().get("layer_types") or []
+    return bool({types[i] for i in kept if types} - WITHOUT_ATTENTION) or not set(types) - WITHOUT_ATTENTION
 
 
 def inexpressible(model: PreTrainedModel, path: str, kept: Iterable[int]) -> str | None:
-    """Why no config describes the model with only these blocks; None where one does, and for families with a table, whose fields are known."""
-    if family_of(model.config) is not None:
-        return None
+    """Why no config describes the model with only these blocks; None where one does."""
     try:
         without_layers(model.config.to_dict(), model, path, sorted(kept))
     except RequestError as error:
@@ -70,6 +85,8 @@ def require_layers(model: PreTrainedModel, paths: Sequence[str]) -> None:
 def _edits(config: PreTrainedConfig, source: dict[str, Any], total: int, kept: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Changed fields, the likeliest first."""
     full = config.to_dict()
+    listed = _listed(full, total)
+    full |= listed
     each = {name: [value[i] for i in kept] for name, value in full.items() if _by_layer(name, value, total)}
     some = {
         name: [new for new, old in enumerate(kept) if old in full[name]] for name in full if name not in each and _numbers(name, full[name], total)
@@ -81,9 +98,18 @@ def _edits(config: PreTrainedConfig, source: dict[str, Any], total: int, kept: S
         parts = {name: _parts(name, value, total, kept) for name, value in full.items() if name != count and _part(name, value, total)}
         for values in product(*parts.values()):
             changed = {name: value for name, value in zip(parts, values, strict=True) if value != full[name]}
-            edit = each | some | changed | ends | ({count: len(kept)} if count else {})
+            edit = listed | each | some | changed | ends | ({count: len(kept)} if count else {})
             aliases = {alias: edit[true] for alias, true in type(config).attribute_map.items() if true in edit and alias in source}
             yield edit | aliases
+
+
+def _listed(full: dict[str, Any], total: int) -> dict[str, Any]:
+    """Fields in which a mixture in every n-th layer is a list of the other layers: the rule would count the remaining ones."""
+    step = full.get("decoder_sparse_step") or 1
+    if step == 1 or "mlp_only_layers" not in full:
+        return {}
+    only = full["mlp_only_layers"] or []
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(total) if (i + 1) % step or i in only]}
 
 
 def _by_layer(name: str, value: Any, total: int) -> bool:

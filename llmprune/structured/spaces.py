@@ -86,6 +86,13 @@ def _reason(family: Family, pattern: str) -> str | None:
     return None if any(cut.pattern == pattern for cut in family.cuts) else WITHOUT[pattern]
 
 
+def require(config: PreTrainedConfig, pattern: str) -> None:
+    """Raises RequestError where the architecture cannot be cut by this pattern."""
+    reason = refusal(config, pattern)
+    if reason is not None:
+        raise RequestError(*reason.split("; ", 1))
+
+
 def required(config: PreTrainedConfig, pattern: str | None = None) -> Family:
     """The family's table. Raises RequestError when there is none, or when it refuses the pattern."""
     family = family_of(config)

@@ -17,9 +17,8 @@ from llmprune.results import Row
 from llmprune.structured.derived import require_layers
 from llmprune.structured.derived_units import model_spaces, require_buildable
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
-from llmprune.structured.spaces import ROUNDED, Space, closest_count, legal_counts, outer_space, refusal, tensors_of
+from llmprune.structured.spaces import ROUNDED, Space, closest_count, legal_counts, outer_space, refusal, require, tensors_of
 
-WITHOUT_ATTENTION = {"conv", "linear_attention"}  # layer types
 ATTENTION = ("kv-groups", "heads")  # of "structured": the first that the architecture can be cut by
 
 
@@ -189,19 +188,13 @@ def _ratios(counts: Sequence[int], space: Space) -> str:
 def resolved(config: PreTrainedConfig, pattern: str) -> tuple[str, ...]:
     """The patterns of spaces that a name means. Raises RequestError where the architecture cannot be cut so."""
     if pattern != "structured":
-        _require(config, pattern)
+        require(config, pattern)
         return (pattern,)
-    _require(config, "channels")
+    require(config, "channels")
     found = [p for p in ATTENTION if refusal(config, p) is None]
     if not found:
-        _require(config, ATTENTION[0])
+        require(config, ATTENTION[0])
     return ("channels", found[0])
-
-
-def _require(config: PreTrainedConfig, pattern: str) -> None:
-    reason = refusal(config, pattern)
-    if reason is not None:
-        raise RequestError(*reason.split("; ", 1))
 
 
 def structure_of(
@@ -246,9 +239,3 @@ def structure_of(
 def parameters_outside(model: PreTrainedModel, outer: Space) -> int:
     """The number of parameters of the residual channels outside the blocks."""
     return sum(model.get_parameter(axis.parameter).numel() for axis in outer.axes)
-
-
-def attends(config: PreTrainedConfig, kept: Iterable[int]) -> bool:
-    """Whether one of these layers has attention, if any of the model has."""
-    types = config.to_dict().get("layer_types") or []
-    return bool({types[i] for i in kept if types} - WITHOUT_ATTENTION) or not set(types) - WITHOUT_ATTENTION
