@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmprune.errors import RequestError
 from llmprune.export.config import READABLE, Export, export
 from llmprune.model.blocks import find_blocks
-from llmprune.model.skeleton import OWN_SIZES, build_skeleton
+from llmprune.model.skeleton import OWN_SIZES, build_skeleton, own_sizes
 from llmprune.structured.derived_units import named_spaces
 from llmprune.structured.slicing import Keeps, empty_block, slice_parameters
 from llmprune.structured.spaces import Space, outer_space
@@ -47,8 +47,9 @@ def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_laye
     path = find_blocks(model)
     blocks: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
     kept = list(range(len(blocks)) if kept_layers is None else kept_layers)
-    spaces = named_spaces(model, path, {name for cut in keeps for name in cut})
-    exported = export(model.config.to_dict(), model, path, spaces, keeps, kept)
+    source = model.config.to_dict()
+    spaces = named_spaces(model, path, {name for cut in keeps for name in cut}, own_sizes(source))
+    exported = export(source, model, path, spaces, keeps, kept)
     smaller = empty_model(model, exported, path, spaces, keeps, kept)
     _compute_alike(model, smaller)
     state = _outside(model, path, keeps)

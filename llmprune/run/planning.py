@@ -9,7 +9,7 @@ from torch import Tensor
 from llmprune.checkpoint.source import SIZES, Source
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection, block_matrices
-from llmprune.model.skeleton import count_parameters
+from llmprune.model.skeleton import count_parameters, own_sizes
 from llmprune.model.wrappers import is_wrapper
 from llmprune.pruners.layers import layers_to_drop
 from llmprune.pruners.plan import Plan
@@ -17,6 +17,7 @@ from llmprune.pruners.rotation import check_rotation
 from llmprune.ratios.latency import sparsity_for
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_matrices, check_outside, check_unrecognised, share_for
+from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.selected import check_skip, selected
 from llmprune.stream.stream import Stream
@@ -48,6 +49,7 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         recipe.one_size,
         exact=recipe.sparsity is not None and recipe.pattern != "structured",
         padded=recipe.pad,
+        own=own_sizes(stream.source.config if isinstance(stream, CheckpointStream) else stream.walk.model.config.to_dict()),
     )
     touched = structure.repaired if structure.outer else structure.readers
     if recipe.rotate:

@@ -6,8 +6,10 @@ random block of the smaller config, with the remaining tensors, computes what th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from llmprune.model.families.lookup import family_of
 from llmprune.model.skeleton import UNBUILDABLE, build_skeleton
 from llmprune.structured.counted import COUNTS, Count
 from llmprune.structured.derived import shapes, unlike
-from llmprune.structured.fields import put, read
+from llmprune.structured.fields import put, read, with_fields
 from llmprune.structured.layouts import Layout, Shrunk, check_channels, expert_spaces, layouts, shrunk_tensors, spaces_of_block
 from llmprune.structured.slicing import empty_block, slice_parameters, widened
 from llmprune.structured.spaces import WITHOUT, Space, all_spaces
@@ -27,6 +29,8 @@ from llmprune.structured.trial import Trial, Unproven
 NO_FIELD = "no field of its config counts them"
 NONE = dict.fromkeys(("heads", "kv-groups"), "no field of its config gives fewer heads of the same size") | {"experts": WITHOUT["experts"]}
 LAYOUTS = 16  # that are tried for one field
+OwnSizes = Mapping[int, dict[str, Any]]  # config fields in which single blocks differ, by their numbers
+NO_SIZES: OwnSizes = MappingProxyType({})
 
 
 def derived_spaces(model: PreTrainedModel, path: str, pattern: str) -> list[tuple[Space, ...]]:
@@ -63,19 +67,23 @@ def _uncounted(model: PreTrainedModel, path: str, pattern: str) -> str:
     return NO_FIELD if there else NONE.get(pattern, NO_FIELD)
 
 
-def model_spaces(model: PreTrainedModel, path: str, patterns: Sequence[str]) -> list[tuple[Space, ...]]:
+def model_spaces(model: PreTrainedModel, path: str, patterns: Sequence[str], own: OwnSizes = NO_SIZES) -> list[tuple[Space, ...]]:
     """The spaces of every block of the list ``path``: those of the table of its family, under all patterns, or else derived under ``patterns``.
+    own: sizes of single blocks, as an earlier cut has left them.
 
     Raises RequestError where a pattern is not derived.
     """
     blocks = list(model.get_submodule(path).children())
     if family_of(model.config) is not None:
-        return [tuple(all_spaces(model.config, index, block)) for index, block in enumerate(blocks)]
+        return [tuple(all_spaces(with_fields(model.config, own.get(index, {})), index, block)) for index, block in enumerate(blocks)]
+    if own and any(pattern in COUNTS for pattern in patterns):
+        why = "an earlier cut has left its layers in different sizes, and there is no table of its structure"
+        raise RequestError(f"{model.config.model_type} cannot be cut by {' and '.join(patterns)}: {why}", "cut the model that it was made from")
     each = [derived_spaces(model, path, pattern) for pattern in patterns if pattern in COUNTS]
     return [tuple(space for found in each for space in found[index]) for index in range(len(blocks))]
 
 
-def named_spaces(model: PreTrainedModel, path: str, names: Collection[str]) -> list[tuple[Space, ...]]:
+def named_spaces(model: PreTrainedModel, path: str, names: Collection[str], own: OwnSizes = NO_SIZES) -> list[tuple[Space, ...]]:
     """``model_spaces`` under the patterns that have spaces of these names. Raises RequestError where no pattern has."""
     patterns: list[str] = []
     left, why = set(names), ""
@@ -90,7 +98,7 @@ def named_spaces(model: PreTrainedModel, path: str, names: Collection[str]) -> l
             left -= found
     if left and family_of(model.config) is None:
         raise RequestError(f"{model.config.model_type}: no space is named {sorted(left)[0]!r}" + (f"; {why}" if why else ""), "")
-    return model_spaces(model, path, patterns)
+    return model_spaces(model, path, patterns, own)
 
 
 def require_buildable(model: PreTrainedModel, path: str, spaces: Sequence[Sequence[Space]], several: bool) -> None:

@@ -15,7 +15,7 @@ from llmprune.maths.unit_columns import Units
 from llmprune.model.matrices import Matrix, block_matrices
 from llmprune.results import Row
 from llmprune.structured.derived import require_layers
-from llmprune.structured.derived_units import model_spaces, require_buildable
+from llmprune.structured.derived_units import NO_SIZES, OwnSizes, model_spaces, require_buildable
 from llmprune.structured.slicing import Keeps, mask_block, parameters_per_unit
 from llmprune.structured.spaces import ROUNDED, Space, closest_count, legal_counts, outer_space, refusal, require, tensors_of
 
@@ -206,8 +206,10 @@ def structure_of(
     uniform: bool = True,
     exact: bool = False,
     padded: bool = False,
+    own: OwnSizes = NO_SIZES,
 ) -> Structure:
     """What a pattern cuts of a model, which may be without weights. paths: of its blocks. takes: which readers (or stacks of experts) take part.
+    own: sizes of single blocks, as an earlier cut has left them.
 
     Raises RequestError where the architecture cannot be cut so, or nothing is left to cut.
     """
@@ -215,7 +217,7 @@ def structure_of(
     if pattern == "layers":
         require_layers(model, paths)
     parent = paths[0].rpartition(".")[0]
-    spaces, cut, numbers, others = model_spaces(model, parent, patterns), {}, [], []
+    spaces, cut, numbers, others = model_spaces(model, parent, patterns, own), {}, [], []
     several = not uniform and not padded
     if several or pattern == "experts":
         require_buildable(model, parent, spaces, several)

@@ -196,6 +196,23 @@ def test_a_result_of_uneven_layers_is_pruned_again(model: Path, pattern: str) ->
     AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 
 
+def test_a_result_of_uneven_heads_is_cut_again(tmp_path: Path) -> None:
+    """The units of its blocks are counted by the config of each."""
+    model = save_tiny("qwen2", tmp_path / "model", torch.float32)
+    uneven = prune(model, 0.25, "kv-groups", allocation="sensitivity")
+    thin = prune(uneven, 0.5, "channels", round_to=1)
+    own = json.loads((thin / "config.json").read_text())["per_layer_config"]
+    assert list(own.values()) == [{"num_attention_heads": 2, "num_key_value_heads": 1}]
+    AutoModelForCausalLM.from_pretrained(thin, trust_remote_code=True)
+    prune(uneven, 0.5, "layers")
+
+
+def test_uneven_layers_are_not_cut_again_without_a_table(tmp_path: Path) -> None:
+    uneven = prune(save_tiny("stablelm", tmp_path / "model", torch.float32), 0.3, "channels", allocation="sensitivity", round_to=1)
+    with pytest.raises(RequestError, match="stablelm cannot be cut by channels: an earlier cut has left its layers in different sizes"):
+        prune(uneven, 0.5, "channels")
+
+
 def test_code_is_copied_with_what_it_imports_and_not_run(model: Path) -> None:
     (model / "modeling_own.py").write_text("from .helper_own import x\nraise SystemExit('this was run')\n")
     (model / "helper_own.py").write_text("x = 1\n")
