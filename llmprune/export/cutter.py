@@ -49,20 +49,20 @@ class Cutter:
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor of the smaller checkpoint, without reading any: blocks that are not loaded have shapes too."""
-        found = {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.outside(self.loader.outer_keys).items()}
+        changed, stored = self.outside(self.changed()), self.loader.source.tensors
+        outside = [(key, changed.get(key)) for key in self.loader.outer_keys]
+        found = {key: Shape(stored[key].dtype, stored[key].shape) if t is None else _shape(t) for key, t in outside}
         for new, old in enumerate(self.kept):
             block = self.loader.skeleton.get_submodule(f"{self.path}.{old}")
-            found |= {key: Shape(NAMES[t.dtype], tuple(t.shape)) for key, t in self.tensors(new, block).items()}
+            found |= {key: _shape(t) for key, t in self.tensors(new, block).items()}
         return found
 
     def fill(self, shards: Shards, block_of: BlockOf, outer_of: OuterOf) -> None:
         """Write every tensor, with one block in memory at a time."""
-        same = self.unchanged()
-        changed = sorted(set(self.loader.outer_keys).difference(same))
-        if changed:
+        if changed := self.changed():
             with outer_of():
                 shards.put({key: tensor.cpu() for key, tensor in self.outside(changed).items()})
-        for key in same:
+        for key in self.unchanged():
             shards.put({key: self.loader.source.read(key)})
         for new, old in enumerate(self.kept):
             with block_of(old) as block:
@@ -73,6 +73,10 @@ class Cutter:
         loader, unused = self.loader, set(self.loader.unused_keys)
         written = loader.sink.written if loader.sink else ()
         return [k for k in loader.outer_keys if k in unused or (self.outer is None and k not in loader.converted and k not in written)]
+
+    def changed(self) -> list[str]:
+        """The other tensors outside the blocks."""
+        return sorted(set(self.loader.outer_keys).difference(self.unchanged()))
 
     def tensors(self, new: int, block: nn.Module) -> dict[str, Tensor]:
         """The cut block that becomes number ``new``, as checkpoint tensors in their stored dtype."""
@@ -114,6 +118,10 @@ class Cutter:
         if count != 1:
             raise ConversionError(f"{key}: does not name block {old} of {self.path}", "report this architecture")
         return changed
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return Shape(NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 def write_smaller(folder: Path, cutter: Cutter, exported: Export, block_of: BlockOf, outer_of: OuterOf) -> int:
