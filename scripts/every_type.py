@@ -52,7 +52,7 @@ from llmprune.checkpoint.source import open_folder
 from llmprune.data.windows import Windows
 from llmprune.errors import LlmpruneError
 from llmprune.evaluation.perplexity import perplexity
-from llmprune.export.reload import Loaded, Reloader, loaded
+from llmprune.export.reload import Loaded, Reloader, loaded, parts_of
 from llmprune.run.prepare import open_stream
 from llmprune.structured.spaces import WITHOUT
 
@@ -293,7 +293,7 @@ def outcome(source: Path, output: Path, pattern: str) -> str:
 
 def load_here(reloader: Reloader, folder: Path, ids_1L: Tensor) -> Loaded:
     """In place of the fresh process in which a run loads its result, which takes seconds: this one is a fork of its own already."""
-    return loaded(reloader.source, folder, reloader.dtype, ids_1L)
+    return loaded(parts_of(reloader.source), folder, reloader.dtype, ids_1L)
 
 
 def try_type(model_type: str, patterns: list[str], wrapper: bool, answers: Any) -> None:

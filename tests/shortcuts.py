@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.export.reload import Loaded, Reloader, loaded
+from llmprune.export.reload import Loaded, Reloader, loaded, parts_of
 from llmprune.report import sections
 
 PICTURES = {name: getattr(sections, name) for name in ("bars", "curves", "heat_map")}
@@ -25,4 +25,4 @@ SKETCHES = {name: partial(sketch, name) for name in PICTURES}
 
 def load_here(self: Reloader, folder: Path, ids_1L: Tensor) -> Loaded:
     """For ``Reloader.load``: in this process, whose imports are there."""
-    return loaded(self.source, folder, self.dtype, ids_1L)
+    return loaded(parts_of(self.source), folder, self.dtype, ids_1L)

@@ -1,8 +1,8 @@
 """A finished checkpoint loaded by plain transformers in a fresh process: what fits, what it predicts, and what loads beside it.
 
 Run as ``python -m llmprune.export.reload SOURCE DTYPE``; one request comes in and one answer goes out through its pipes, each a line of JSON and
-a tensor as safetensors, so that it ends with the process that started it, and leaves no file behind. Most of its time goes into imports, which it
-does while it waits.
+a tensor as safetensors, so that it ends with the process that started it, and leaves no file behind. Most of its time goes into imports and the
+source's tokenizer, which it does while it waits.
 
 Shapes: L = tokens of a window, V = vocabulary.
 """
@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,8 +96,11 @@ def unpacked(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def loaded(source: Path, folder: Path, dtype: torch.dtype, ids_1L: Tensor) -> Loaded:
-    """What this process makes of ``folder``. Experts run one by one, as they do while a model is pruned, so that both compute alike."""
+def loaded(wanted: Mapping[str, Any], folder: Path, dtype: torch.dtype, ids_1L: Tensor) -> Loaded:
+    """What this process makes of ``folder``. Experts run one by one, as they do while a model is pruned, so that both compute alike.
+
+    wanted: ``parts_of`` the source's folder.
+    """
     from transformers import AutoConfig
 
     own_class = (folder / "modeling_pruned.py").exists()
@@ -106,24 +109,26 @@ def loaded(source: Path, folder: Path, dtype: torch.dtype, ids_1L: Tensor) -> Lo
     model, info = open_model(folder, dtype=dtype, trust_remote_code=own_class, local_files_only=True, output_loading_info=True)
     model.set_experts_implementation("eager")
     logits_1LV = model.eval()(input_ids=ids_1L, use_cache=False).logits.float().contiguous()
-    return Loaded(logits_1LV, {what: sorted(map(str, keys)) for what, keys in info.items() if keys}, equal_parts(source, folder))
+    return Loaded(logits_1LV, {what: sorted(map(str, keys)) for what, keys in info.items() if keys}, equal_parts(wanted, parts_of(folder)))
 
 
-def equal_parts(source: Path, folder: Path) -> dict[str, bool | None]:
-    """Whether what the source's folder has beside the weights loads with the same content from ``folder``; None where the source's does not load."""
-    found: dict[str, bool | None] = {}
-    if tokenizer_files(source):
-        tokenizer, again = _tokenizer(source), _tokenizer(folder)
-        found["tokenizer"] = _equal(tokenizer, again, _of_tokenizer)
+def parts_of(folder: Path) -> dict[str, Any]:
+    """What a folder has beside the weights, as it loads: tokenizer, chat template, processor. None where it does not load."""
+    found: dict[str, Any] = {}
+    if tokenizer_files(folder):
+        tokenizer = _tokenizer(folder)
+        found["tokenizer"] = None if tokenizer is None else _of_tokenizer(tokenizer)
         if tokenizer is not None and tokenizer.chat_template:
-            found["chat template"] = _equal(tokenizer, again, _of_template)
-    if any((source / name).is_file() for name in PROCESSOR):
-        found["processor"] = _equal(_processor(source), _processor(folder), lambda processor: processor.to_dict())
+            found["chat template"] = _of_template(tokenizer)
+    if any((folder / name).is_file() for name in PROCESSOR):
+        processor = _processor(folder)
+        found["processor"] = None if processor is None else processor.to_dict()
     return found
 
 
-def _equal(wanted: Any, got: Any, content: Callable[[Any], Any]) -> bool | None:
-    return None if wanted is None else got is not None and content(got) == content(wanted)
+def equal_parts(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Whether a folder has all parts of the source's, with the same content; None where the source's does not load."""
+    return {part: None if content is None else got.get(part) == content for part, content in wanted.items()}
 
 
 def _opened(open_it: Callable[..., Any], folder: Path) -> Any:
@@ -169,12 +174,13 @@ def main(source: str, dtype: str) -> None:
         config = _opened(AutoConfig.from_pretrained, Path(source))
         if config is not None:
             auto_class(config.model_type)._model_mapping.get(type(config), None)  # imports the class
-        request = sys.stdin.buffer.read()
-        if not request:  # the run has ended without a result
-            return
-        asked, tensors = unpacked(request)
         try:
-            found = loaded(Path(source), Path(asked["folder"]), getattr(torch, dtype), tensors["ids"])
+            wanted = parts_of(Path(source))
+            request = sys.stdin.buffer.read()
+            if not request:  # the run has ended without a result
+                return
+            asked, tensors = unpacked(request)
+            found = loaded(wanted, Path(asked["folder"]), getattr(torch, dtype), tensors["ids"])
         except (*UNBUILDABLE, OSError, MemoryError) as error:
             raise SystemExit(errno.ENOMEM if out_of_memory(error) else mistake(error)) from None
         answer.write(packed({"unfit": found.unfit, "equal": found.equal}, {"logits": found.logits_1LV}))

@@ -41,36 +41,42 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, Listener
 
+SMALL = 100_000_000  # parameters of a model whose perplexity is measured sooner than a process has imported transformers
+
 
 def run(job: Job, listen: Listener = SILENT) -> Report:
     """Prune, or resume what an interrupted run of the same request has left. The output appears whole, or not at all."""
     began = perf_counter()
     data = job.data
     journal = Journal(job.output, job.identity, job.restart)
-    try:
-        check_still(job, journal)
-        save_windows(journal.folder, data, asked_windows(job.recipe))
-        job.stream.scratch = journal.folder
-        check_first_window(job, journal)
-        turned = rotated(job, journal, listen) if job.recipe.rotate else job
-        sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
-        sink.lay_out()
-        dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, listen)
-        prompt = sample.prompt_for(job.stream, job.source)
-        dense_text = sample.written(job.stream, prompt)
-        done = prune_job(turned, journal, sink, listen)
-        with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
-            if fits(count_parameters(job.stream.skeleton), job.stream.dtype):
+    parameters = count_parameters(job.stream.skeleton)
+    loads_whole = fits(parameters, job.stream.dtype)
+    with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
+        try:
+            check_still(job, journal)
+            if loads_whole and parameters < SMALL:
+                reloader.start()
+            save_windows(journal.folder, data, asked_windows(job.recipe))
+            job.stream.scratch = journal.folder
+            check_first_window(job, journal)
+            turned = rotated(job, journal, listen) if job.recipe.rotate else job
+            sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
+            sink.lay_out()
+            dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, listen)
+            prompt = sample.prompt_for(job.stream, job.source)
+            dense_text = sample.written(job.stream, prompt)
+            done = prune_job(turned, journal, sink, listen)
+            if loads_whole:
                 reloader.start()  # it imports meanwhile
             found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, listen)) for d in dense)
-            pruned_text = sample.written(done.now, prompt)
+            written = sample.beside(prompt, dense_text, sample.written(done.now, prompt))
             result = saved(turned, journal, sink, done, reloader)
-        report = report_of(job, done, found, result, sample.beside(prompt, dense_text, pruned_text), perf_counter() - began)
-        publish(result.folder, report, job)
-        journal.publish(result.folder)
-        return report
-    finally:
-        journal.close()
+            report = report_of(job, done, found, result, written, perf_counter() - began)
+            publish(result.folder, report, job)
+            journal.publish(result.folder)
+            return report
+        finally:
+            journal.close()
 
 
 def report_of(job: Job, done: Done, found: tuple[Evaluation, ...], result: Saved, written: Sample | NoSample, seconds: float) -> Report:
