@@ -23,7 +23,7 @@ from llmprune.stream.hidden_states import memory_limit
 from llmprune.stream.stream import Stream
 
 ROUNDED_ALIKE = 0.1  # relative difference of logits in dtypes that round at every step
-MOST_TOKENS = 256  # of the window that is compared
+MOST_TOKENS = 128  # of the window that is compared
 REPORT_THIS = "report this architecture; nothing was published"
 
 
