@@ -29,6 +29,7 @@ from llmprune.types import Allocation, Listener, Seen, Stat, Stats, TriedAllocat
 Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> its measures
 SURVEY_WINDOWS = 64  # of the dense model, for the measures of allocations
 MOST_LEVELS = 9  # at which a matrix with its own levels is pruned to be measured
+MOST_COUNTS = 17  # of experts without which a block is run to be measured
 FISHER_WINDOWS = 64  # one vector per matrix is stable after a few windows
 
 
@@ -74,7 +75,7 @@ def measure(work: Work, listen: Listener) -> Measured:
     measured: Measured = {name: {} for name in looking}
     structure = work.plan.structure
     if looking and structure is not None and structure.name in COARSE:
-        levels = {name: thinned(cut.levels) for name, cut in structure.cut.items()}
+        levels = {name: thinned(cut.levels, MOST_COUNTS) for name, cut in structure.cut.items()}
         return dict.fromkeys(looking, expert_errors(work.stream, structure, work.windows_NL, levels, listen))
     needs = survey_needs(work.plan, list(looking.values()))
     forward = any(a.looks_at != "weights" for a in looking.values())
@@ -116,11 +117,11 @@ def _pruned_at(weight_RC: Tensor, stats: Stats, plan: Plan, name: str, ratio: fl
     return solve_at(weight_RC, stats, plan, ratio, name).weight_RC
 
 
-def thinned(levels: tuple[float, ...]) -> tuple[float, ...]:
+def thinned(levels: tuple[float, ...], most: int = MOST_LEVELS) -> tuple[float, ...]:
     """At most so many of the levels, evenly, both ends among them."""
-    if len(levels) <= MOST_LEVELS:
+    if len(levels) <= most:
         return levels
-    return tuple(levels[round(k * (len(levels) - 1) / (MOST_LEVELS - 1))] for k in range(MOST_LEVELS))
+    return tuple(levels[round(k * (len(levels) - 1) / (most - 1))] for k in range(most))
 
 
 def survey(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
