@@ -285,8 +285,11 @@ def watch_stage(
         clock.lap("forward", of_which={"statistics": watching.seconds})
         watching.seconds = 0.0
         for name, value in watching.inputs.items():
-            accumulate_cross(watching.stats[name], value, kept.get("input", name, batch))
+            if name not in watching.several:
+                accumulate_cross(watching.stats[name], value, kept.get("input", name, batch))
         for m in stage:
+            if m.name in watching.several:
+                continue
             given, found = watching.own.get(m.name), follow.partners.get(m.name)
             if given is not None and found:
                 accumulate_partner(partners, m.name, given, total([t for _, t in found]), kept.get("partner", m.name, batch))
@@ -333,6 +336,8 @@ def accumulate_partner(sums: dict[str, Tensor], name: str, value: Tensor, pruned
         return
     apart_TR = (dense.to(pruned.device) - pruned).reshape(-1, pruned.shape[-1]).float()
     value_TC = value.reshape(-1, value.shape[-1]).float()
+    if len(apart_TR) != len(value_TC):  # added to a part of the product, a head or so
+        return
     if name not in sums:
         sums[name] = value_TC.new_zeros(apart_TR.shape[1], value_TC.shape[1])
     sums[name].addmm_(apart_TR.T, value_TC)

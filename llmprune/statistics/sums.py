@@ -6,6 +6,7 @@ C = input columns of a matrix, T = tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from time import perf_counter
 from typing import Any
 
@@ -54,6 +55,8 @@ class Watch(TorchFunctionMode):
         self.stats: dict[str, Stats] = {m.name: Stats() for m in matrices}
         self._products = Products(block, [*matrices, *(until or ())])
         self._found: set[str] = set()  # matrices that were used at least once
+        self.several: set[str] = set()  # matrices with different inputs in one forward, so that ``own`` is not all that they saw
+        self._sharing: set[str] = set()  # those whose sums are those of another one that was used before
         self._tokens = dict.fromkeys(self.stats, 0)
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Stats]] = {}  # inputs of this forward, kept alive so that no address is used again
 
@@ -84,21 +87,36 @@ class Watch(TorchFunctionMode):
         if tokens == 0:  # an expert without tokens; empty tensors have one address, so they would seem shared
             return
         self._tokens[matrix.name] += tokens
-        version = 0 if value.is_inference() else value._version  # a change in place makes it another input
-        key = (value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype)
-        known = key in self._seen
+        key = self._key_of(value)
+        if matrix.name in self.own and self._key_of(self.own[matrix.name]) != key:
+            self.several.add(matrix.name)
+        known = self._seen[key][1] if key in self._seen else None
         if matrix.name not in self._found:
             self._found.add(matrix.name)
-            if known:
-                self.stats[matrix.name] = self._seen[key][1]
-        if not known:
+            if known is not None:
+                self.stats[matrix.name] = known
+                self._sharing.add(matrix.name)
+        if known is None or known is not self.stats[matrix.name]:
+            self._part(matrix.name)
             stats = self.stats[matrix.name]
-            self._seen[key] = (value, stats)
-            self.inputs[matrix.name] = value
+            if known is None:
+                self._seen[key] = (value, stats)
+                self.inputs[matrix.name] = value
             began = perf_counter()
             accumulate_input(stats, value, self.needs)
             self.seconds += perf_counter() - began
         self.own[matrix.name] = value
+
+    @staticmethod
+    def _key_of(value: Tensor) -> tuple[Any, ...]:
+        version = 0 if value.is_inference() else value._version  # a change in place makes it another input
+        return value.data_ptr(), version, tuple(value.shape), value.stride(), value.dtype
+
+    def _part(self, name: str) -> None:
+        """From an input on that the matrix does not share, its sums are no longer those of another."""
+        if name in self._sharing:
+            self._sharing.remove(name)
+            self.stats[name] = deepcopy(self.stats[name])
 
     def close(self) -> None:
         """Finish the sums; raises StoppedError when matrices that shared an input stopped doing so, or a sum is not finite."""

@@ -286,6 +286,28 @@ def test_a_matrix_used_twice_sums_both_inputs() -> None:
     torch.testing.assert_close(watch.stats["a.weight"].gram_CC, both_TC.T @ both_TC)
 
 
+class Parting(nn.Module):
+    """Two matrices that share an input, one of which has another one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + self.b(x[:1] + 1)
+
+
+def test_a_shared_input_and_another_one_are_summed_apart() -> None:
+    block, values = Parting(), [torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    watch, _ = watched(block, block, values)
+    shared_TC = torch.cat(values)
+    own_TC = torch.cat([shared_TC, *(value_TC[:1] + 1 for value_TC in values)])
+    for name, wanted_TC in (("a.weight", shared_TC), ("b.weight", own_TC)):
+        assert watch.stats[name].tokens == len(wanted_TC)
+        torch.testing.assert_close(watch.stats[name].gram_CC, wanted_TC.T @ wanted_TC)
+    assert watch.several == {"b.weight"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
     """300^2 overflows in float16, and a sum of a thousand such squares has no bits left for one more in bfloat16."""
