@@ -106,7 +106,8 @@ def block_matrices(block: nn.Module) -> list[Matrix]:
             if name == "weight" and parameter.dim() == 2 and not isinstance(module, nn.Embedding):
                 found.append(_matrix(f"{prefix}{name}", None, False, parameter))
             elif parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
-                found += [_matrix(f"{prefix}{name}", e, transposed, parameter[e]) for e in range(parameter.shape[0])]
+                turned = transposed or _adds_bias(module, name)
+                found += [_matrix(f"{prefix}{name}", e, turned, parameter[e]) for e in range(parameter.shape[0])]
     return found
 
 
@@ -133,6 +134,16 @@ def _stacks_transposed(module: nn.Module) -> bool:
     stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     fused = len(stacks) == 2 and stacks[0].shape[1:] == (stacks[1].shape[2], 2 * stacks[1].shape[1])
     return getattr(module, "is_transposed", fused)
+
+
+def _adds_bias(module: nn.Module, name: str) -> bool:
+    """Whether a stack lies beside the bias that torch.baddbmm adds to its products, the outputs of a stack [E, C, R]: the blocks of a block-diagonal
+    matrix. ``watch`` checks it when they are used.
+    """
+    stem, _, last = name.rpartition("_")
+    bias = dict(module.named_parameters(recurse=False)).get(f"{stem}_bias")
+    stack = module.get_parameter(name)
+    return last == "weight" and bias is not None and bias.shape == stack.shape[::2]
 
 
 def name_of(parameter: str, expert: int | None) -> str:

@@ -286,6 +286,26 @@ def test_a_matrix_used_twice_sums_both_inputs() -> None:
     torch.testing.assert_close(watch.stats["a.weight"].gram_CC, both_TC.T @ both_TC)
 
 
+class Gates(nn.Module):
+    """The blocks of a block-diagonal matrix, as RecurrentGemma has them: stored [E, C, R], beside the bias [E, R] of their products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_weight, self.gate_bias = nn.Parameter(torch.randn(2, 3, 5)), nn.Parameter(torch.zeros(2, 5))
+
+    def forward(self, x_TEC: Tensor) -> Tensor:
+        return torch.baddbmm(self.gate_bias[:, None], x_TEC.transpose(0, 1), self.gate_weight)
+
+
+def test_the_columns_of_blocks_on_a_diagonal_face_their_inputs() -> None:
+    block, value_TEC = Gates(), torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
+    watch, _ = watched(block, block, [value_TEC])
+    for expert, matrix in enumerate(block_matrices(block)):
+        assert (matrix.rows, matrix.columns) == (5, 3)
+        own_TC = value_TEC[:, expert]
+        torch.testing.assert_close(watch.stats[matrix.name].gram_CC, own_TC.T @ own_TC)
+
+
 class Parting(nn.Module):
     """Two matrices that share an input, one of which has another one too."""
 
