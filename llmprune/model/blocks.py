@@ -129,6 +129,7 @@ class Walk:
     """Runs a model around its blocks.
 
     ``returned`` counts the values in the tuple that a block returns, 0 for no tuple; known after the first recording, or a sole block's first run.
+    ``streams`` counts the residual streams that each token has where it has several (Gemma 3n), else 0; known after the first recording.
 
     Raises RequestError when the blocks cannot be found or share weights.
     """
@@ -138,6 +139,7 @@ class Walk:
         self.path = find_blocks(model)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
         self.returned: int | None = None
+        self.streams = 0
         self.head_path, self.embeddings_path = _outside(model)
         _refuse_shared(model, self.path, self.blocks)
 
@@ -203,10 +205,20 @@ class Walk:
             faults.add(ORDER)  # the last blocks were left out
         if own or len(calls) < len(self.blocks):
             return None
-        if first[1].shape[:2] != ids_NL.shape:
+        hidden = first[1]
+        self.streams = len(hidden) if hidden.dim() == 4 and hidden.shape[1:3] == ids_NL.shape else 0
+        if not self.streams and hidden.shape[:2] != ids_NL.shape:
             faults.add(PLACES)
             return None
-        return first[1], with_names(calls)
+        return self._joined(hidden), with_names(calls)
+
+    def _joined(self, hidden: Tensor) -> Tensor:
+        """[N, L, D] hidden states of a block's own: several residual streams [S, N, L, D/S] of each token side by side."""
+        return hidden.permute(1, 2, 0, 3).flatten(2) if self.streams else hidden
+
+    def _parted(self, hidden_NLD: Tensor) -> Tensor:
+        """The hidden states as a block takes them."""
+        return hidden_NLD.unflatten(2, (self.streams, -1)).permute(2, 0, 1, 3).contiguous() if self.streams else hidden_NLD
 
     def _refuse_loops(self, ids_NL: Tensor) -> None:
         """Recording ends at the last block: check once that the model then continues to its head. On a window of full length, since some models
@@ -240,7 +252,7 @@ class Walk:
         last = len(self.blocks) - 1
 
         def receive(i: int, hidden: Tensor, call: Call) -> Any:
-            out = hidden_NLD if i == last else hidden
+            out = self._parted(hidden_NLD) if i == last else hidden
             return _as_returned(out, self.returned or 0, i)
 
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
@@ -255,14 +267,15 @@ class Walk:
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
         """Run one block with its recorded call; the hidden states that leave it. What else the next block takes is left in the call."""
-        named = {call.keyword: hidden_NLD} if call.keyword else {}
-        out = block(*(() if named else (hidden_NLD,)), *call.args, **named, **call.kwargs)
+        hidden = self._parted(hidden_NLD)
+        named = {call.keyword: hidden} if call.keyword else {}
+        out = block(*(() if named else (hidden,)), *call.args, **named, **call.kwargs)
         several = isinstance(out, tuple | list)
         if len(self.blocks) == 1:
             self.returned = len(out) if several else 0
         if call.handed is not None:
             call.handed.put(call.block, tuple(out[1:]))
-        return out[0] if several else out
+        return self._joined(out[0] if several else out)
 
 
 def _as_returned(hidden: Tensor, returned: int, block: int) -> Any:
