@@ -27,6 +27,13 @@ def check_causal(config: PreTrainedConfig) -> None:
         raise RequestError(f"config.json: {kind!r} with use_bidirectional_attention is not a causal language model", CAUSAL)
 
 
+def values_per_token(config: PreTrainedConfig) -> int:
+    """The values that pass from block to block for each token: of all its residual streams, if it has several (Gemma 3n)."""
+    text = config.get_text_config(decoder=True)
+    width: int = text.hidden_size
+    return width * (getattr(text, "altup_num_inputs", None) or 1)
+
+
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """Returns how many tokens a window may have; None where the config names no limit, or where it says so by -1 (xlnet)."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

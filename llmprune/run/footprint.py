@@ -15,6 +15,7 @@ from llmprune.data.windows import RunData
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
 from llmprune.methods import trait
+from llmprune.model.kinds import values_per_token
 from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
@@ -149,10 +150,10 @@ class _Estimate:
 
     def hidden(self) -> int:
         """Hidden states of all calibration windows, once."""
-        return self.data.calibration.ids_NL.numel() * self.config.hidden_size * self.item
+        return self.data.calibration.ids_NL.numel() * values_per_token(self.config) * self.item
 
     def evaluated(self) -> int:
-        return sum(w.ids_NL.numel() for w in self.data.evaluation) * self.config.hidden_size * self.item
+        return sum(w.ids_NL.numel() for w in self.data.evaluation) * values_per_token(self.config) * self.item
 
     def logits(self) -> int:
         """Of one window: the dense model's and the pruned model's, and some targets at a time in float32."""
@@ -176,7 +177,7 @@ class _Estimate:
             return 0
         tokens = self.data.calibration.ids_NL.numel()
         widest = max((sum(columns for columns, _ in inputs_of(ms)) for ms in self.matrices.values() if ms), default=0)
-        return tokens * (widest + 2 * self.config.hidden_size) * self.item
+        return tokens * (widest + 2 * values_per_token(self.config)) * self.item
 
     def gradients(self) -> int:
         """Of the weights of one block; those of the others are kept in a file."""
