@@ -149,12 +149,15 @@ def evaluate_tasks(
 
 
 def load(folder: str | PathLike[str], **options: Any) -> Any:
-    """(model, tokenizer) of a result, by plain transformers. options go to ``from_pretrained``."""
+    """(model, tokenizer) of a result, by plain transformers. options go to ``from_pretrained``; layers of different sizes need
+    ``trust_remote_code=True``, without which no code beside the weights is run. Raises RequestError for a folder without a model.
+    """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise RequestError(f"{path.name}: contains no model", "give the output folder of a run")
-    auto = auto_class(AutoConfig.from_pretrained(path).model_type)
-    return auto.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
+    trust = {"trust_remote_code": bool(options.pop("trust_remote_code", False))}  # None would ask, and take a pipe's answer
+    auto = auto_class(AutoConfig.from_pretrained(path, **trust).model_type)
+    return auto.from_pretrained(path, **trust, **options), AutoTokenizer.from_pretrained(path, **trust)
 
 
 def push(result: Report | str | PathLike[str], repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:

@@ -104,7 +104,7 @@ def loaded(wanted: Mapping[str, Any], folder: Path, dtype: torch.dtype, ids_1L: 
     from transformers import AutoConfig
 
     own_class = (folder / "modeling_pruned.py").exists()
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
     open_model: Any = auto_class(kind).from_pretrained  # which returns a pair here
     model, info = open_model(folder, dtype=dtype, trust_remote_code=own_class, local_files_only=True, output_loading_info=True)
     model.set_experts_implementation("eager")

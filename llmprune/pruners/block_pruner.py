@@ -103,14 +103,18 @@ def run_finished(flow: Flow, dense: Flow | None, index: int) -> None:
 def output_error(pairs: Iterable[tuple[Tensor, Tensor]], name: str, accept_damage: bool) -> float:
     """Relative squared error over (unpruned, pruned) outputs; 0 where there are none.
 
-    Raises StoppedError when it is not finite, or above 1: the output is destroyed.
+    Raises StoppedError when it is not finite, or above 1: the output is destroyed; and when all unpruned outputs are zero.
     """
     wrong = total = 0.0
+    seen = False
     for dense, pruned in pairs:
+        seen = True
         dense = dense.to(pruned.device)  # they may have waited in different places
         total += float(dense.float().square().sum(dtype=torch.float64))
         wrong += float((dense.float() - pruned.float()).square().sum(dtype=torch.float64))
     error = wrong / total if total else 0.0
+    if seen and not total and not accept_damage:
+        raise StoppedError(f"{name}: its unpruned output is zero for every token", "check the model; --accept-damage continues anyway")
     if not math.isfinite(error):
         raise StoppedError(f"{name}: its output is not finite", "compute in --dtype float32")
     if error > BLOWN_UP and not accept_damage:

@@ -88,8 +88,9 @@ class Taps(TorchFunctionMode):
         self._awaited.clear()
         self._first = False
 
-    def close(self) -> None:
-        """Raises StoppedError when a sum is not finite."""
+    def close(self, path: str = "") -> None:
+        """Raises StoppedError when a sum is not finite. path: of the block, for that message."""
         for (_, name), total in self.sums.items():
             if not bool(torch.isfinite(total).all()):
-                raise StoppedError(f"{name}: the gradient of the loss is not finite", "compute in --dtype float32, or check the model")
+                full = f"{path}.{name}" if path else name
+                raise StoppedError(f"{full}: the gradient of the loss is not finite", "compute in --dtype float32, or check the model")

@@ -102,7 +102,7 @@ def loss_gradients(
             for batch in range(len(flow)):
                 flow.outputs[batch] = backward(flow, index, block, batch, entered[index, batch], taps, shared)
                 taps.next_batch()
-            taps.close()
+            taps.close(stream.path_of(index))
         result.put(index, taps)
         listen.progress("gradients", 2 * blocks - index, 2 * blocks)
     return result
@@ -133,7 +133,7 @@ def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat]) -> Tap
         gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps) for ids_1L, hidden_1LD in flow.windows())
         for batch, ids_NL in enumerate(flow.ids):
             flow.outputs[batch] = torch.cat([next(gradients) for _ in range(len(ids_NL))])
-    taps.close()
+    taps.close(flow.stream.path_of(len(flow.stream.names)))
     return taps
 
 

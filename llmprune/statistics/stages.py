@@ -62,7 +62,7 @@ def at_once(
     flow: Flow, index: int, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], clock: Clock, keep: bool = True
 ) -> dict[str, Stats]:
     """Run the unpruned block on the pruned path's inputs. keep: leave its outputs in ``flow.outputs``."""
-    watching = Watch(block, matrices, needs)
+    watching = Watch(block, matrices, needs, path=flow.stream.path_of(index))
     for batch in range(len(flow)):
         with watching:
             left_NLD = flow.run(index, block, batch)
@@ -76,8 +76,8 @@ def at_once(
 
 def at_head(flow: Flow, dense: Flow | None, head: nn.Module, matrices: list[Matrix], needs: frozenset[Stat]) -> dict[str, Stats]:
     """What enters the head behind the last block, on both paths if there is a dense one."""
-    watching, beside = Watch(head, matrices, needs), Watch(head, matrices, frozenset())
     walk = flow.stream.walk
+    watching, beside = Watch(head, matrices, needs, path=walk.head_path), Watch(head, matrices, frozenset())
     for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), (dense or flow).windows(), strict=True):
         with watching:
             walk.logits(ids_1L, ours_1LD)
@@ -198,7 +198,7 @@ def straight_stages(
                 for name, partner in ours.items():
                     accumulate_partner(partners, name, value, partner, kept.get("partner", name, batch))
                 clock.lap("statistics")
-            finish(stats, stage[0].name)
+            finish(stats, f"{flow.stream.path_of(index)}.{stage[0].name}")
             kept.drop({number, *(m.name for m in stage)})
             yield stage, {m.name: replace(stats, partner_RC=partners.get(m.name)) for m in stage}
             for name in (m.name for m in stage if m.name in reordered):
@@ -277,7 +277,7 @@ def watch_stage(
 ) -> dict[str, Stats]:
     """Run the pruned path up to the matrices ``behind`` the stage; the stage's sums, including those with the dense path."""
     follow = Follow()
-    watching = Watch(block, stage, needs, follow, until=behind)
+    watching = Watch(block, stage, needs, follow, until=behind, path=flow.stream.path_of(index))
     partners: dict[str, Tensor] = {}
     for batch in range(len(flow)):
         with suppress(Reached):

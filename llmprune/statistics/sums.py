@@ -39,13 +39,20 @@ class Watch(TorchFunctionMode):
     ``stats`` maps each matrix to its sums; matrices with the same input share one object. A matrix that was never used has zero tokens.
     Call ``next_batch`` after each forward and ``close`` after the last one. ``inputs`` holds those of the present forward, each under the
     first matrix that used it; ``own`` each matrix's last input. ``follow`` is called for every operation; ``until`` names matrices whose use
-    ends the forward by ``Reached``.
+    ends the forward by ``Reached``. path: of the block, for messages.
     """
 
     def __init__(
-        self, block: nn.Module, matrices: list[Matrix], needs: frozenset[Stat], follow: Follow | None = None, until: list[Matrix] | None = None
+        self,
+        block: nn.Module,
+        matrices: list[Matrix],
+        needs: frozenset[Stat],
+        follow: Follow | None = None,
+        until: list[Matrix] | None = None,
+        path: str = "",
     ) -> None:
         super().__init__()
+        self._prefix = f"{path}." if path else ""
         self.needs = needs
         self.inputs: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
@@ -123,9 +130,11 @@ class Watch(TorchFunctionMode):
         self.next_batch()
         for name, stats in self.stats.items():
             if stats.tokens != self._tokens[name]:
-                raise StoppedError(f"{name}: saw {self._tokens[name]} tokens, its shared input {stats.tokens}", "report this architecture")
+                raise StoppedError(
+                    f"{self._prefix}{name}: saw {self._tokens[name]} tokens, its shared input {stats.tokens}", "report this architecture"
+                )
         for stats in {id(s): s for s in self.stats.values()}.values():
-            finish(stats, next(name for name, own in self.stats.items() if own is stats))
+            finish(stats, self._prefix + next(name for name, own in self.stats.items() if own is stats))
 
 
 def finish(stats: Stats, name: str) -> None:

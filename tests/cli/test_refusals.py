@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
 
 LLAMA = BUNDLED / "llama"
@@ -197,6 +198,21 @@ def test_a_model_of_code_of_its_own(cli, model):
     damaged(cli, model, "model_type 'own' is unknown to transformers")
 
 
+def test_code_of_its_own_is_not_run_by_an_answer_in_a_pipe(model, monkeypatch):
+    """transformers asks where it is not told, and ``yes`` answers."""
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    (model / "own.py").write_text("raise SystemExit('run')")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        llmprune.load(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        llmprune.load(model)
+
+
 @pytest.mark.parametrize("damage", ["absent", "not-json", "empty", "a-list", "other-class"])
 def test_an_unusable_tokenizer(cli, model, damage):
     path = model / "tokenizer.json"
@@ -223,7 +239,7 @@ def test_ids_beyond_the_vocabulary(cli, model):
     [
         (b"", "the file is empty"),
         (b"  \n ", "holds no text"),
-        (b"a few words", "less than one window"),
+        (b"a few words", "tokens, less than one window of"),
         (b"\xff\xfe\x00\x01" * 5000, "cannot be read as text"),
     ],
 )
@@ -233,7 +249,9 @@ def test_unusable_text(cli, tmp_path, content, says):
 
 
 def test_width_that_m_does_not_divide(cli, model):
-    refused(cli, "--model", "llama", "--pattern", "3:9", says="56 matrices have a width that 9 does not divide")
+    refused(
+        cli, "--model", "llama", "--pattern", "3:9", says="56 matrices have a width that 9 does not divide: model.layers.0.self_attn.q_proj.weight ["
+    )
 
 
 def test_existing_outputs(cli, model):

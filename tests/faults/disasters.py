@@ -88,6 +88,7 @@ DISASTERS: dict[str, tuple[Callable[[Weights], None], Tensor | None, dict[str, A
     "output destroyed": (cancelling, None, {"criterion": "random", "method": None, "only": "down_proj"}, "stopped"),
 }
 METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},  # watches nothing
     "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
     "alps 2:4": {"method": "alps", "pattern": "2:4", "sparsity": None},
@@ -112,6 +113,8 @@ def outcome(source: Path, output: Path, ids_NL: Tensor, options: dict[str, Any])
     except LlmpruneError as error:
         if output.exists() or not error.hint or not (error.message + error.hint).isprintable():
             return f"stopped badly: {error.message!r}, {error.hint!r}"
+        if error.exit_code == 3 and "model.layers." not in error.message:
+            return f"stopped without a place: {error.message!r}"
         return {2: "refused", 3: "stopped"}.get(error.exit_code, f"exit code {error.exit_code}")
     finite = all(bool(torch.isfinite(value).all()) for value in load_file(output / "model.safetensors").values())
     logits = AutoModelForCausalLM.from_pretrained(output)(tiny_windows(1)).logits
@@ -122,8 +125,11 @@ def outcome(source: Path, output: Path, ids_NL: Tensor, options: dict[str, Any])
 
 
 def cases() -> list[tuple[str, str]]:
-    """(disaster, method) of all that go together: what destroys the output is one criterion's doing, and units are read behind dead channels."""
-    methods = {"output destroyed": ["wanda"], "dead channels": [m for m in METHODS if "channels" not in m]}
+    """(disaster, method) of all that go together: what destroys the output is one criterion's doing, units are read behind dead channels, and
+    magnitude sees no inputs.
+    """
+    watching = [m for m in METHODS if m != "magnitude"]
+    methods = {"output destroyed": ["wanda"], "a block without input": watching, "dead channels": [m for m in watching if "channels" not in m]}
     return [(name, method) for name in DISASTERS for method in methods.get(name, METHODS)]
 
 
