@@ -50,6 +50,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "head_dim": 16}
         | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2, "global_head_dim": 16},
     ),
+    "gemma3n_text": (
+        "gemma3n_text",
+        BASE
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "head_dim": 8}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2, "laurel_rank": 4}
+        | {"altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    ),
     "phi3": ("phi3", BASE),
     "phi": ("phi", BASE),
     "opt": ("opt", TOKENS | HEADS | {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
@@ -139,13 +146,6 @@ TYPICAL += ("deepseek_v3", "mamba", "lfm2", "nemotron_h", "dbrx", "lara_mini")
 # models that cannot be walked: their blocks hand on more than hidden states, or share weights
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("rwkv", TOKENS | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64, "rescale_every": 1}),
-    "gemma3n_text": (
-        "gemma3n_text",
-        BASE
-        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "head_dim": 8}
-        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2, "laurel_rank": 4}
-        | {"altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4},
-    ),
     "zamba2": (
         "zamba2",
         TOKENS

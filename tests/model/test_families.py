@@ -152,7 +152,7 @@ def test_replay_equals_forward(saved: Callable[..., Path], family: str, dtype: t
     stream = open_stream(saved(family), dtype)
     left: dict[str, list[Tensor]] = {name: [] for name in stream.names}
     for name in stream.names:
-        model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: left[name].append(first_of(out)))
+        model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: left[name].append(side_by_side(first_of(out))))
     flow = Flow(stream, WINDOWS_NL)
     logits = [model(ids_NL, use_cache=False).logits for ids_NL in flow.ids]
 
@@ -165,6 +165,11 @@ def test_replay_equals_forward(saved: Callable[..., Path], family: str, dtype: t
     with stream.outer():
         for batch, ids_NL in enumerate(flow.ids):
             assert torch.equal(stream.walk.logits(ids_NL, flow.hidden[batch]), logits[batch])
+
+
+def side_by_side(hidden: Tensor) -> Tensor:
+    """[N, L, D]: of several residual streams [S, N, L, D / S] too."""
+    return hidden.permute(1, 2, 0, 3).flatten(2) if hidden.dim() == 4 else hidden
 
 
 @typical_families

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from families import save_tiny
 from model.test_carried import CPU, IDS, gradients_by_hooks
 from transformers import AutoModelForCausalLM
 
@@ -25,8 +24,7 @@ from llmprune.types import SILENT, Stats
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    runpy.run_path(str(ROOT / "scripts" / "tiny_types.py"))["save_tiny"]("gemma3n_text", tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny("gemma3n_text", tmp_path / "model", torch.float32)
 
 
 def stream_of(folder: Path) -> Stream:
