@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults.runs import contents, small_text
 from forked import running
 from often import often
@@ -108,6 +109,21 @@ def test_another_request_is_refused_and_restart_discards(here):
     report = llmprune.prune(**{**ASK, "sparsity": 0.6}, restart=True)
     assert report.timings.resumed_blocks == 0
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+def test_another_dtype_or_number_of_threads_is_refused_by_name(here):
+    """Sums round differently there."""
+    run_until("prune", 3)
+    with pytest.raises(llmprune.LlmpruneError, match=r"out\.partial: started with another .*dtype"):
+        llmprune.prune(**{**ASK, "dtype": "bfloat16"})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(llmprune.LlmpruneError, match=r"out\.partial: started with .*threads"):
+            llmprune.prune(**ASK)
+    finally:
+        torch.set_num_threads(threads)
+    assert llmprune.prune(**ASK).timings.resumed_blocks == 3
 
 
 def test_an_edited_text_or_tokenizer_is_refused_by_name(here):

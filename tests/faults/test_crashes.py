@@ -64,17 +64,17 @@ def test_a_crash_at_file_operations(root, monkeypatch, plain, ask, replaces, mos
         assert fault(tree, root.parent / "second", ask, new, old) == "", name
 
 
-@pytest.mark.slow
-def test_a_crash_while_going_on_after_a_crash(root):
+@pytest.mark.parametrize(("firsts", "step"), [(2, 120), pytest.param(4, 12, marks=pytest.mark.slow)])
+def test_a_crash_while_going_on_after_a_crash(root, firsts, step):
     recorder, new = record(root, ASK)
     left = list(distinct(recorder.crashes))
-    for _, tree in left[:: len(left) // 4]:
+    for _, tree in left[:: len(left) // firsts]:
         again = root.parent / "again"
         write_out(tree, again)
         if (again / "out").exists():
             continue
         second, _ = record(again, ASK)
-        for name, tree in list(distinct(second.crashes))[::12]:
+        for name, tree in list(distinct(second.crashes))[::step]:
             assert fault(tree, root.parent / "second", ASK, new) == "", name
 
 

@@ -168,7 +168,7 @@ def test_a_block_that_runs_otherwise_is_followed_mark_by_mark(signs):
     for value, sign in zip(hidden, signs, strict=True):
         value[0, 0, 0] = 3.0 * sign
     walk = SimpleNamespace(replay=lambda block, hidden_NLD, call: block(hidden_NLD), model=SimpleNamespace(config=None))
-    stream = SimpleNamespace(walk=walk, names=["block"], scratch=None, device_of=lambda index: torch.device("cpu"))
+    stream = SimpleNamespace(walk=walk, names=["block"], path_of=["block"].__getitem__, scratch=None, device_of=lambda index: torch.device("cpu"))
     paths = []
     for shift in (0.0, 0.1):
         path = Flow.__new__(Flow)

@@ -20,6 +20,7 @@ from llmprune.recipe.reading import read_recipe
 from llmprune.run.footprint import footprint
 from llmprune.run.prepare import prepare
 from llmprune.statistics import stages as statistics
+from llmprune.stream.hidden_states import memory_limit
 
 IDS = tiny_windows(8, 24)
 
@@ -83,6 +84,16 @@ def test_a_solver_that_says_nothing_is_planned_as_the_hungriest(tmp_path):
     ours = {name: solving(build("solvers", name)) for name in names("solvers") if "gram" in find("solvers", name).needs}
     assert solving(theirs) >= max(ours.values()) > 0
     assert solving(theirs) >= 56 * 48**2  # the widest matrix has 48 inputs
+
+
+def test_a_limit_of_the_control_group_counts(tmp_path, monkeypatch):
+    """What a container leaves."""
+    (tmp_path / "memory.max").write_text("300000000\n")
+    (tmp_path / "memory.current").write_text("200000000\n")
+    monkeypatch.setattr("llmprune.stream.hidden_states.Path", lambda _, name: tmp_path / name)
+    assert memory_limit() == 100_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limit() > 100_000_000
 
 
 def test_a_limit_of_address_space_counts(tmp_path):
