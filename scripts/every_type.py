@@ -375,8 +375,10 @@ def main() -> None:
         help="separated by commas: %(default)s".replace("%(default)s", ", ".join(PATTERNS).replace("%", "%%")),
     )
     parser.add_argument("--wrappers", action="store_true", help="image-text models, instead of causal language models")
-    parser.add_argument("--table", type=Path, help="markdown file to write")
+    parser.add_argument("--table", type=Path, help="markdown page to renew")
     asked = parser.parse_args()
+    if asked.table and not asked.table.is_file():
+        parser.error(f"--table {asked.table}: no such page; give docs/models.md, or a copy of it")
     warnings.filterwarnings("ignore")
     set_verbosity_error()
     disable_progress_bar()

@@ -75,13 +75,17 @@ def export(
     config = model.config
     kept = range(len(spaces)) if kept is None else kept
     wanted, fixed = _fields(spaces, keeps)
-    wanted |= _left_uneven(source, config, spaces)
-    replaced = ("auto_map", "transformers_weights", *((OWN_SIZES,) if own_sizes(source) else ()))
+    uneven = own_sizes(source)
+    left = _left_uneven(uneven, config, spaces)
+    wanted |= left
+    replaced = ("auto_map", "transformers_weights", *((OWN_SIZES,) if uneven else ()))
     saved = {name: value for name, value in source.items() if name not in replaced}
     saved |= without_layers(source, model, path, kept)
     for name, value in fixed.items():
         put(saved, config, name, value)
-    layers = [{name: v for name, v in all_sizes(spaces[i], keeps[i]).items() if name in wanted} for i in kept]
+    uncounted = {name: read(config, name) for name in left - {name for layer in spaces for space in layer for name, _ in space.config}}
+    sizes_of = {i: uncounted | {n: v for n, v in uneven.get(i, {}).items() if n in uncounted} | all_sizes(spaces[i], keeps[i]) for i in kept}
+    layers = [{name: v for name, v in sizes_of[i].items() if name in wanted} for i in kept]
     varied = any(len({sizes[name] for sizes in layers if name in sizes}) > 1 for name in wanted)
     for name in wanted:
         put(saved, config, name, _shared(config, name, layers, varied))
@@ -120,10 +124,10 @@ def _fields(spaces: Sequence[Sequence[Space]], keeps: Sequence[Keeps]) -> tuple[
     return {name for space in cut for name, _ in space.config}, {name: value for space in cut for name, value in space.fixed}
 
 
-def _left_uneven(source: dict[str, Any], config: PreTrainedConfig, spaces: Sequence[Sequence[Space]]) -> set[str]:
+def _left_uneven(own: dict[int, Sizes], config: PreTrainedConfig, spaces: Sequence[Sequence[Space]]) -> set[str]:
     """The config fields of layers that an earlier cut left uneven, by the names that spaces have for them."""
     names = {canonical(config, name): name for layer in spaces for space in layer for name, _ in space.config}
-    return {names.get(name, name) for sizes in own_sizes(source).values() for name in sizes}
+    return {names.get(name, name) for sizes in own.values() for name in sizes}
 
 
 def _shared(config: PreTrainedConfig, name: str, layers: Sequence[Sizes], varied: bool) -> int:

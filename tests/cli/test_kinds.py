@@ -213,6 +213,22 @@ def test_uneven_layers_are_not_cut_again_without_a_table(tmp_path: Path) -> None
         prune(uneven, 0.5, "channels")
 
 
+def test_uneven_layers_without_a_table_can_be_dropped(tmp_path: Path) -> None:
+    """Those that are kept have the sizes that they had."""
+    torch.manual_seed(0)
+    config = tiny_model("stablelm").config
+    config.num_hidden_layers = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    uneven = prune(tmp_path / "model", 0.3, "channels", allocation="sensitivity", round_to=1)
+    widths = [t.shape[0] for name, t in sorted(load_file(uneven / "model.safetensors").items()) if "gate_proj" in name]
+    assert len({*widths}) > 1
+    fewer = prune(uneven, 0.34, "layers")
+    model = AutoModelForCausalLM.from_pretrained(fewer, trust_remote_code=True)
+    kept = [block.mlp.gate_proj.out_features for block in model.model.layers]
+    assert len({*kept}) == 2
+    assert kept in ([widths[i] for i in left] for left in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_code_is_copied_with_what_it_imports_and_not_run(model: Path) -> None:
     (model / "modeling_own.py").write_text("from .helper_own import x\nraise SystemExit('this was run')\n")
     (model / "helper_own.py").write_text("x = 1\n")

@@ -8,18 +8,15 @@ from typing import Any
 import pytest
 import torch
 from families import save_tiny
-from model.test_carried import CPU, IDS, gradients_by_hooks
+from model.test_carried import CPU, IDS, check_gradients
 from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.checkpoint.source import open_folder
 from llmprune.evaluation.divergence import after_blocks
 from llmprune.model.kinds import values_per_token
-from llmprune.model.matrices import block_matrices
 from llmprune.run.prepare import open_stream
-from llmprune.statistics.gradients import loss_gradients
 from llmprune.stream.stream import Stream
-from llmprune.types import SILENT, Stats
 
 
 @pytest.fixture
@@ -44,17 +41,7 @@ def test_the_blocks_walked_one_by_one_are_the_model(folder: Path) -> None:
 
 
 def test_gradients_are_those_of_the_model(folder: Path) -> None:
-    stream = stream_of(folder)
-    matrices = {i: block_matrices(block) for i, block in enumerate(stream.walk.blocks)}
-    found = loss_gradients(stream, IDS, matrices, frozenset({"grad_out_sq"}), SILENT)
-    wanted = gradients_by_hooks(plain(folder), stream.walk.path)
-    for i, ms in matrices.items():
-        stats = {m.name: Stats() for m in ms}
-        found.add_to(i, stats)
-        for m in ms:
-            if (i, m.name) in wanted:
-                ours_R, theirs_R = stats[m.name].grad_out_sq_R, wanted[i, m.name]
-                assert float((ours_R - theirs_R).abs().max() / theirs_R.abs().max().clamp_min(1e-30)) < 1e-4, m.name
+    check_gradients(stream_of(folder), plain(folder))
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
