@@ -90,6 +90,7 @@ class Row:
     units: int | None = None  # that could be dropped
     kept: tuple[int, ...] | None = None  # numbers of the kept units
     parameters: int = 0  # of all units, in every tensor that writes or reads them
+    kept_zeros: tuple[int, ...] | None = None  # of ``zeros``, those that no mask holds, as runs (maths/runs.py); None: not recorded
 
     @property
     def size(self) -> int:

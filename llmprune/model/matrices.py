@@ -41,7 +41,10 @@ class Matrix:
 
     def stored(self, block: nn.Module) -> Tensor:
         """The stored slice, sharing memory with the parameter."""
-        parameter = block.get_parameter(self.parameter).data
+        return self.slice_of(block.get_parameter(self.parameter).data)
+
+    def slice_of(self, parameter: Tensor) -> Tensor:
+        """The stored slice of a tensor that has the parameter's shape: of its mask, perhaps."""
         if self.expert is None:
             return parameter
         one = self.columns if self.transposed else self.rows  # of a stack whose experts lie one after the other in two dimensions
@@ -53,7 +56,13 @@ class Matrix:
 
     def whole_view(self, block: nn.Module) -> Tensor:
         """The view with all rows that the model multiplies at once."""
-        stored = self.stored(block)
+        return self._turned(self.stored(block))
+
+    def view_of(self, parameter: Tensor) -> Tensor:
+        """As ``view``, of a tensor that has the parameter's shape."""
+        return self.part_of(self._turned(self.slice_of(parameter)))
+
+    def _turned(self, stored: Tensor) -> Tensor:
         return stored.T if self.transposed else stored
 
     def part_of(self, whole: Tensor, dim: int = 0) -> Tensor:

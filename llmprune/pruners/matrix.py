@@ -15,6 +15,7 @@ from llmprune.criteria.magnitude import Magnitude
 from llmprune.errors import StoppedError
 from llmprune.maths.asymmetric_target import asymmetric_target
 from llmprune.maths.linalg import all_finite, drawn_to_mean, few_tokens, notes_of, squared_error
+from llmprune.maths.runs import runs_of
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.plan import Plan
 from llmprune.results import Row
@@ -39,7 +40,9 @@ def prune_matrix(stream: Stream, index: int, block: nn.Module, matrix: Matrix, s
     zeros = int((stored_RC == 0).sum())
     notes = pruned.notes + notes_on_filled(lost_zeros, stored_RC.numel())
     row = Row(name, matrix.rows, matrix.columns, sparsity, zeros, pruned.lost, stats.tokens, notes)
-    return row if plan.structure is None else plan.structure.with_units(row, pruned.keep_RC)
+    if plan.structure is not None:
+        return plan.structure.with_units(row, pruned.keep_RC)
+    return replace(row, kept_zeros=runs_of((stored_RC == 0) & pruned.keep_RC))
 
 
 def correct(stream: Stream, index: int, block: nn.Module, matrix: Matrix, stats: Stats) -> int:

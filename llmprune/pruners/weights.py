@@ -92,6 +92,7 @@ class WeightPruner(InPlacePruner):
                     if m.name in channels:
                         stats, saliency, reordered[m.name], moved = reorder(block, channels[m.name], stats, self.plan)
                         changed += moved
+                        rows |= {w.name: where_unknown(rows[w.name]) for w in matrices if w.parameter in moved and w.name in rows}
                     row = self._prune_matrix(flow.stream, index, block, m, stats)
                     rows[m.name] = replace(row, saliency=saliency)
                 clock.lap("solve")
@@ -104,6 +105,11 @@ class WeightPruner(InPlacePruner):
             for step, ratio in self.variants.ratios.get(name, {}).items():
                 self.variants.found[name, step] = solve_at(weight_RC, stats, self.plan, ratio, name).weight_RC.to(dtype, copy=True)
         return prune_matrix(stream, index, block, matrix, stats, self.plan, self.asked[name])
+
+
+def where_unknown(row: Row) -> Row:
+    """Of a matrix whose rows have moved since: the places of its kept zeros are no longer the recorded ones."""
+    return replace(row, kept_zeros=None) if row.kept_zeros else row
 
 
 def aim_of(plan: Plan, dense: Flow | None, index: int, block: nn.Module) -> Flow | None:
