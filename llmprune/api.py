@@ -55,9 +55,10 @@ def prune(
     one; the model itself keeps its shape, with zeros (except for layers and experts; solver refit scales experts in place).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
-    tokenizer: for a live model that is calibrated on text. public, existing: of the repository, with ``push="me/name"``. on_progress: called with
-    (step, done, total) as the command line's bars are. options: every other field of a recipe (``llmprune.recipe.recipe.Recipe``); criterion may be a
-    function of (weight_RC, stats), see ``llmprune.recipe.user_methods``.
+    tokenizer: for a live model that is calibrated on text; its processor for text with pictures. public, existing: of the repository, with
+    ``push="me/name"``. on_progress: called with (step, done, total) as the command line's bars are. options: every
+    other field of a recipe (``llmprune.recipe.recipe.Recipe``); criterion may be a function of (weight_RC, stats), see
+    ``llmprune.recipe.user_methods``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
     if not isinstance(calibration, str | Tensor | None):

@@ -36,6 +36,7 @@ TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json"),
     *("chat_template*", f"{TEMPLATES}/*"),
 )
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 NOT_FETCHED = (
     *(f"{place}{name}" for place in ("", "*/") for name in (*STAYS, *(f"{folder}/*" for folder in FOLDERS), ".*")),
@@ -60,6 +61,11 @@ def too_large(folder: Path) -> list[str]:
 def tokenizer_files(folder: Path) -> list[Path]:
     """What a tokenizer is loaded from."""
     return [path for path in companions(folder) if matches(path.relative_to(folder).as_posix(), TOKENIZER)]
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """What a processor of pictures, video or sound is loaded from, beside the tokenizer."""
+    return [folder / name for name in PROCESSOR if (folder / name).is_file()]
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -160,11 +160,12 @@ class Loader:
     def free_block(self, index: int) -> None:
         self._empty(self._prefixes[index])
 
-    def load_outer(self, device: torch.device) -> None:
-        """Everything outside the blocks that is used: embeddings, final norm, head."""
-        unused = set(self.unused_keys)
-        self._fill([key for key in self._outer if key not in unused])
-        for name in self._outer_parameters():
+    def load_outer(self, device: torch.device, unused: bool = False) -> None:
+        """Everything outside the blocks that is used: embeddings, final norm, head. unused: all the rest too."""
+        left_out = set() if unused else set(self.unused_keys)
+        names = self._outer_parameters(unused)
+        self._fill([key for key in self._outer if key not in left_out])
+        for name in names:
             if name in self.tied:
                 continue
             module, leaf = self._place(name)
@@ -174,7 +175,7 @@ class Loader:
         for target, source in self.tied.items():
             module, leaf = self._place(target)
             module._parameters[leaf] = self.skeleton.get_parameter(source)
-        for path in {name.rpartition(".")[0] for name in self._outer_parameters()}:
+        for path in {name.rpartition(".")[0] for name in names}:
             self._initialise(path)
 
     def _initialise(self, path: str) -> None:
@@ -188,14 +189,14 @@ class Loader:
                 self.skeleton._init_weights(module)
 
     def free_outer(self) -> None:
-        for name in self._outer_parameters():
+        for name in self._outer_parameters(unused=True):
             module, leaf = self._place(name)
             if leaf in module._parameters:
                 module._parameters[leaf] = self._meta[id(module), leaf]
 
-    def _outer_parameters(self) -> list[str]:
+    def _outer_parameters(self, unused: bool) -> list[str]:
         base = self._prefixes[0].removesuffix("0.")
-        return [name for name in self.empty if not name.startswith(base) and not self._is_unused(name)]
+        return [name for name in self.empty if not name.startswith(base) and (unused or not self._is_unused(name))]
 
     def _is_unused(self, parameter: str) -> bool:
         return parameter != self._first and any(parameter == path or parameter.startswith(f"{path}.") for path in self._unused)

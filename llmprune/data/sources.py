@@ -171,11 +171,19 @@ def without_nul(text: str, name: str) -> str:
 
 def rows_of(source: TextSource, draw: int | None = None, whole: bool = True) -> Iterator[str]:
     """The text of each row, streamed: nothing is copied into a cache. whole: plain text is one row, else a row a line."""
+    options: dict[str, Any] = (
+        {"encoding": "utf-8-sig", "keep_linebreaks": True, "sample_by": "document" if whole else "line"} if source.builder == "text" else {}
+    )
+    return _texts(raw_rows(source, None if source.file else draw, **options), source.dataset)
+
+
+def raw_rows(source: TextSource, draw: int | None = None, buffer: int = BUFFER, **options: Any) -> Any:
+    """The rows of a source, streamed. draw: a seed, by which they are shuffled in a buffer. Raises RequestError when it cannot be opened."""
     if source.file is None:
         rows = _open(source.builder, source.config, source.split, source.part, revision=source.revision)
-        return _texts(rows if draw is None else rows.shuffle(seed=draw, buffer_size=BUFFER), source.dataset)
-    options = {"encoding": "utf-8-sig", "keep_linebreaks": True, "sample_by": "document" if whole else "line"} if source.builder == "text" else {}
-    return _texts(_open(source.builder, None, "train", glob.escape(str(source.file)), **options), source.dataset)
+    else:
+        rows = _open(source.builder, None, "train", glob.escape(str(source.file)), **options)
+    return rows if draw is None else rows.shuffle(seed=draw, buffer_size=buffer)
 
 
 def _open(builder: str, config: str | None, split: str, file: str | None, **options: Any) -> Any:
@@ -194,7 +202,7 @@ def _texts(rows: Any, name: str) -> Iterator[str]:
     column = ""
     try:
         for number, row in enumerate(rows, 1):
-            column = column or _column_of(row, name)
+            column = column or column_of(row, name)
             if not isinstance(row.get(column), str):
                 raise RequestError(f"{name}, row {number}: {column!r} holds no text", "leave such rows out")
             yield row[column]
@@ -202,7 +210,8 @@ def _texts(rows: Any, name: str) -> Iterator[str]:
         raise RequestError(f"{name}: cannot be read as text ({str(error)[:100]})", "give UTF-8 text") from None
 
 
-def _column_of(row: dict[str, Any], name: str) -> str:
+def column_of(row: dict[str, Any], name: str) -> str:
+    """The column of text: ``text``, or the only one of strings. Raises RequestError when there is none."""
     columns = [k for k, v in row.items() if isinstance(v, str)]
     if "text" in row or len(columns) == 1:
         return "text" if "text" in row else columns[0]

@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from llmprune.errors import RequestError, first_line
+from llmprune.errors import MISTAKES, RequestError, first_line
+
+UNRENDERED: tuple[type[Exception], ...] = (*MISTAKES, TemplateError)  # what a template raises for a dialogue that it does not take
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

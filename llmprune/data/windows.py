@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmprune.data.sources import BUFFER, Text, TextSource, find_source, pieces, read_text
 from llmprune.errors import RequestError
+from llmprune.model.pictures import Pictures, Seen
 
 WHOLE = 16 << 20  # bytes; a larger file is drawn from piece by piece
 PIECE = 4 << 20  # characters
@@ -21,18 +22,22 @@ PIECE = 4 << 20  # characters
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [N, L] with the name of their text. drawn_from: among how many, by which seed; empty for the first windows."""
+    """Token ids [N, L] with the name of their text. drawn_from: among how many, by which seed; empty for the first windows. seen: the pictures of
+    each window, empty for text alone; left_out: rows of the data set whose pictures are larger than a window.
+    """
 
     ids_NL: Tensor
     dataset: str
     split: str
     drawn_from: str = ""
+    seen: tuple[Seen | None, ...] = ()
+    left_out: int = 0
 
     def first(self, count: int) -> Windows:
-        return replace(self, ids_NL=self.ids_NL[:count])
+        return replace(self, ids_NL=self.ids_NL[:count], seen=self.seen[:count])
 
     def after(self, count: int) -> Windows:
-        return replace(self, ids_NL=self.ids_NL[count:], split=f"{self.split}, held back")
+        return replace(self, ids_NL=self.ids_NL[count:], seen=self.seen[count:], split=f"{self.split}, held back")
 
     def held_back(self, most: int) -> tuple[Windows, Windows | None]:
         """(all but the last, the last ones: an eighth, or ``most``); a single window is not divided."""
@@ -46,7 +51,17 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.ids_NL.contiguous().numpy().tobytes()).hexdigest()
+        """Of the token ids, and of everything that is seen with them."""
+        found = hashlib.sha256(self.ids_NL.contiguous().numpy().tobytes())
+        for number, seen in enumerate(self.seen):
+            for name, tensor in sorted(seen.inputs.items()) if seen else ():
+                found.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    @property
+    def pictures(self) -> int:
+        return sum(seen.count for seen in self.seen if seen)
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,16 @@ class RunData:
 
     def all(self) -> tuple[Windows, ...]:
         return (self.calibration, *self.evaluation, *((self.held,) if self.held else ()))
+
+    @property
+    def pictures(self) -> Pictures:
+        """What is seen with the windows."""
+        return Pictures((ids_L, seen) for w in self.all() for ids_L, seen in zip(w.ids_NL, w.seen, strict=False) if seen)
+
+    def text(self, most: int) -> Tensor:
+        """[1, L]: the first tokens of the first window, a token of text in the place of those that stand for pictures."""
+        ids_L = self.calibration.ids_NL[0]
+        return ids_L.masked_fill(self.pictures.stands_in(ids_L), int(ids_L[-1]))[None, :most]
 
 
 def cut(text: Text, tokenizer: Any, length: int) -> Windows:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks, kl
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
+from llmprune.model.pictures import IGNORED
 from llmprune.results import Divergence, Perplexity
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -63,18 +64,21 @@ def pruned_pass(dense: Dense, stream: Stream, listen: Listener = SILENT) -> tupl
     windows = dense.windows
     flow = after_blocks(stream, windows.ids_NL, listen, "perplexity, pruned")
     lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    dtype, walk = "", dense.flow.stream.walk
+    tokens, dtype, walk = 0, "", dense.flow.stream.walk
     with stream.outer(), nullcontext() if walk is stream.walk else dense.flow.stream.outer():
         for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), dense.flow.windows(), strict=True):
             ours_LV = stream.walk.logits(ids_1L, ours_1LD)[0]
             with _head_of(dense):
                 theirs_LV = walk.logits(ids_1L, theirs_1LD)[0]
             dtype = name_of(ours_LV)
-            lost += surprise(ours_LV, ids_1L[0])
-            for theirs_TV, ours_TV in zip(theirs_LV[:-1].split(TARGETS_AT_ONCE), ours_LV[:-1].split(TARGETS_AT_ONCE), strict=True):
-                apart += kl(theirs_TV, ours_TV).sum(dtype=torch.float64).cpu()
-                same += (theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum().cpu()
-    value = defined(lost, windows, dtype)
+            targets_L = walk.pictures.targets(ids_1L[0])
+            lost += surprise(ours_LV, targets_L)
+            counted_L = targets_L != IGNORED
+            tokens += int(counted_L.sum())
+            for theirs_TV, ours_TV, counted_T in zip(*(t.split(TARGETS_AT_ONCE) for t in (theirs_LV[:-1], ours_LV[:-1], counted_L)), strict=True):
+                apart += (kl(theirs_TV, ours_TV) * counted_T).sum(dtype=torch.float64).cpu()
+                same += ((theirs_TV.argmax(-1) == ours_TV.argmax(-1)) & counted_T).sum().cpu()
+    value = defined(lost, tokens, windows, dtype)
     definition = (value.dataset, value.split, value.window, value.windows, value.tokens, value.dtype)
     return value, Divergence(float(apart) / value.tokens, float(same) / value.tokens, *definition)
 

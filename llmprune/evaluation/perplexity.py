@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.data.windows import Windows
 from llmprune.evaluation.divergence import after_blocks
+from llmprune.model.pictures import IGNORED
 from llmprune.results import Perplexity
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -29,28 +30,28 @@ def perplexity(stream: Stream, windows: Windows, listen: Listener = SILENT) -> P
 
 def perplexity_of(flow: Flow, windows: Windows) -> Perplexity:
     """Perplexity of windows that have passed through every block; their losses are accumulated in float64."""
-    total = torch.zeros((), dtype=torch.float64)
-    dtype = ""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    dtype, pictures = "", flow.stream.walk.pictures
     for ids_1L, logits_1LV in flow.logits():
+        targets_L = pictures.targets(ids_1L[0])
         dtype = name_of(logits_1LV)
-        total += surprise(logits_1LV[0], ids_1L[0])
-    return defined(total, windows, dtype)
+        total += surprise(logits_1LV[0], targets_L)
+        tokens += int((targets_L != IGNORED).sum())
+    return defined(total, tokens, windows, dtype)
 
 
-def surprise(logits_LV: Tensor, ids_L: Tensor) -> Tensor:
-    """Summed negative log-likelihood of a window's L-1 targets, float64 on the CPU."""
+def surprise(logits_LV: Tensor, targets: Tensor) -> Tensor:
+    """Summed negative log-likelihood of a window's L-1 targets, float64 on the CPU; placeholders of pictures are left out."""
     total = torch.zeros((), dtype=torch.float64)
-    targets = ids_L[1:]
     for a in range(0, len(targets), TARGETS_AT_ONCE):
         b = min(a + TARGETS_AT_ONCE, len(targets))
         total += F.cross_entropy(logits_LV[a:b].float(), targets[a:b], reduction="sum").double().cpu()
     return total
 
 
-def defined(total: Tensor, windows: Windows, dtype: str) -> Perplexity:
-    """The perplexity of a summed negative log-likelihood, with its definition."""
+def defined(total: Tensor, tokens: int, windows: Windows, dtype: str) -> Perplexity:
+    """The perplexity of a negative log-likelihood summed over so many tokens, with its definition."""
     count, length = windows.ids_NL.shape
-    tokens = count * (length - 1)
     mean = float(total) / tokens
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, windows.dataset, windows.split, length, count, tokens, dtype)

@@ -61,7 +61,7 @@ def difference(wanted: Tensor, got: Tensor) -> float:
 def _with_another_end(ids_1L: Tensor, stream: Stream) -> Tensor:
     """The window with its last token replaced, by another one of it if there is one."""
     last = int(ids_1L[0, -1])
-    others = ids_1L[ids_1L != last]
+    others = ids_1L[0][(ids_1L[0] != last) & ~stream.walk.pictures.stands_in(ids_1L[0])]
     vocabulary = stream.walk.model.get_parameter(f"{stream.walk.embeddings_path}.weight").shape[0]
     changed_1L = ids_1L.clone()
     changed_1L[0, -1] = int(others[0]) if len(others) else (last + 1) % vocabulary
@@ -72,7 +72,7 @@ def _own_logits(stream: Stream, ids_1L: Tensor, flow: Flow | None = None) -> Ten
     """[1, L, V]: of the model's own forward, which gets its blocks one at a time. A flow passes through each block while it is there."""
     last = len(stream.names) - 1
     with ExitStack() as outside:
-        outside.enter_context(stream.outer())
+        outside.enter_context(stream.outer(towers=stream.walk.pictures.with_any(ids_1L)))
 
         @contextmanager
         def around(index: int) -> Iterator[None]:
@@ -83,6 +83,6 @@ def _own_logits(stream: Stream, ids_1L: Tensor, flow: Flow | None = None) -> Ten
                     flow.through(index, block)
                 yield
             if index == last:
-                outside.enter_context(stream.outer())
+                outside.enter_context(stream.outer(towers=stream.walk.pictures.with_any(ids_1L)))
 
         return stream.walk.forward(ids_1L, around)

@@ -22,19 +22,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from jinja2 import TemplateError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llmprune.checkpoint.companions import tokenizer_files
-from llmprune.data.tokenizer import load_tokenizer
-from llmprune.errors import MISTAKES, PromiseError, RequestError, mistake, out_of_memory
+from llmprune.checkpoint.companions import processor_files, tokenizer_files
+from llmprune.data.tokenizer import UNRENDERED, load_tokenizer
+from llmprune.errors import PromiseError, RequestError, mistake, out_of_memory
 from llmprune.model.skeleton import UNBUILDABLE
 from llmprune.model.wrappers import auto_class
 
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEXT = "The first thing to know about a river: 3 × 7 is twenty-one, “quoted”, naïve, 你好.\n\n\tend"
-UNRENDERED: tuple[type[Exception], ...] = (*MISTAKES, TemplateError)  # what a template raises for a dialogue that it does not take
 TURNS = [{"role": "user", "content": "How long is the river?"}, {"role": "assistant", "content": "Long."}]
 
 
@@ -120,7 +117,7 @@ def parts_of(folder: Path) -> dict[str, Any]:
         found["tokenizer"] = None if tokenizer is None else _of_tokenizer(tokenizer)
         if tokenizer is not None and tokenizer.chat_template:
             found["chat template"] = _of_template(tokenizer)
-    if any((folder / name).is_file() for name in PROCESSOR):
+    if processor_files(folder):
         processor = _processor(folder)
         found["processor"] = None if processor is None else processor.to_dict()
     return found

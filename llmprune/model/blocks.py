@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import RequestError, first_line
 from llmprune.model.carried import Call, Rest, only_from, with_names
+from llmprune.model.pictures import Pictures
 from llmprune.model.wrappers import is_wrapper, others
 
 CANNOT_WALK = "the architecture cannot be walked block by block"
@@ -130,6 +131,7 @@ class Walk:
 
     ``returned`` counts the values in the tuple that a block returns, 0 for no tuple; known after the first recording, or a sole block's first run.
     ``streams`` counts the residual streams that each token has where it has several (Gemma 3n), else 0; known after the first recording.
+    ``pictures`` holds what an image-text model sees with some windows.
 
     Raises RequestError when the blocks cannot be found or share weights.
     """
@@ -140,6 +142,7 @@ class Walk:
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
         self.returned: int | None = None
         self.streams = 0
+        self.pictures = Pictures()
         self.head_path, self.embeddings_path = _outside(model)
         _refuse_shared(model, self.path, self.blocks)
 
@@ -190,7 +193,7 @@ class Walk:
 
         try:
             with _replaced(self.blocks, receive):
-                self.model(input_ids=ids_NL, use_cache=False)
+                self._run(ids_NL)
         except _AllRecorded:
             faults.update(own)
         except (ValueError, TypeError, IndexError, AttributeError) as error:  # the model uses more of a block's output than hidden states
@@ -211,6 +214,10 @@ class Walk:
             faults.add(PLACES)
             return None
         return self._joined(hidden), with_names(calls)
+
+    def _run(self, ids_NL: Tensor) -> Any:
+        """The model's own forward, with the pictures of the windows."""
+        return self.model(input_ids=ids_NL, use_cache=False, **self.pictures.inputs(ids_NL, self.model.dtype))
 
     def _joined(self, hidden: Tensor) -> Tensor:
         """[N, L, D] hidden states of a block's own: several residual streams [S, N, L, D/S] of each token side by side."""
@@ -236,7 +243,7 @@ class Walk:
         hook = self.head.register_forward_pre_hook(at_head)
         try:
             with _replaced(self.blocks, receive):
-                self.model(input_ids=ids_NL, use_cache=False)
+                self._run(ids_NL)
         except _AllRecorded:
             pass
         finally:
@@ -263,7 +270,7 @@ class Walk:
         """[N, L, V]: logits of the model's own forward, which runs each block inside ``around(its number)``."""
         embeddings = self.model.get_parameter(f"{self.embeddings_path}.weight")
         with _surrounded(self.blocks, around), _logits_alone(self.model):
-            return self.model(input_ids=ids_NL.to(embeddings.device), use_cache=False).logits
+            return self._run(ids_NL.to(embeddings.device)).logits
 
     def replay(self, block: nn.Module, hidden_NLD: Tensor, call: Call) -> Tensor:
         """Run one block with its recorded call; the hidden states that leave it. What else the next block takes is left in the call."""

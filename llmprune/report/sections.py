@@ -83,7 +83,7 @@ def asked_and_got(report: Report) -> Section:
     recipe, data = report.recipe, report.calibration
     parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
     how = ": ".join(p for p in (recipe["method"] or recipe["quality"], parts) if p)
-    windows = f"{data.windows} windows of {data.window} from {data.dataset} ({data.split})"
+    windows = f"{data.windows} windows of {data.window}{data.seen} from {data.dataset} ({data.split})"
     rows = [
         ("pattern", say(recipe["pattern"])),
         ("method", say(how)),

@@ -99,16 +99,18 @@ class _Estimate:
 
     def footprint(self) -> Footprint:
         phases, spilled = [], 0
+        steady = {"buffers": STEADY} | ({"pictures": seen} if (seen := self.pictures()) else {})
         for name, terms, waiting in self.phases():
             held = {what: count * size for what, (count, size) in waiting.items() if 4 * size < self.limit}  # as stream.place_hidden decides
             spilled = max(spilled, sum(count * size for count, size in waiting.values()) - sum(held.values()))
-            phases.append(Phase(name, {"buffers": STEADY} | terms | held))
+            phases.append(Phase(name, steady | terms | held))
         return Footprint(tuple(phases), self.limit, spilled)
 
     def phases(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[int, int]]]]:
         """(name, what has to be in memory, what may be kept in files as (count, size)) of every phase."""
         answers = {"hidden states of the evaluation": (1, self.evaluated())}
-        yield "reads the embeddings", {"embeddings and head": self.outer(loading=True)}, {"hidden states": (1, self.hidden())}
+        towers = bool(self.pictures())
+        yield "reads the embeddings", {"embeddings and head": self.outer(True, towers)}, {"hidden states": (1, self.hidden())}
         yield "measures perplexities", {"embeddings and head": self.outer(), "logits": self.logits()}, answers
         flows = 4 if self.plan.asymmetric else 2
         block = {"a block's weights": self.block(), "activations": self.activations()}
@@ -140,10 +142,10 @@ class _Estimate:
             return self.item * count_parameters(self.stream.walk.model)
         return self.item * max(sum(p.numel() for p in block.parameters()) for block in self.stream.walk.blocks)
 
-    def outer(self, loading: bool = False) -> int:
-        """The tensors outside the blocks; while they are read, its largest tensor in both dtypes."""
+    def outer(self, loading: bool = False, towers: bool = False) -> int:
+        """The tensors outside the blocks; while they are read, its largest tensor in both dtypes. towers: with those that text does not pass."""
         inside = {id(p) for p in self.stream.walk.blocks.parameters()}
-        apart = tuple(self.stream.towers) if isinstance(self.stream, CheckpointStream) else ()  # never loaded
+        apart = tuple(self.stream.towers) if isinstance(self.stream, CheckpointStream) and not towers else ()
         found = self.stream.walk.model.named_parameters()
         sizes = [p.numel() for name, p in found if id(p) not in inside and not name.startswith(apart)]
         return self.item * sum(sizes) + (self.item * max(sizes) if loading else 0)
@@ -154,6 +156,10 @@ class _Estimate:
 
     def evaluated(self) -> int:
         return sum(w.ids_NL.numel() for w in self.data.evaluation) * values_per_token(self.config) * self.item
+
+    def pictures(self) -> int:
+        """What is seen with all windows."""
+        return sum(t.nbytes for w in self.data.all() for seen in w.seen if seen for t in seen.inputs.values())
 
     def logits(self) -> int:
         """Of one window: the dense model's and the pruned model's, and some targets at a time in float32."""

@@ -202,7 +202,7 @@ class Saved:
 
 def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader) -> Saved:
     """Write the checkpoint, and load it again. job: of the rotated model, if it is one; reloader: with the source as it was given."""
-    ids_1L = job.data.calibration.ids_NL[:1, :MOST_TOKENS]
+    ids_1L = job.data.text(MOST_TOKENS)
     wanted_1LV = predictions(done.now, ids_1L)
     dropped = any(row.dropped for block in done.blocks for row in block.rows)
     if dropped and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.data.windows import RunData, read_windows
+from llmprune.data.pictures import is_processor, picture_windows
+from llmprune.data.sources import find_source
+from llmprune.data.windows import RunData, Windows, windows_of
 from llmprune.errors import RequestError
 from llmprune.evaluation.replay import check_replay
 from llmprune.export.live import slice_model
@@ -26,7 +28,7 @@ from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
 from llmprune.run.prepare import describe, environment, towers_of
 from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
-from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, divided, given_windows
+from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, divided, given_windows, shows_pictures
 from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
@@ -47,7 +49,8 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
         plan = with_budget(recipe, plan, stream, matrices)
         check_plan(plan, stream, matrices, model.dtype)
-        data, records = live_windows(model, recipe, given, tokenizer), Forgetful()
+        data, records = live_windows(stream, recipe, given, tokenizer), Forgetful()
+        stream.walk.pictures = data.pictures
         check_replay(stream, data.calibration.ids_NL[:1])
         work = with_gradients(Work(stream, data.calibration.ids_NL, plan, matrices), listen)
         decision = decided(recipe, work, data, records, listen)
@@ -85,8 +88,9 @@ def check_options(recipe: Recipe) -> None:
         raise RequestError(f"{asked[0]} with a model in memory", f"omit {asked[0]}, or prune the model's checkpoint, with output=...")
 
 
-def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
-    """The calibration windows: token ids as given, or cut from a text."""
+def live_windows(stream: LiveStream, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
+    """The calibration windows: token ids as given, or cut from a text. tokenizer: or the processor of a model that sees pictures."""
+    model = stream.model
     if given is not None:
         check_given(recipe, given)
     length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
@@ -100,7 +104,7 @@ def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: An
             )
         samples = recipe.samples or DEFAULT_SAMPLES
         draw = recipe.seed if recipe.shuffle else None
-        windows = read_windows(recipe.calibration, "calibration", tokenizer, length, samples, draw=draw).first(samples)
+        windows = text_or_pictures(recipe.calibration, stream, tokenizer, length, samples, draw).first(samples)
         have = len(windows.ids_NL)
         if recipe.samples and have < recipe.samples:
             raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
@@ -108,6 +112,18 @@ def live_windows(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: An
         data = RunData(windows, (), held)
     check_ids(data.calibration, model)
     return data
+
+
+def text_or_pictures(spec: str, stream: LiveStream, reader: Any, length: int, samples: int, draw: int | None) -> Windows:
+    """What a spec names, read by a tokenizer or, with its pictures, by a processor."""
+    source = find_source(spec, "calibration")
+    if not shows_pictures(source, stream):
+        return windows_of(source, reader.tokenizer if is_processor(reader) else reader, length, samples, draw=draw)
+    if not is_processor(reader):
+        raise RequestError(
+            f"{source.dataset}: has pictures, and tokenizer is a {type(reader).__name__}", "give the model's processor as tokenizer=..."
+        )
+    return picture_windows(source, reader, length, samples, draw)
 
 
 @contextmanager

@@ -118,7 +118,8 @@ class Job:
         count, length = calibration.ids_NL.shape
         held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
         drawn = f", drawn from {calibration.drawn_from}" if calibration.drawn_from else ""
-        return f"calibration: {count} windows of {length} from {calibration.dataset} ({calibration.split}){drawn}{held}"
+        seen = describe(calibration).seen
+        return f"calibration: {count} windows of {length}{seen} from {calibration.dataset} ({calibration.split}){drawn}{held}"
 
 
 def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, *reads: str) -> Environment:
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     texts = find_texts(recipe, source.folder, windows)
     stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe), texts.identities)
     data = stored or gather_windows(recipe, source, stream, texts, windows)
+    stream.walk.pictures = data.pictures
     for part in data.all():
         check_ids(part, stream.skeleton)
     memory = footprint(stream, plan, matrices, data)
@@ -195,4 +197,5 @@ def described(source: Source, stream: CheckpointStream | WholeStream) -> Origin:
 
 def describe(windows: Windows) -> Calibration:
     count, length = windows.ids_NL.shape
-    return Calibration(windows.dataset, windows.split, count, length, count * length, windows.sha256, windows.drawn_from)
+    seen = (windows.pictures, windows.left_out)
+    return Calibration(windows.dataset, windows.split, count, length, count * length, windows.sha256, windows.drawn_from, *seen)

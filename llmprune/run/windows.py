@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.checkpoint.companions import tokenizer_files
+from llmprune.checkpoint.companions import processor_files, tokenizer_files
 from llmprune.checkpoint.files import hash_file
 from llmprune.checkpoint.resolve import is_bundled
 from llmprune.checkpoint.source import Source
+from llmprune.data.pictures import has_pictures, load_processor, picture_windows
 from llmprune.data.sources import TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.windows import RunData, Windows, windows_of
 from llmprune.errors import RequestError
 from llmprune.model.kinds import longest_sequence
+from llmprune.model.wrappers import is_wrapper
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_length
 from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
 
 DEFAULT_SAMPLES = 128
@@ -46,7 +49,8 @@ def find_texts(recipe: Recipe, folder: Path, given: Tensor | None) -> Texts:
     evaluation = tuple(find_source(spec, "evaluation") for spec in (recipe.eval if given is not None else evaluation_sets(recipe)))
     identities = {f"calibration {calibration.dataset}": calibration.identity} if calibration else {}
     identities |= {f"evaluation {n}, {text.dataset}": text.identity for n, text in enumerate(evaluation, 1)}
-    identities |= {f"tokenizer {path.name}": f"sha256 {hash_file(path)}" for path in tokenizer_files(folder)} if identities else {}
+    readers = (*tokenizer_files(folder), *processor_files(folder)) if identities else ()
+    identities |= {f"tokenizer {path.name}": f"sha256 {hash_file(path)}" for path in readers}
     return Texts(calibration, evaluation, identities)
 
 
@@ -64,7 +68,11 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
         assert given is not None
         return replace(given_windows(recipe, given), evaluation=evaluation, identities=texts.identities)
     samples = recipe.samples or DEFAULT_SAMPLES
-    windows = windows_of(texts.calibration, tokenizer, length, samples + 2 * HELD_BACK, draw=recipe.seed if recipe.shuffle else None)
+    wanted, draw = samples + 2 * HELD_BACK, recipe.seed if recipe.shuffle else None
+    if shows_pictures(texts.calibration, stream):
+        windows = picture_windows(texts.calibration, load_processor(source.folder), length, wanted, draw)
+    else:
+        windows = windows_of(texts.calibration, tokenizer, length, wanted, draw=draw)
     have = len(windows.ids_NL)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
@@ -75,6 +83,18 @@ def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | Wh
         samples = min(samples, have - min(spare, HELD_BACK))
         evaluation = (windows.after(samples).first(HELD_BACK),) if have > samples else ()
     return RunData(windows.first(samples), evaluation, held, texts.identities)
+
+
+def shows_pictures(source: TextSource, stream: Stream) -> bool:
+    """Whether a data set has pictures, for a model that sees them. Raises RequestError where only its text decoder is at hand."""
+    model = stream.walk.model
+    if not stream.towers or not has_pictures(source):
+        return False
+    if not is_wrapper(model):
+        raise RequestError(
+            f"{source.dataset}: has pictures, and {type(model).__name__} leaves {', '.join(stream.towers)} behind", "give a data set of text alone"
+        )
+    return True
 
 
 def divided(recipe: Recipe, windows: Windows) -> tuple[Windows, Windows | None]:

@@ -142,7 +142,7 @@ def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps)
     with torch.enable_grad():
         with taps:
             logits_LV = flow.stream.walk.logits(ids_1L, leaf_1LD.clone())[0]
-        loss = F.cross_entropy(logits_LV[:-1].float(), ids_1L[0, 1:], reduction="sum")
+        loss = F.cross_entropy(logits_LV[:-1].float(), flow.stream.walk.pictures.targets(ids_1L[0]), reduction="sum")
     (gradient_1LD,) = torch.autograd.grad(loss, leaf_1LD)
     taps.next_batch()
     return gradient_1LD

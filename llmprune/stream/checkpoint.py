@@ -72,10 +72,10 @@ class CheckpointStream:
             self._heap.after_block()
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
+    def outer(self, towers: bool = False) -> Iterator[None]:
         self._heap = Heap()  # a pass starts with the embeddings and ends with the head
         try:
-            self.loader.load_outer(self.device)
+            self.loader.load_outer(self.device, towers)
             yield
         finally:
             self.loader.free_outer()

@@ -51,13 +51,14 @@ class Flow:
     def __init__(self, stream: Stream, windows_NL: Tensor, size: int | None = None, dense: bool = False) -> None:
         """size: windows of a micro-batch, else as many as are fast on the device. dense: with all residual channels, whatever the stream drops."""
         device = stream.device_of(0)
-        size = size or max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
+        pictures = stream.walk.pictures.with_any(windows_NL)  # such windows come one at a time, since their inputs differ in shape
+        size = 1 if pictures else size or max(1, TOKENS_PER_BATCH.get(device.type, 2048) // windows_NL.shape[1])
         self.stream = stream
         self.ids = list(windows_NL.split(size))
         self.calls: list[list[Call]] = []
         interned = Interned()
         stores: list[MemoryHidden | FileHidden] = []
-        with stream.outer():
+        with stream.outer(towers=pictures):
             for j, ids_NL in enumerate(self.ids):
                 hidden_NLD, calls = stream.walk.record(ids_NL.to(device))
                 if stream.width is not None and not dense:

@@ -39,7 +39,7 @@ class LiveStream:
         yield self.model.get_submodule(self.path_of(index))
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
+    def outer(self, towers: bool = False) -> Iterator[None]:
         yield
 
     @contextmanager

@@ -56,8 +56,8 @@ class Reshaped:
         device = next(block.parameters()).device
         return rebuild(block, self.structure.config, index, self.structure.spaces[index], self.keeps[index]).to(device)
 
-    def outer(self) -> AbstractContextManager[None]:
-        return self.stream.outer()
+    def outer(self, towers: bool = False) -> AbstractContextManager[None]:
+        return self.stream.outer(towers)
 
     def whole(self) -> AbstractContextManager[None]:
         return self.stream.whole()

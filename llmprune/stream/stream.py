@@ -32,8 +32,8 @@ class Stream(Protocol):
         """A block in place (or the head, with everything of ``outer``); as in the source if ``dense``."""
         ...
 
-    def outer(self) -> AbstractContextManager[None]:
-        """Embeddings, final norm and head in place."""
+    def outer(self, towers: bool = False) -> AbstractContextManager[None]:
+        """Embeddings, final norm and head in place; towers: with those that text does not pass."""
         ...
 
     def whole(self) -> AbstractContextManager[None]:
