@@ -140,6 +140,8 @@ def notes_on_trust(columns: int, stats: Stats, plan: Plan, few: bool) -> tuple[s
     if few and plan.needs & {"gram", "input_sq"}:
         so = f"correlations divided by {1 + stats.shrunk:.3g}" if "gram" in plan.needs else "norms shrunk to their mean"
         notes += (f"{stats.tokens} calibration tokens for {columns} inputs: {so}",)
+    if plan.asymmetric and stats.several:
+        notes += ("it has several inputs in one forward: repaired towards its own outputs, not the dense path's",)
     if "norm_scale" in plan.needs and stats.norm_scale_C is None:
         notes += ("no norm of its block feeds it: ranked by magnitude",)
     return notes

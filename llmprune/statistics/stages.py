@@ -296,7 +296,7 @@ def watch_stage(
         watching.next_batch()
         clock.lap("statistics")
     watching.close()
-    return {name: replace(stats, partner_RC=partners.get(name)) for name, stats in watching.stats.items()}
+    return {name: replace(stats, partner_RC=partners.get(name), several=name in watching.several) for name, stats in watching.stats.items()}
 
 
 def inner_channels(flow: Flow, index: int, block: nn.Module, matrices: list[Matrix]) -> dict[str, Channels]:

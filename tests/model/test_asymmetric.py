@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import runpy
 import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cli.runner import ROOT
 from families import VOCABULARY, save_tiny, tiny_model, tiny_windows
 from often import often
 from torch import nn
@@ -259,3 +261,11 @@ def test_balanced_beats_sparsegpt_on_other_architectures(family, pattern):
         with torch.no_grad():
             apart[*named.values()] = float(kl_div(model(unseen_NL).logits.log_softmax(-1), dense_NLV, log_target=True, reduction="batchmean"))
     assert apart["balanced",] < 0.95 * apart["sparsegpt",]
+
+
+def test_a_matrix_with_several_inputs_in_one_forward_is_noted(tmp_path):
+    """One of Zaya's values is also made of the token before; what it saw on the dense path cannot be told apart."""
+    runpy.run_path(str(ROOT / "scripts" / "tiny_types.py"))["save_tiny"]("zaya", tmp_path / "model")
+    report = llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "out"), accept_damage=True)
+    noted = {row.matrix.rpartition(".layers.")[2] for row in report.rows if any("several inputs in one forward" in note for note in row.notes)}
+    assert noted == {f"{i}.self_attn.qkv_proj.v_proj_delayed.weight" for i in range(4)}

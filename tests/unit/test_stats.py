@@ -50,7 +50,7 @@ def summed(value_TC: Tensor, dense_TC: Tensor) -> Stats:
 def test_every_field_says_what_it_is() -> None:
     roles = {f.name: f.metadata["role"] for f in fields(Stats)}
     assert {name for name, role in roles.items() if role == "derived"} == {"shrunk", "row_weight_R", "beside_C", "factors"}
-    assert {name for name, role in roles.items() if role == "own"} == {"norm_scale_C", "first_grad_RC"}
+    assert {name for name, role in roles.items() if role == "own"} == {"norm_scale_C", "first_grad_RC", "several"}
     assert all(shape_of(f.name) in ("R", "C", "RC", "CC") for f in fields(Stats) if "Tensor" in str(f.type))
     assert len(STATISTICS) == len({f.name for f in STATISTICS.values()})
 
