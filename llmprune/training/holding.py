@@ -33,7 +33,7 @@ class Held:
         self.optimizer = plain(optimizer)
         self.before: Callable[[str, nn.Parameter], None] | None = None  # sees each gradient before it is masked
         self._parameters = dict(parameters)
-        self._drop: dict[str, Tensor] = {}
+        self._drop: dict[str, Tensor | None] = {}  # None: nothing is masked
         self._handles: list[Handle] = [self.optimizer.register_step_post_hook(self._after_step)]
         self._handles += [p.register_post_accumulate_grad_hook(self._on_gradient(name)) for name, p in self._parameters.items() if p.requires_grad]
         self.change(keep)
@@ -42,9 +42,14 @@ class Held:
         """Other masks for some of the parameters, from now on: weights, gradients and moments are zero there when this returns."""
         for name, mask in keep.items():
             parameter = self._parameters[name]
-            self._drop[name] = local(like(~mask, parameter))
+            self._drop[name] = None if bool(mask.all()) else local(like(~mask, parameter))
             self._zero(name, parameter)
             self._mask_gradient(name, parameter)
+
+    def dropped(self, name: str) -> Tensor:
+        """bool: True where a weight of this process's part of a parameter is masked."""
+        drop = self._drop[name]
+        return torch.zeros_like(local(self._parameters[name]), dtype=torch.bool) if drop is None else drop
 
     def remove(self) -> None:
         """Train on without masks."""
@@ -60,8 +65,9 @@ class Held:
         return hook
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            local(parameter.grad).masked_fill_(self._drop[name], 0)
+        drop = self._drop[name]
+        if drop is not None and parameter.grad is not None:
+            local(parameter.grad).masked_fill_(drop, 0)
 
     def _after_step(self, *_: Any) -> None:
         for name, parameter in self._parameters.items():
@@ -70,9 +76,12 @@ class Held:
     @torch.no_grad()
     def _zero(self, name: str, parameter: nn.Parameter) -> None:
         """The weight, and what the optimizer keeps for each weight; what it keeps in another form (factored, quantised) is its own affair."""
+        drop = self._drop[name]
+        if drop is None:
+            return
         for value in (parameter, *self.optimizer.state.get(parameter, {}).values()):
             if is_of_weights(value, parameter):
-                local(value).masked_fill_(self._drop[name], 0)
+                local(value).masked_fill_(drop, 0)
 
 
 def is_of_weights(value: Any, parameter: nn.Parameter) -> bool:
@@ -88,10 +97,10 @@ def plain(optimizer: Optimizer) -> Optimizer:
     return inner
 
 
-def like(mask: Tensor, parameter: Tensor) -> Tensor:
-    """A mask where its parameter is: on its device; of a sharded one, sharded the same way (every process has the whole mask)."""
-    mask = mask.to(parameter.device)
-    return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None) if isinstance(parameter, DTensor) else mask
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A mask, or other values of a parameter, where that is: on its device; of a sharded one, sharded the same way (every process has the whole)."""
+    tensor = tensor.to(parameter.device)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None) if isinstance(parameter, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import stored_matrices
 from llmprune.training.holding import Held, like, local
 
-UNRECORDED = "unrecorded"
+VALUES = "llmprune"  # the one entry of a file's metadata: JSON
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # names that DDP and torch.compile put before a parameter's own
 
 
@@ -94,19 +95,17 @@ class Masks:
         """From now on and at every step of the optimizer, masked weights are zero and have no gradient, and so are its moments for them; see
         training/holding.py. The result's ``remove`` ends it. Raises RequestError for masks that do not fit.
         """
-        found = self.fitted(model)
-        held = {name: mask for name, mask in self.keep.items() if not bool(mask.all())}
-        return Held({name: found[name] for name in held}, held, optimizer)
+        return Held(self.fitted(model), self.keep, optimizer)
 
     def holds(self, model: PreTrainedModel, n: int, m: int) -> bool:
         """Whether at most ``n`` of every ``m`` consecutive weights along the inputs are kept, in every matrix that has a mask."""
         views = (matrix.view_of(self.keep[name]) for name, found in matrices_by_parameter(model).items() if name in self.keep for matrix in found)
         return all(view_RC.shape[1] % m == 0 and bool((view_RC.reshape(-1, m).sum(1) <= n).all()) for view_RC in views)
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors file."""
+    def to_bytes(self, **values: Any) -> bytes:
+        """As a safetensors file. values: anything else that JSON can hold."""
         named = {name: mask.cpu().contiguous() for name, mask in self.keep.items()}
-        return save(named, {UNRECORDED: json.dumps(self.unrecorded)})
+        return save(named, {VALUES: json.dumps({"unrecorded": self.unrecorded} | values, sort_keys=True)})
 
     @classmethod
     def read(cls, file: Path) -> Masks:
@@ -114,7 +113,7 @@ class Masks:
         try:
             with safe_open(file, "pt") as stored:
                 keep = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  it is no dict
-                unrecorded = tuple(json.loads((stored.metadata() or {}).get(UNRECORDED, "[]")))
+                unrecorded = tuple(json.loads((stored.metadata() or {}).get(VALUES, "{}")).get("unrecorded", ()))
         except (OSError, ValueError, SafetensorError) as error:
             raise RequestError(f"{file.name}: cannot be read ({str(error)[:120]})", "give a file of masks") from None
         if any(mask.dtype != torch.bool for mask in keep.values()):

@@ -1,0 +1,451 @@
+"""Masks that change during training: by a plain loop and by transformers' Trainer, against the same trainings with masks written out by hand."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny, tiny_model, tiny_windows
+from often import often
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from llmprune.errors import PromiseError, RequestError
+from llmprune.patterns.nm import NM
+from llmprune.training.callback import SparsityCallback
+from llmprune.training.masks import Masks
+from llmprune.training.schedules import Schedule, cosine, cubic
+from llmprune.training.sparsifier import Sparsifier
+
+IDS_NL = tiny_windows(16)
+STEPS = 24
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "gradual": {"method": "gradual", "sparsity": 0.7, "start": 2, "end": 17, "every": 4},
+    "gradual 2:4": {"method": "gradual", "pattern": "2:4", "end": 12, "every": 3},
+    "movement": {"method": "movement", "sparsity": 0.6, "start": 3, "end": 18, "every": 5},
+    "rigl": {"method": "rigl", "sparsity": 0.8, "end": 20, "every": 4},
+    "rigl 2:4": {"method": "rigl", "pattern": "2:4", "end": 20, "every": 4, "regrow": 0.5},
+    "constant": {"method": "constant", "sparsity": 0.5},
+}
+
+
+# by hand
+
+
+class ByHand:
+    """The methods as their papers' equations read, with lists and loops; one matrix is one parameter (Llama)."""
+
+    def __init__(self, model: Any, asked: dict[str, Any]) -> None:
+        self.asked, self.t = asked, 0
+        self.weights = {n: p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n}
+        self.masked: dict[str, list[bool]] = {n: [False] * p.numel() for n, p in self.weights.items()}
+        self.scores = {n: torch.zeros_like(p) for n, p in self.weights.items()}
+        self.seen: dict[str, Tensor] = {}
+        if asked["method"] in ("rigl", "constant"):
+            self.mask_more(1.0)
+        self.zero()
+
+    def due(self, t: int) -> bool:
+        if self.asked["method"] == "constant":
+            return False
+        start, end = self.asked.get("start", 0), self.asked["end"]
+        return t in [*range(start, end, self.asked["every"]), end]
+
+    def progress(self) -> float:
+        start, end = self.asked.get("start", 0), self.asked["end"]
+        return (self.t - start) / (end - start)
+
+    def kept(self, name: str) -> Tensor:
+        return ~torch.tensor(self.masked[name]).view(self.weights[name].shape)
+
+    def zero(self) -> None:
+        for name, p in self.weights.items():
+            p.data[~self.kept(name)] = 0
+
+    def after_backward(self) -> None:
+        for name, p in self.weights.items():
+            keep = self.kept(name)
+            earlier = self.seen.get(name, torch.zeros_like(p))
+            self.seen[name] = torch.where(keep, p.grad, earlier + p.grad)  # dense, as far as rigl is concerned
+            p.grad[~keep] = 0
+
+    def before_step(self, optimizer: Any) -> None:
+        for name, p in self.weights.items():
+            self.scores[name] -= optimizer.param_groups[0]["lr"] * (p.data * p.grad)
+
+    def after_step(self, optimizer: Any) -> None:
+        self.t += 1
+        for _ in range(2 if self.due(self.t) else 1):
+            for name, p in self.weights.items():
+                for value in (p.data, *optimizer.state[p].values()):
+                    if value.shape == p.shape:
+                        value[~self.kept(name)] = 0
+            if self.due(self.t):
+                self.exchange() if self.asked["method"] == "rigl" else self.mask_more(self.progress())
+        for name, p in self.weights.items() if self.due(self.t) else ():
+            for value in (p.data, *optimizer.state[p].values()):
+                if value.shape == p.shape:
+                    value[~self.kept(name)] = 0
+        self.seen = {}
+
+    def mask_more(self, progress: float) -> None:
+        goal = 0.5 if self.asked.get("pattern") == "2:4" else self.asked["sparsity"]
+        for name, p in self.weights.items():
+            score = (self.scores[name] if self.asked["method"] == "movement" else p.data.abs()).flatten().tolist()
+            masked = self.masked[name]
+            order = sorted(range(len(score)), key=lambda i: (not masked[i], score[i], i))
+            if self.asked.get("pattern") == "2:4":
+                place = {i: at for at, i in enumerate(order)}
+                free = {i for g in range(0, len(score), 4) for i in sorted(range(g, g + 4), key=place.__getitem__)[:2]}
+                order = [i for i in order if i in free]
+            count = round(round(goal * len(score)) * (1 - (1 - progress) ** 3))
+            self.masked[name] = [False] * len(score)
+            for i in order[:count]:
+                self.masked[name][i] = True
+
+    def exchange(self) -> None:
+        share = self.asked.get("regrow", 0.3) / 2 * (1 + math.cos(math.pi * self.progress()))
+        for name, p in self.weights.items():
+            weight, gradient, masked = p.data.abs().flatten().tolist(), self.seen[name].abs().flatten().tolist(), self.masked[name]
+            active = sorted((i for i in range(len(weight)) if not masked[i]), key=lambda i: (weight[i], i))
+            dropped = active[: int(share * len(active))]
+            stays = set(active) - set(dropped)
+            grown = sorted((i for i in range(len(weight)) if i not in stays), key=lambda i: (-gradient[i], -i))
+            if self.asked.get("pattern") == "2:4":
+                for i in grown:
+                    group = range(i - i % 4, i - i % 4 + 4)
+                    if sum(j in stays for j in group) < 2:
+                        stays.add(i)
+            else:
+                stays |= set(grown[: len(dropped)])
+            self.masked[name] = [i not in stays for i in range(len(weight))]
+
+
+def loss_of(model: Any, ids_NL: Tensor) -> Tensor:
+    return model(input_ids=ids_NL, labels=ids_NL).loss
+
+
+def adamw(model: Any) -> Any:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_plain_loop_is_the_loop_by_hand(name: str) -> None:
+    """Bit for bit, with clipping and gradients of two micro-batches; and the zeros are exact after every step."""
+    asked = SCHEDULES[name]
+    ours, theirs = tiny_model("llama"), tiny_model("llama")
+    optimizer, plain = adamw(ours), adamw(theirs)
+    sparsify, by_hand = Sparsifier(ours, optimizer, **asked), ByHand(theirs, asked)
+    changes = 0
+    for step in range(STEPS):
+        for micro in range(2):
+            at = (2 * step + micro) % 16
+            (loss_of(ours, IDS_NL[at : at + 1]) / 2).backward()
+            (loss_of(theirs, IDS_NL[at : at + 1]) / 2).backward()
+            by_hand.after_backward()
+        for model in (ours, theirs):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        before = sparsify.masks.keep
+        by_hand.before_step(plain)
+        optimizer.step()
+        plain.step()
+        sparsify.step()
+        by_hand.after_step(plain)
+        changes += any(not torch.equal(before[n], keep) for n, keep in sparsify.masks.keep.items())
+        optimizer.zero_grad()
+        plain.zero_grad()
+        for n, keep in sparsify.masks.keep.items():
+            assert torch.equal(keep, by_hand.kept(n)), (step, n)
+        same(ours, theirs)
+        sparsify.masks.check(ours)
+    goal = 0.5 if "pattern" in asked else asked["sparsity"]
+    for n, keep in sparsify.masks.keep.items():
+        assert int((~keep).sum()) == round(goal * keep.numel()), n
+    assert sparsify.masks.holds(ours, 2, 4) == ("pattern" in asked)
+    assert changes == {"gradual": 4, "gradual 2:4": 4, "movement": 3, "rigl": 4, "rigl 2:4": 4, "constant": 0}[name]
+
+
+# transformers' Trainer
+
+
+def arguments(folder: Path, **values: Any) -> TrainingArguments:
+    chosen: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    chosen |= {"learning_rate": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_steps": 4, "report_to": [], "use_cpu": True}
+    return TrainingArguments(output_dir=str(folder), disable_tqdm=True, logging_steps=4, seed=3, **(chosen | values))
+
+
+DATA = [{"input_ids": ids, "labels": ids} for ids in IDS_NL]
+
+
+class TrainerByHand(Trainer):
+    """A training without the callback, whose masks are applied by hand."""
+
+    by_hand: ByHand
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.by_hand.after_backward()
+        return loss
+
+
+class AroundSteps(TrainerCallback):
+    def __init__(self, by_hand: ByHand) -> None:
+        self.by_hand = by_hand
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.by_hand.before_step(optimizer)
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.by_hand.after_step(optimizer)
+
+
+class Checked(TrainerCallback):
+    """The zeros after every optimizer step, and at its end."""
+
+    def __init__(self, ours: SparsityCallback) -> None:
+        self.ours, self.steps, self.sparsities = ours, 0, []
+
+    def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        assert self.ours.masks is not None
+        self.ours.masks.check(model)
+        self.steps += 1
+        self.sparsities.append(self.ours.masks.sparsity)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_callback_is_the_trainer_with_masks_by_hand(name: str, tmp_path: Path) -> None:
+    """Bit for bit: accumulation, clipping, warm-up, decay."""
+    asked = SCHEDULES[name]
+    ours, theirs = tiny_model("llama"), tiny_model("llama")
+    callback = SparsityCallback(**asked)
+    checked = Checked(callback)
+    trainer = Trainer(ours, arguments(tmp_path / "ours"), train_dataset=DATA, callbacks=[callback, checked])
+    trainer.train()
+    by_hand = ByHand(theirs, asked)
+    reference = TrainerByHand(theirs, arguments(tmp_path / "theirs"), train_dataset=DATA, callbacks=[AroundSteps(by_hand)])
+    reference.by_hand = by_hand
+    reference.train()
+    same(ours, theirs)
+    assert checked.steps == STEPS
+    assert callback.masks is not None
+    assert all(torch.equal(keep, by_hand.kept(n)) for n, keep in callback.masks.keep.items())
+    logged = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
+    assert logged == [] or logged[-1] == callback.masks.sparsity
+
+
+@pytest.mark.parametrize("name", often(SCHEDULES, "gradual 2:4", "movement", "rigl"))
+def test_a_resumed_training_keeps_schedule_and_masks(name: str, tmp_path: Path) -> None:
+    """Stopped after 10 steps, in the middle of the schedule; the end is that of a training which was not stopped."""
+    whole, callback = tiny_model("llama"), SparsityCallback(**SCHEDULES[name])
+    args = {"save_strategy": "steps", "save_steps": 10}
+    Trainer(whole, arguments(tmp_path / "out", **args), train_dataset=DATA, callbacks=[callback]).train()
+    for checkpoint in (tmp_path / "out").iterdir():
+        if checkpoint.name != "checkpoint-10":
+            shutil.rmtree(checkpoint)
+    held = sorted(p.name for p in (tmp_path / "out" / "checkpoint-10").glob("*.safetensors"))
+    assert held == ["masks.safetensors", "model.safetensors"] + ["scores.safetensors"] * (name == "movement")
+    resumed, again = tiny_model("llama"), SparsityCallback(**SCHEDULES[name])
+    checked = Checked(again)
+    trainer = Trainer(resumed, arguments(tmp_path / "out", **args), train_dataset=DATA, callbacks=[again, checked])
+    trainer.train(resume_from_checkpoint=True)
+    assert checked.steps == STEPS - 10
+    same(whole, resumed)
+    assert callback.masks is not None
+    assert again.masks is not None
+    assert all(torch.equal(keep, again.masks.keep[n]) for n, keep in callback.masks.keep.items())
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "out" / "checkpoint-10").rename(moved)
+    third = tiny_model("llama")
+    elsewhere = arguments(tmp_path / "new", resume_from_checkpoint=str(moved))
+    Trainer(third, elsewhere, train_dataset=DATA, callbacks=[SparsityCallback(**SCHEDULES[name])]).train(resume_from_checkpoint=str(moved))
+    same(whole, third)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    asked = SCHEDULES["gradual"]
+    args = {"save_strategy": "steps", "save_steps": 10}
+    Trainer(tiny_model("llama"), arguments(tmp_path, **args), train_dataset=DATA, callbacks=[SparsityCallback(**asked)]).train()
+
+    def resumed(**values: Any) -> None:
+        callback = SparsityCallback(**(asked | values))
+        Trainer(tiny_model("llama"), arguments(tmp_path, **args), train_dataset=DATA, callbacks=[callback]).train(resume_from_checkpoint=True)
+
+    with pytest.raises(RequestError, match=r"trained with sparsity 0\.7, not 0\.6"):
+        resumed(sparsity=0.6)
+    (tmp_path / "checkpoint-24" / "masks.safetensors").write_bytes(b"no masks")
+    with pytest.raises(RequestError, match="cannot be read"):
+        resumed()
+    (tmp_path / "checkpoint-24" / "masks.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"holds no masks\.safetensors"):
+        resumed()
+
+
+def test_the_best_checkpoint_comes_with_its_masks(tmp_path: Path) -> None:
+    """And not with those of the step at which the training stopped."""
+    callback = SparsityCallback("gradual", 0.9, end=20, every=1)
+    best = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    args = arguments(tmp_path, metric_for_best_model="eval_loss", greater_is_better=True, **best)
+    model = tiny_model("llama")
+    trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA, callbacks=[callback, EarlyStoppingCallback(1)])
+    trainer.train()
+    step = trainer.state.best_global_step
+    assert step is not None
+    assert step < trainer.state.global_step < 20
+    assert callback.masks is not None
+    for n, keep in callback.masks.keep.items():
+        assert int((~keep).sum()) == round(round(0.9 * keep.numel()) * (1 - (1 - step / 20) ** 3)), n
+    callback.masks.check(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adafactor"])
+def test_zeros_of_a_pruned_model_stay_in_a_training(optimizer: str, dtype: str, tmp_path: Path) -> None:
+    """50 steps on the model's own zeros, 2:4 in every group after each."""
+    model = tiny_model("llama", torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    for name in Masks.of_zeros(model).keep:
+        weight = model.get_parameter(name).data
+        weight[~NM(2, 4).project(weight.float().abs(), 0)] = 0
+    callback = SparsityCallback("constant")
+    checked = Checked(callback)
+    more = {
+        "optim": optimizer,
+        "max_steps": 50,
+        "gradient_accumulation_steps": 4,
+        "bf16": dtype == "autocast",
+        "learning_rate": 1.0 if optimizer == "sgd" else 3e-3,
+    }
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = Trainer(model, arguments(tmp_path, **more), train_dataset=DATA, callbacks=[callback, checked])
+    trainer.train()
+    assert checked.steps == 50
+    assert set(checked.sparsities) == {0.5}
+    assert Masks.of_zeros(model).holds(model, 2, 4)
+    assert callback.masks is not None
+    assert all(not torch.equal(before[n], model.get_parameter(n)) for n in callback.masks.keep)
+    model.get_parameter(next(iter(callback.masks.keep))).data += 1
+    with pytest.raises(PromiseError, match="masked weights are not zero"):
+        callback.masks.check(model)
+
+
+@pytest.mark.parametrize("family", often(["gpt2", "mixtral", "gpt_oss", "dbrx", "phi3", "mamba"], "gpt2", "mixtral"))
+def test_other_layouts(family: str) -> None:
+    """Transposed, fused, experts in stacks: N:M along the inputs of each, exact counts."""
+    for method in ("gradual", "rigl", "movement"):
+        model = tiny_model(family)
+        optimizer = adamw(model)
+        sparsify = Sparsifier(model, optimizer, method, pattern="2:4", end=4, every=1)
+        for step in range(5):
+            loss_of(model, IDS_NL[step : step + 4]).backward()
+            optimizer.step()
+            sparsify.step()
+            optimizer.zero_grad()
+            sparsify.masks.check(model)
+        assert sparsify.masks.holds(model, 2, 4)
+        assert sparsify.masks.sparsity == 0.5
+
+
+def test_what_is_chosen_is_masked_and_nothing_else() -> None:
+    model = tiny_model("llama")
+    sparsify = Sparsifier(model, adamw(model), "constant", sparsity=0.5, only=r"mlp|lm_head", skip=r"layers\.0")
+    named = set(sparsify.masks.keep)
+    assert named == {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (1, 2) for m in ("gate", "up", "down")} | {"lm_head.weight"}
+    assert {n for n, p in model.named_parameters() if bool((p == 0).any())} == named
+    sparsify.remove()
+
+
+def test_given_masks_are_where_a_training_starts() -> None:
+    model = tiny_model("llama")
+    first = Masks({n: torch.rand_like(model.get_parameter(n)) < 0.3 for n in Masks.of_zeros(model).keep})
+    optimizer = adamw(model)
+    sparsify = Sparsifier(model, optimizer, "gradual", sparsity=0.8, masks=first, end=5, every=1)
+    sparsify.masks.check(model)
+    assert sparsify.masks.masked == first.masked
+    for _ in range(5):
+        loss_of(model, IDS_NL[:2]).backward()
+        optimizer.step()
+        sparsify.step()
+        optimizer.zero_grad()
+    for n, keep in sparsify.masks.keep.items():
+        assert int((~keep).sum()) == round(0.8 * keep.numel())
+        assert not bool((keep & ~first.keep[n]).any()), "what was masked stays masked"
+
+
+REFUSED = {
+    "is unknown": {"method": "gradul", "sparsity": 0.5},
+    "pattern '3:2' would keep": {"pattern": "3:2"},
+    r"sparsity 1\.5": {"sparsity": 1.5},
+    r"pattern 2:4 at sparsity 0\.6": {"sparsity": 0.6, "pattern": "2:4"},
+    "gradual without a sparsity": {"method": "gradual"},
+    "method constant, whose masks do not change": {"method": "constant", "end": 4},
+    "rigl with pattern row": {"method": "rigl", "sparsity": 0.5, "pattern": "row"},
+    r"regrow 0\.5 with method gradual": {"sparsity": 0.5, "regrow": 0.5},
+    r"regrow 1\.5 with method rigl": {"method": "rigl", "sparsity": 0.5, "regrow": 1.5},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_contradicts_itself_is_refused(said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        SparsityCallback(**REFUSED[said])
+
+
+UNFIT = {
+    "masks change until step 100": {"sparsity": 0.5, "end": 100},
+    "start 9, end 9": {"sparsity": 0.5, "start": 9, "end": 9},
+    "start -1": {"sparsity": 0.5, "start": -1},
+    "every 0": {"sparsity": 0.5, "every": 0},
+    "no weight of the model is zero": {"method": "constant"},
+    r"only 'nothing'.*no matrix is left": {"sparsity": 0.5, "only": "nothing"},
+    "skip 'nothing': matches no matrix": {"sparsity": 0.5, "skip": "nothing"},
+    "which pattern 2:5 does not divide": {"pattern": "2:5"},
+    "is not among the matrices that are chosen": {"sparsity": 0.5, "masks": Masks({"lm_head.weight": torch.ones(96, 32, dtype=torch.bool)})},
+}
+
+
+@pytest.mark.parametrize("said", UNFIT)
+def test_what_does_not_fit_the_training_is_refused_before_it_begins(said: str, tmp_path: Path) -> None:
+    model, callback = tiny_model("llama"), SparsityCallback(**UNFIT[said])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RequestError, match=said):
+        Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[callback]).train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_plain_loop_needs_an_end_and_a_model_of_transformers() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(RequestError, match="gradual without an end"):
+        Sparsifier(model, adamw(model), sparsity=0.5)
+    with pytest.raises(RequestError, match="no model of transformers"):
+        Sparsifier(nn.Sequential(model), adamw(model), sparsity=0.5, end=3)  # type: ignore[arg-type]
+
+
+def test_schedules() -> None:
+    """The papers' formulas at points where their values are known."""
+    assert [t for t in range(12) if Schedule(2, 9, 3).due(t)] == [2, 5, 8, 9]
+    assert [Schedule(2, 10, 3).progress(t) for t in (0, 2, 6, 10, 12)] == [0, 0, 0.5, 1, 1]
+    assert [cubic(0, 800, p) for p in (0, 0.5, 1)] == [0, 700, 800]
+    assert cubic(100, 900, 0.5) == 800
+    assert cubic(100, 50, 0.5) == 100  # never fewer
+    assert [round(cosine(0.3, p), 12) for p in (0, 0.5, 1)] == [0.3, 0.15, 0]
+
+
+def test_a_model_is_saved_and_loaded_with_its_zeros(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "dense", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    callback = SparsityCallback("gradual", pattern="2:4")
+    trainer = Trainer(model, arguments(tmp_path / "run"), train_dataset=DATA, callbacks=[callback])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert callback.masks is not None
+    callback.masks.check(again)
+    assert Masks.of_zeros(again).sparsity == 0.5
