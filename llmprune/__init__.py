@@ -8,28 +8,45 @@ Importing this package loads no torch.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LlmpruneError", "bench", "evaluate", "evaluate_tasks", "load", "prune", "push"]
+__all__ = [
+    "LlmpruneError",
+    "Masks",
+    "RegularisationCallback",
+    "Sparsifier",
+    "SparsityCallback",
+    "bench",
+    "evaluate",
+    "evaluate_tasks",
+    "load",
+    "prune",
+    "push",
+    "read_masks",
+]
+ELSEWHERE = {  # than in the api
+    "LlmpruneError": "llmprune.errors",
+    "Masks": "llmprune.training.masks",
+    "RegularisationCallback": "llmprune.training.regularisation",
+    "Sparsifier": "llmprune.training.sparsifier",
+    "SparsityCallback": "llmprune.training.callback",
+    "bench": "llmprune.benchmark.run",
+    "read_masks": "llmprune.training.masks",
+}
 
 if TYPE_CHECKING:
     from llmprune.api import evaluate, evaluate_tasks, load, prune, push
     from llmprune.benchmark.run import bench
     from llmprune.errors import LlmpruneError
+    from llmprune.training.callback import SparsityCallback
+    from llmprune.training.masks import Masks, read_masks
+    from llmprune.training.regularisation import RegularisationCallback
+    from llmprune.training.sparsifier import Sparsifier
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LlmpruneError":
-        from llmprune.errors import LlmpruneError
-
-        return LlmpruneError
-    if name == "bench":
-        from llmprune.benchmark.run import bench
-
-        return bench
     if name in __all__:
-        import llmprune.api
-
-        return getattr(llmprune.api, name)
+        return getattr(import_module(ELSEWHERE.get(name, "llmprune.api")), name)
     raise AttributeError(f"module 'llmprune' has no attribute {name!r}")

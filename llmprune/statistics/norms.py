@@ -43,7 +43,7 @@ class _Passing(TorchFunctionMode):
 def norm_scales(block: nn.Module, matrices: list[Matrix], run: Callable[[], object]) -> dict[str, Tensor]:
     """[C] for each matrix that a norm alone feeds, in float32. run: runs the block once on some input."""
     passing = _Passing(block, matrices)
-    handles = [m.register_forward_hook(_mark, with_kwargs=True) for m in block.modules() if _is_vector_module(m)]
+    handles = [m.register_forward_hook(_mark, with_kwargs=True) for m in block.modules() if is_norm(m)]
     try:
         with passing:
             run()
@@ -54,7 +54,7 @@ def norm_scales(block: nn.Module, matrices: list[Matrix], run: Callable[[], obje
     return {name: effective_scale(norm) for name, norm in fed.items() if norm is not None}
 
 
-def _is_vector_module(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
     return "weight" in own and all(p.dim() == 1 for p in own.values())
 
