@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,11 +62,20 @@ class Reloader:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(self.words, stdin=pipe, stdout=pipe, stderr=pipe, env=self.environment)
 
+    def ask(self, folder: Path, ids_1L: Tensor) -> None:
+        """Let the process, if it is started, load the checkpoint in ``folder`` from now on; ``load`` waits for it."""
+        if self._process is None or self._process.stdin is None:
+            return
+        with suppress(BrokenPipeError), self._process.stdin as pipe:  # its exit code says why it has ended
+            pipe.write(packed({"folder": str(folder)}, {"ids": ids_1L.cpu().contiguous()}))
+        self._process.stdin = None
+
     def load(self, folder: Path, ids_1L: Tensor) -> Loaded:
-        """Load the checkpoint in ``folder`` once. Raises PromiseError when it does not load, MemoryError when its memory runs out."""
+        """What the checkpoint in ``folder`` is to the process. Raises PromiseError when it does not load, MemoryError when its memory runs out."""
         self.start()
+        self.ask(folder, ids_1L)
         assert self._process is not None
-        answer, said = self._process.communicate(packed({"folder": str(folder)}, {"ids": ids_1L.cpu().contiguous()}))
+        answer, said = self._process.communicate()
         if self._process.returncode in (-signal.SIGKILL, errno.ENOMEM):
             raise MemoryError
         if self._process.returncode:

@@ -213,5 +213,7 @@ def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader
         sink.finish()
         folder, smaller, dtype = journal.weights, None, job.stream.dtype
     parameters = smaller.parameters if smaller else count_parameters(job.stream.skeleton)
+    reloader.ask(folder, ids_1L)  # it is loaded while its bytes are hashed
+    manifest = manifest_of(folder)
     reloaded = check_result(job.stream, folder, wanted_1LV, ids_1L, parameters, dtype, smaller is not None, reloader)
-    return Saved(folder, manifest_of(folder), smaller, reloaded)
+    return Saved(folder, manifest, smaller, reloaded)
