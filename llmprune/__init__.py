@@ -25,6 +25,7 @@ __all__ = [
     "prune",
     "push",
     "read_masks",
+    "save_trained",
 ]
 ELSEWHERE = {  # than in the api
     "LlmpruneError": "llmprune.errors",
@@ -34,12 +35,14 @@ ELSEWHERE = {  # than in the api
     "SparsityCallback": "llmprune.training.callback",
     "bench": "llmprune.benchmark.run",
     "read_masks": "llmprune.training.masks",
+    "save_trained": "llmprune.run.trained",
 }
 
 if TYPE_CHECKING:
     from llmprune.api import evaluate, evaluate_tasks, load, prune, push
     from llmprune.benchmark.run import bench
     from llmprune.errors import LlmpruneError
+    from llmprune.run.trained import save_trained
     from llmprune.training.callback import SparsityCallback
     from llmprune.training.masks import Masks, read_masks
     from llmprune.training.regularisation import RegularisationCallback

@@ -118,10 +118,12 @@ class Row:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block: its rows, the relative squared error of its output, and the other tensors that a repair changed in it."""
+    """What happened to one block: its rows, the relative squared error of its output (None where it was pruned in training), and the other tensors
+    that a repair changed in it.
+    """
 
     block: str
-    output_error: float
+    output_error: float | None
     rows: tuple[Row, ...]
     changed: tuple[str, ...] = ()  # full names
     seconds: dict[str, float] = field(default_factory=dict, compare=False)

@@ -200,7 +200,7 @@ def making(report: Report, recipe: Recipe) -> str:
         lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'its original outputs'}")
     if report.polish:
         lines.append(f"- {report.polish.steps} steps of distillation of the whole pruned model from the dense one")
-    lines.append(f"- calibration: {data.windows} windows of {data.window} tokens{data.seen} of {data.dataset}, {data.split}")
+    lines += [f"- calibration: {data.windows} windows of {data.window} tokens{data.seen} of {data.dataset}, {data.split}"] if data else []
     lines += [f"- {note}" for note in (report.smaller.notes if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"

@@ -144,9 +144,7 @@ def sections(found: Sequence[Result]) -> Iterator[Section]:
         yield _curve(found, name, n)
     runs = [(result.name, result.report) for result in found if result.report]
     if runs:
-        errors = {name: [(float(n), b.output_error) for n, b in enumerate(report.blocks)] for name, report in runs}
-        picture = curves("errors", "Relative output error by block", errors, ("block", "relative error"), whole=True)
-        yield Section("errors", "Error by block", ("Relative squared error of each block's output.",), picture, _by_block(runs))
+        yield from _errors(runs)
         yield _sparsities(runs)
     samples = [(name, report.sample) for name, report in runs if isinstance(report.sample, Sample)]
     if samples:
@@ -167,6 +165,15 @@ def _curve(found: Sequence[Result], name: str, n: int) -> Section:
     picture = curves(f"frontier{n}", "Perplexity by sparsity", points, ("sparsity", "perplexity"), level=level)
     rows = [(say(key), percent(s), number(p)) for key, value in points.items() for s, p in value]
     return Section(f"frontier{n}", "Perplexity by sparsity", (name,), picture, PageTable(("method, pattern", "sparsity", "perplexity"), tuple(rows)))
+
+
+def _errors(runs: Sequence[tuple[str, Report]]) -> Iterator[Section]:
+    """Of the results that have any: blocks that were pruned in training have none."""
+    measured = {name: [(float(n), b.output_error) for n, b in enumerate(r.blocks) if b.output_error is not None] for name, r in runs}
+    lines = {name: points for name, points in measured.items() if points}
+    if lines:
+        picture = curves("errors", "Relative output error by block", lines, ("block", "relative error"), whole=True)
+        yield Section("errors", "Error by block", ("Relative squared error of each block's output.",), picture, _by_block(runs))
 
 
 def _by_block(runs: Sequence[tuple[str, Report]]) -> PageTable:

@@ -50,7 +50,7 @@ class Report:
 
     recipe: dict[str, Any]
     source: Origin
-    calibration: Calibration
+    calibration: Calibration | None  # None: pruned in training
     blocks: tuple[BlockReport, ...]
     perplexity: tuple[Evaluation, ...]
     parameters: int
@@ -138,7 +138,8 @@ class Report:
             del plain[name]
         counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
         counted |= {"pruned_matrices": self.sparsity, "zeros": self.zeros, "weights": self.weights}
-        parts = {name: getattr(self, name).to_json() for name in ("source", "calibration", "environment")}
+        parts: dict[str, Any] = {name: getattr(self, name).to_json() for name in ("source", "environment")}
+        parts["calibration"] = self.calibration.to_json() if self.calibration else None
         derived = {"sparsity": counted, "notes": self.notes}
         return {"format": FORMAT} | plain | parts | derived | {"timings": plain["timings"] | {"blocks": [block.seconds for block in self.blocks]}}
 
@@ -152,7 +153,7 @@ class Report:
         return cls(
             recipe=get("recipe", dict[str, Any]),
             source=get("source", Origin),
-            calibration=get("calibration", Calibration),
+            calibration=get("calibration", Calibration | None),
             blocks=blocks_of(fields),
             perplexity=get("perplexity", tuple[Evaluation, ...]),
             parameters=get("sparsity.parameters", PositiveInt),

@@ -56,7 +56,7 @@ def sections(report: Report, bench: Bench | None = None) -> Iterator[Section]:
         yield tasks(report.tasks)
     if grid:
         yield sparsity(grid)
-    if report.blocks:
+    if any(block.output_error is not None for block in report.blocks):
         yield errors(report.blocks)
     yield from ratios(report, grid)
     if report.tried:
@@ -83,7 +83,7 @@ def asked_and_got(report: Report) -> Section:
     recipe, data = report.recipe, report.calibration
     parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
     how = ": ".join(p for p in (recipe["method"] or recipe["quality"], parts) if p)
-    windows = f"{data.windows} windows of {data.window}{data.seen} from {data.dataset} ({data.split})"
+    windows = f"{data.windows} windows of {data.window}{data.seen} from {data.dataset} ({data.split})" if data else "none: masked in training"
     rows = [
         ("pattern", say(recipe["pattern"])),
         ("method", say(how)),
@@ -153,7 +153,7 @@ def sparsity(grid: Grid) -> Section:
 
 
 def errors(blocks: Sequence[BlockReport]) -> Section:
-    points = [(float(n), b.output_error) for n, b in enumerate(blocks)]
+    points = [(float(n), b.output_error) for n, b in enumerate(blocks) if b.output_error is not None]
     picture = curves("errors", "Relative output error by block", {"error": points}, ("block", "relative error"), whole=True)
     said = "Squared error of each block's output over its squared norm on the calibration windows, with all blocks before it pruned too."
     rows = tuple((say(b.block), number(b.output_error), say(", ".join(b.changed))) for b in blocks)
@@ -259,7 +259,7 @@ MEASURES: tuple[tuple[str, str, Callable[..., Cell]], ...] = (
 def provenance(report: Report) -> Section:
     rows = [("source", say(report.source.name)), ("revision", say(report.source.revision))]
     rows += [(f"sha256 of {file}", say(digest)) for file, digest in report.source.files.items()]
-    rows += [("sha256 of the calibration tokens", say(report.calibration.sha256))]
+    rows += [("sha256 of the calibration tokens", say(report.calibration.sha256))] if report.calibration else []
     rows += [(f"recipe: {key}", say(_written(value))) for key, value in report.recipe.items() if value not in (None, False, [], {})]
     rows += [(key.replace("_", " "), say(value)) for key, value in sorted(report.environment.to_json().items())]
     return Section("provenance", "Where it comes from", table=_pairs(rows))

@@ -13,6 +13,7 @@ from llmprune.benchmark.kernels import Kernel
 from llmprune.benchmark.laps import Spread
 from llmprune.benchmark.result import Bench
 from llmprune.errors import at_home
+from llmprune.report.cells import number
 from llmprune.report.compare import Result, compared, remarks
 from llmprune.report.frontier import QUICK, SweepReport
 from llmprune.report.inspection import Inspected
@@ -33,7 +34,7 @@ def print_report(report: Report, console: Console) -> None:
         weights = sum(r.size for r in block.rows)
         sparsity = sum(r.dropped for r in block.rows) / weights if weights else 0.0
         seconds = sum(block.seconds.values())
-        cells = (f"{sparsity:.2%}", f"{block.output_error:.3g}", f"{seconds:.2f}")
+        cells = (f"{sparsity:.2%}", number(block.output_error, 3).text, f"{seconds:.2f}")
         table.add_row(block.block, units_of(block) if smaller else str(len(block.rows)), ratios_of(block), *cells)
     console.print(table)
     share = report.zeros / report.parameters
@@ -103,8 +104,8 @@ def print_comparison(found: list[Result], console: Console) -> None:
     """One line per result; then the definitions of the numbers."""
     value = compared(found)
     table = Table(title="comparison", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, head in enumerate(value.heads):
-        figures = any(row[number].value is not None for row in value.rows)
+    for place, head in enumerate(value.heads):
+        figures = any(row[place].value is not None for row in value.rows)
         table.add_column(head, justify="right" if figures else "left", no_wrap=figures, overflow="fold", min_width=len(head))
     for row in value.rows:
         table.add_row(*(escape(cell.text) for cell in row))

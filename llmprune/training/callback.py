@@ -1,7 +1,10 @@
-"""Masks that change while transformers' Trainer trains, and penalties that make weights small.
+"""Masks that change while transformers' Trainer trains, by the methods of training/sparsifier.py:
 
-trainer = Trainer(model, args, train_dataset=data, callbacks=[SparsityCallback("gradual", pattern="2:4")])
-trainer.train()
+    callback = SparsityCallback("gradual", pattern="2:4")
+    Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+    llmprune.save_trained(callback, model, "out", tokenizer)
+
+Checkpoints of the Trainer hold the masks.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class SparsityCallback(TrainerCallback):
         """
         self.asked = Asked(method, sparsity, pattern, start, end, every, skip, only, regrow)
         self.masks = masks
+        self.done = 0  # optimizer steps
         self._first = masks
         self._sparsifier: Sparsifier | None = None
 
@@ -58,7 +62,7 @@ class SparsityCallback(TrainerCallback):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self._sparsifier is not None
         self._sparsifier.step()
-        self.masks = self._sparsifier.masks
+        self.masks, self.done = self._sparsifier.masks, self._sparsifier.done
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """The share of the chosen matrices that is masked goes where the loss goes."""
@@ -75,7 +79,8 @@ class SparsityCallback(TrainerCallback):
         """Where the trainer has loaded its best checkpoint, the masks are that one's."""
         self._let_go()
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self.masks = State.read(Path(state.best_model_checkpoint)).masks
+            best = State.read(Path(state.best_model_checkpoint))
+            self.masks, self.done = best.masks, best.values["step"]
         assert self.masks is not None
         self.masks.check(model)
 
