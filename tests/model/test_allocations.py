@@ -22,7 +22,7 @@ IDS_NL = tiny_windows()
 MANY = ["llama", "gpt2", "phi3", "gemma2", "falcon_new", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba", "lfm2"]
 
 
-ALL = ["fisher", "global", "owl", "heavy_tail", "entropy", "sensitivity", "flap", "uniform"]
+ALL = ["fisher", "global", "owl", "heavy_tail", "entropy", "sensitivity", "flap", "uniform", "erk"]
 CASES = [(family, allocation) for family in MANY for allocation in ALL]
 
 

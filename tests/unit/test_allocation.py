@@ -90,6 +90,16 @@ def test_owl_follows_the_outliers_of_a_block() -> None:
     assert ratios[f"{fewer}.0"] - ratios[f"{more}.0"] == pytest.approx(0.16, abs=0.005)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9])
+def test_erk_keeps_by_shape_and_no_matrix_more_than_all(sparsity: float) -> None:
+    ratios, _ = share("erk", sparsity)
+    assert sum(ratios[name] * size for name, size in SIZES.items()) == pytest.approx(sparsity * sum(SIZES.values()), abs=1)
+    by_shape = {name: (1 - ratios[name]) / ((rows + columns) / (rows * columns)) for name, (rows, columns) in SHAPES.items()}
+    free = [value for name, value in by_shape.items() if ratios[name] > 0]
+    assert max(free, default=0) == pytest.approx(min(free, default=0), rel=0.02)
+    assert all(by_shape[name] <= max(free, default=math.inf) * 1.02 for name in SHAPES if ratios[name] == 0)
+
+
 def test_heavy_tails_give_up_less() -> None:
     alphas = {}
     for name, (weight_RC, _) in model().items():
