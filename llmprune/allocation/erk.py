@@ -1,5 +1,5 @@
-"""Densities by shape alone: a matrix of R x C keeps a share of its weights proportional to (R + C) / (R * C), at most all of them, so that small matrices
-stay denser than large ones. Of a mixture, each expert's matrix counts by itself.
+"""Densities by shape alone: a matrix of R x C keeps a share of its weights proportional to (R + C) / (R * C), at most all of them, so that small
+matrices stay denser than large ones. Of a mixture, each expert's matrix counts by itself.
 
 Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity (Erdős–Rényi), https://arxiv.org/abs/1707.04780;
 Evci et al., Rigging the Lottery (with the kernels of convolutions, ERK), https://arxiv.org/abs/1911.11134
