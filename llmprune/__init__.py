@@ -21,6 +21,7 @@ __all__ = [
     "bench",
     "evaluate",
     "evaluate_tasks",
+    "init_mask",
     "load",
     "prune",
     "push",
@@ -34,6 +35,7 @@ ELSEWHERE = {  # than in the api
     "Sparsifier": "llmprune.training.sparsifier",
     "SparsityCallback": "llmprune.training.callback",
     "bench": "llmprune.benchmark.run",
+    "init_mask": "llmprune.run.initial",
     "read_masks": "llmprune.training.masks",
     "save_trained": "llmprune.run.trained",
 }
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from llmprune.api import evaluate, evaluate_tasks, load, prune, push
     from llmprune.benchmark.run import bench
     from llmprune.errors import LlmpruneError
+    from llmprune.run.initial import init_mask
     from llmprune.run.trained import save_trained
     from llmprune.training.callback import SparsityCallback
     from llmprune.training.masks import Masks, read_masks

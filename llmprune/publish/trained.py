@@ -27,13 +27,15 @@ def write_trained_card(folder: Path, report: Report) -> None:
 
 def title(report: Report) -> str:
     share = f"{report.zeros:,} of the {report.weights:,} weights in the pruned matrices are zero ({report.sparsity:.2%})"
-    made = f"Trained from `{report.source.name}` and pruned meanwhile by llmprune {llmprune.__version__}"
+    how = "Trained from `{}` and pruned meanwhile" if report.recipe["steps"] else "`{}`, masked before it is trained,"
+    made = f"{how.format(report.source.name)} by llmprune {llmprune.__version__}"
     return f"# {report.source.name}, {report.recipe['pattern']}\n\n{made}: {share}, of {report.parameters:,} parameters in all."
 
 
 def making(report: Report) -> str:
     asked = "\n".join(f"- {name}: {value}" for name, value in report.recipe.items() if value is not None)
-    said = "The data, the loss and the optimizer were the training's own, and are not recorded here. Every matrix has a row in `llmprune.json`."
+    trained = "The data, the loss and the optimizer were the training's own, and are not recorded here. " if report.recipe["steps"] else ""
+    said = f"{trained}Every matrix has a row in `llmprune.json`."
     return f"## How it was made\n\n{asked}\n\n{said}"
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,17 +31,25 @@ from llmprune.run.preflight import check_output
 from llmprune.run.prepare import environment
 from llmprune.stream.live import LiveStream
 from llmprune.stream.selected import stored_matrices
-from llmprune.training.asked import Asked
 from llmprune.training.masks import Masks
 
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # of a Hub model
 
 
-class Pruning(Protocol):
-    """A Sparsifier, or a SparsityCallback: what was asked for, the masks, the optimizer steps that were made."""
+class Goal(Protocol):
+    """What was asked for: a dataclass. goal: the sparsity at the end; None: that of the masks."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def asked(self) -> Asked: ...
+    def goal(self) -> float | None: ...
+
+
+class Pruning(Protocol):
+    """A Sparsifier, a SparsityCallback, or masks made before training: what was asked for, the masks, the optimizer steps that were made."""
+
+    @property
+    def asked(self) -> Goal: ...
 
     @property
     def masks(self) -> Masks | None: ...

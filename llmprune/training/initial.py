@@ -5,9 +5,9 @@
 - snip: |w g|, g = dL/dw (Lee et al., https://arxiv.org/abs/1810.02340)
 - grasp: w (H g): what removal would take from the gradient's flow (Wang et al., https://arxiv.org/abs/2002.07376, eq. 8, whose score is its
   negative: the highest are removed there)
-- synflow: |w dR/dw| of R = the sum of the outputs of a network of absolute weights, again after each of 100 steps of an exponential schedule (Tanaka et
-  al., https://arxiv.org/abs/2006.05467). Its input of ones would give every token the same value, and queries and keys no score, so it is the absolute
-  embeddings of tokens drawn at random; norms and attention stay as they are.
+- synflow: |w dR/dw| of R = the sum of the outputs of a network of absolute weights, again after each of 100 steps of an exponential schedule
+  (Tanaka et al., https://arxiv.org/abs/2006.05467). Its input of ones would give every token the same value, and queries and keys no score, so it is
+  the absolute embeddings of tokens drawn at random; norms and attention stay as they are.
 
 L is the summed next-token loss. Shapes: N = windows, L = tokens of a window, R, C = rows and columns of a matrix.
 """
@@ -28,14 +28,16 @@ from llmprune.errors import RequestError
 from llmprune.maths.linalg import drop_smallest
 from llmprune.methods import build
 from llmprune.model.matrices import Matrix
-from llmprune.training.masks import Masks, matrices_by_parameter
+from llmprune.training.masks import Masks
 from llmprune.types import Mask, Pattern, Seen, Stats
 
 CRITERIA = ("magnitude", "random", "snip", "grasp", "synflow")
 ON_DATA = ("snip", "grasp")  # criteria of a loss
 THRESHOLD = "threshold"
 ALLOCATIONS = (THRESHOLD, "uniform", "erk")  # the first: one threshold for all scores of the model
-USUAL = {"magnitude": "uniform", "random": "erk"}  # of the papers; else one threshold
+# snip, grasp and synflow have one threshold in their papers. In a transformer that leaves queries and keys without weights, since little of the loss
+# depends on them before training: their ratios are by shape here, unless a threshold is asked for
+USUAL = {"magnitude": "uniform"}
 ROUNDS = 100  # of synflow
 PROBE = (1, 32)  # windows and tokens of synflow's input
 
@@ -45,13 +47,19 @@ Chosen: TypeAlias = dict[str, list[Matrix]]
 
 
 def initial_masks(
-    model: PreTrainedModel, criterion: str, pattern: Pattern, sparsity: float, allocation: str, ids_NL: Tensor | None = None, seed: int = 0
+    model: PreTrainedModel,
+    chosen: Chosen,
+    criterion: str,
+    pattern: Pattern,
+    sparsity: float,
+    allocation: str,
+    ids_NL: Tensor | None = None,
+    seed: int = 0,
 ) -> Masks:
-    """Masks for the matrices of a model's blocks. ids_NL: the windows of a loss. The model's weights stay as they are.
+    """Masks for the chosen matrices of a model, by full parameter name. ids_NL: the windows of a loss. The model's weights stay as they are.
 
     Raises RequestError where a matrix would lose all its weights.
     """
-    chosen = matrices_by_parameter(model)
     with ready(model, chosen) as weights:
 
         def choose(scores: Scores, share: float) -> dict[str, Tensor]:
@@ -63,7 +71,9 @@ def initial_masks(
             keep = choose(scores_of(model, weights, chosen, criterion, ids_NL, seed), sparsity)
     collapsed = [name for name, mask in keep.items() if not all(bool(m.view_of(mask).any()) for m in chosen[name])]
     if collapsed:
-        raise RequestError(f"{criterion} at sparsity {sparsity:g}: {collapsed[0]} would lose all its weights", "give --allocation erk, or a lower sparsity")
+        raise RequestError(
+            f"{criterion} at sparsity {sparsity:g}: {collapsed[0]} would lose all its weights", "give --allocation erk, or a lower sparsity"
+        )
     return Masks(keep)
 
 
@@ -72,22 +82,23 @@ def ready(model: PreTrainedModel, chosen: Chosen) -> Iterator[dict[str, nn.Param
     """The parameters that masks are made for, in a model that can be differentiated twice; all as before afterwards."""
     wanted = {name: model.get_parameter(name) for name in chosen}
     modes, before = {m: m.training for m in model.modules()}, {p: p.requires_grad for p in model.parameters()}
+    experts = model.config._experts_implementation
     model.eval().requires_grad_(False)
+    model.set_experts_implementation("eager")
     for parameter in wanted.values():
         parameter.requires_grad_(True)
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             yield wanted
     finally:
+        model.set_experts_implementation(experts)
         for parameter, asked in before.items():
             parameter.requires_grad_(asked)
         for module, training in modes.items():
             module.training = training
 
 
-def scores_of(
-    model: PreTrainedModel, weights: dict[str, nn.Parameter], chosen: Chosen, criterion: str, ids_NL: Tensor | None, seed: int
-) -> Scores:
+def scores_of(model: PreTrainedModel, weights: dict[str, nn.Parameter], chosen: Chosen, criterion: str, ids_NL: Tensor | None, seed: int) -> Scores:
     """The scores of every criterion but synflow."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -132,7 +143,8 @@ def synflow(
     """Masks after some rounds, each of which keeps (1 - sparsity) ** (1 / rounds) of what the one before kept."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings()
-    ids_NL = torch.randint(embeddings.num_embeddings, PROBE, generator=generator)
+    table_VD = embeddings.get_parameter("weight")
+    ids_NL = torch.randint(table_VD.shape[0], PROBE, generator=generator, device="cpu").to(table_VD.device)
     keep = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in weights.items()}
     with absolute(model) as values:
         entering_NLD = embeddings(ids_NL).detach()
@@ -166,7 +178,10 @@ def masked(scores: Scores, weights: dict[str, nn.Parameter], chosen: Chosen, pat
         kept = under_one_threshold(places, sparsity)
     else:
         ratios = dict.fromkeys(places, sparsity) if pattern.local else ratios_of(allocation, places, sparsity)
-        kept = {place: pattern.project(score_RC, pattern.dropped(*score_RC.shape, ratios[place])) for place, score_RC in places.items()}
+        kept = {
+            place: pattern.project(score_RC, pattern.dropped(score_RC.shape[0], score_RC.shape[1], ratios[place]))
+            for place, score_RC in places.items()
+        }
     keep = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in weights.items()}
     for (name, number), mask_RC in kept.items():
         chosen[name][number].view_of(keep[name]).copy_(mask_RC)
