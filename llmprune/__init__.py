@@ -26,6 +26,7 @@ __all__ = [
     "prune",
     "push",
     "read_masks",
+    "recover",
     "save_trained",
 ]
 ELSEWHERE = {  # than in the api
@@ -41,7 +42,7 @@ ELSEWHERE = {  # than in the api
 }
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, evaluate_tasks, load, prune, push
+    from llmprune.api import evaluate, evaluate_tasks, load, prune, push, recover
     from llmprune.benchmark.run import bench
     from llmprune.errors import LlmpruneError
     from llmprune.run.initial import init_mask

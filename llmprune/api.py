@@ -30,8 +30,11 @@ from llmprune.run.job import run
 from llmprune.run.live import prune_live
 from llmprune.run.preflight import check_ids, check_length
 from llmprune.run.prepare import open_stream, prepare, scan
+from llmprune.run.recovered import run_recovery
+from llmprune.run.recovery import prepare_recovery
 from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
+from llmprune.training.request import Request
 from llmprune.types import SILENT, Listener
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
@@ -83,6 +86,28 @@ def prune(
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report
+
+
+def recover(
+    folder: str | PathLike[str],
+    data: str,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Train the kept weights of a result, whose zeros stay; the report's ``recovered`` says what that did.
+
+    folder: output of a run. data: a text, dialogues or a data set to train on. options: every other field of ``llmprune.training.request.Request``,
+    the command line's options by the same names, and arguments={...} and callbacks=[...] of transformers' Trainer.
+    Raises RequestError before any training when the request cannot be met, StoppedError when it has to stop.
+    """
+    unknown = [name for name in options if name not in Request.__dataclass_fields__]
+    if unknown:
+        raise RequestError(f"recover takes no {unknown[0]!r}", f"there are: {', '.join(Request.__dataclass_fields__)}")
+    asked = Request(str(folder), data, **options)
+    return run_recovery(prepare_recovery(asked, overwrite, restart), listener(on_progress))
 
 
 def listener(on_progress: Progress | None) -> Listener:

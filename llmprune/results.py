@@ -218,6 +218,7 @@ class Timings:
     resumed_blocks: int = 0  # finished by an earlier process
     peak_memory: int | None = None  # of the whole process, libraries included
     planned_memory: int | None = None  # for the run, libraries not included
+    recovery_seconds: float | None = None  # of the process that finished the last recovery
 
 
 @dataclass(frozen=True)

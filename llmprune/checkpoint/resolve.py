@@ -40,6 +40,18 @@ def open_source(model: str, revision: str | None = None) -> Source:
     return _download(target, revision)
 
 
+def cached_source(repo: str, revision: str) -> Source | None:
+    """A snapshot of a Hub model that is in the cache; None where it is not there, or not whole. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return plain(open_folder(folder, repo, folder.name))
+    except (LocalEntryNotFoundError, HFValidationError, RequestError):
+        return None
+
+
 def _download(repo: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

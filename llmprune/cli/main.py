@@ -15,10 +15,11 @@ from llmprune.cli.console import app, err
 from llmprune.cli.options import Panels
 from llmprune.cli.pruning import prune, sweep
 from llmprune.cli.recipes import check, new, recipe_app, schema
+from llmprune.cli.recovering import recover
 from llmprune.cli.training import init_mask
 from llmprune.errors import LlmpruneError, at_home, first_line, out_of_memory
 
-for command in (prune, eval, inspect, bench, report, compare, sweep, push, methods):  # as --help lists them
+for command in (prune, recover, eval, inspect, bench, report, compare, sweep, push, methods):  # as --help lists them
     app.command(cls=Panels)(command)
 app.command("init-mask", cls=Panels)(init_mask)
 for command in (check, new, schema):

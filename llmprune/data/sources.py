@@ -169,6 +169,17 @@ def without_nul(text: str, name: str) -> str:
     return text
 
 
+def rows(source: TextSource) -> Iterator[dict[str, Any]]:
+    """The rows of a source as they are, streamed. Raises RequestError when it cannot be opened or read."""
+    try:
+        if source.file is None:
+            yield from _open(source.builder, source.config, source.split, source.part, revision=source.revision)
+        else:
+            yield from _open(source.builder, None, "train", glob.escape(str(source.file)))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise RequestError(f"{source.dataset}: cannot be read ({str(error)[:100]})", "give UTF-8 text") from None
+
+
 def rows_of(source: TextSource, draw: int | None = None, whole: bool = True) -> Iterator[str]:
     """The text of each row, streamed: nothing is copied into a cache. whole: plain text is one row, else a row a line."""
     options: dict[str, Any] = (

@@ -24,7 +24,7 @@ from llmprune.recipe.named import DEFAULT_QUALITY
 from llmprune.recipe.recipe import NAMED, Recipe
 from llmprune.recipe.values import as_toml
 from llmprune.report.result import Report
-from llmprune.results import Evaluation
+from llmprune.results import Evaluation, Perplexity
 
 CARD = "README.md"
 PLACE = "path/to/this/model"
@@ -82,8 +82,11 @@ def method_of(recipe: Recipe) -> str:
 
 
 def result_of(pair: Evaluation) -> EvalResult:
+    return result_of_one(pair.pruned, pair.dense)
+
+
+def result_of_one(pruned: Perplexity, dense: Perplexity | None) -> EvalResult:
     """A perplexity as the Hub's metadata has it. The Hub distinguishes results by the data set's type, so every file needs a different one."""
-    pruned = pair.pruned
     name, _, revision = pruned.dataset.partition("@")
     known = KNOWN.get(name)
     repo, _, config = (known.repo, "", known.config) if known else name.partition(":")
@@ -103,8 +106,8 @@ def result_of(pair: Evaluation) -> EvalResult:
             "windows": pruned.windows,
             "targets": pruned.tokens,
             "dtype": pruned.dtype,
-            "dense": finite(pair.dense.value),
-        },
+        }
+        | ({"dense": finite(dense.value)} if dense else {}),
     )
 
 

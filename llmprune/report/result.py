@@ -14,6 +14,7 @@ from llmprune.checkpoint.files import FORMAT, REPORT
 from llmprune.report import summary
 from llmprune.report.cells import count, number, percent, seconds, size
 from llmprune.report.fields import Fields
+from llmprune.report.recovered import Recovered
 from llmprune.results import (
     BlockReport,
     Calibration,
@@ -66,6 +67,7 @@ class Report:
     sample: Sample | NoSample | None = None
     smaller: Smaller | None = None  # of a structured pattern: what was saved
     reloaded: Reloaded | None = None  # None for a live model
+    recovered: tuple[Recovered, ...] = ()  # the trainings after the pruning, in order
     tasks: tuple[TaskResult, ...] = ()  # what ``llmprune eval`` has added
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: Timings = field(default=Timings(), compare=False)
@@ -77,6 +79,9 @@ class Report:
         yield "sparsity", f"{percent(self.sparsity, 4).text} of the pruned matrices, asked {percent(self.asked, 4).text}"
         for pair in self.perplexity:
             yield f"perplexity, {pair.pruned.dataset}", f"{number(pair.dense.value).text} dense, {number(pair.pruned.value).text} pruned"
+        for one in self.recovered[-1:]:
+            for found in one.measured:
+                yield f"recovered, {found.after.dataset}", f"{number(found.before.value).text} before, {number(found.after.value).text} after"
         what = "parameters" if smaller or self.model is not None else "non-zero parameters"
         yield what, f"{count(self.left).text} of {count(self.parameters).text}"
         if self.source.bytes is not None:
@@ -134,7 +139,7 @@ class Report:
         plain = asdict(replace(self, output=None, model=None))
         for block in plain["blocks"]:
             del block["seconds"]  # they are with the other timings
-        for name in ("output", "model", *(() if self.tasks else ("tasks",))):
+        for name in ("output", "model", *(name for name in ("tasks", "recovered") if not plain[name])):
             del plain[name]
         counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
         counted |= {"pruned_matrices": self.sparsity, "zeros": self.zeros, "weights": self.weights}
@@ -169,6 +174,7 @@ class Report:
             sample=get("sample", Sample | NoSample | None),
             smaller=get("smaller", Smaller | None),
             reloaded=get("reloaded", Reloaded | None, None),
+            recovered=get("recovered", tuple[Recovered, ...], ()),
             tasks=get("tasks", tuple[TaskResult, ...], ()),
             timings=get("timings", Timings),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from llmprune.benchmark.result import Bench
 from llmprune.report.cells import Cell, PageTable, count, definition, number, percent, ratio, say, seconds, size
 from llmprune.report.grid import Grid, grid_of, short, short_blocks
 from llmprune.report.pictures import bars, curves, heat_map
+from llmprune.report.recovered import Recovered
 from llmprune.report.result import Report
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Sample, Step, TaskResult, Timings, Trial
 
@@ -44,6 +46,8 @@ def tiles(report: Report) -> Iterator[Tile]:
         yield Tile("perplexity", number(pair.pruned.value), f"dense {pair.dense.value:.4g}; {pair.dense.dataset}")
         yield Tile("mean KL", number(pair.divergence.kl, 3), "nats from the dense model's predictions")
         yield Tile("same likeliest token", percent(pair.divergence.top1, 1), "as the dense model")
+    for measured in report.recovered[-1].measured if report.recovered else ():
+        yield Tile("after recovery", number(measured.after.value), f"before {measured.before.value:.4g}; {measured.after.dataset}")
     yield Tile("parameters" if report.smaller else "non-zero parameters", count(report.left), f"of {report.parameters:,}")
 
 
@@ -65,6 +69,8 @@ def sections(report: Report, bench: Bench | None = None) -> Iterator[Section]:
         yield frontier(report.frontier)
     if report.polish:
         yield polish(report.polish)
+    for n, training in enumerate(report.recovered):
+        yield recovery(training, n)
     yield sizes(report)
     yield timings(report.timings, report.blocks)
     notes = report.notes
@@ -201,6 +207,24 @@ def polish(found: Polished) -> Section:
     return Section("polish", "Distillation of the whole model", table=_pairs(rows))
 
 
+def recovery(found: Recovered, n: int) -> Section:
+    """number: of the training, for names that are unique in the page."""
+    texts = [f"{one.after.dataset}, {one.after.split}" for one in found.measured if one.decides]
+    held = {text: [(float(step), math.exp(min(losses[k], 700.0))) for step, losses in found.held_out] for k, text in enumerate(texts)}
+    picture = curves(f"recovery{n}", "Held-out perplexity by step", held, ("step", "perplexity, held out"), whole=True)
+    if found.losses:
+        losses = {"training loss": [(float(step), loss) for step, loss in found.losses]}
+        picture += curves(f"loss{n}", "Training loss by step", losses, ("step", "training loss"), whole=True)
+    rows = tuple(
+        (say(f"{one.after.dataset}, {one.after.split}"), *(number(p.value if p else None) for p in (one.dense, one.before, one.after)))
+        for one in found.measured
+    )
+    measured = tuple(f"Measured on {definition(one.after)}." for one in found.measured)
+    heads = ("perplexity on", "dense", "before", "after")
+    said = (f"{found.said[:1].upper()}{found.said[1:]}; every zero has stayed.", *measured)
+    return Section(f"recovery{n}", "Recovery", said, picture, PageTable(heads, rows), lines=found.notes)
+
+
 def sample(found: Sample | NoSample) -> Section:
     if isinstance(found, NoSample):
         return Section("sample", "A sample of text", (f"None: {found.reason}.",))
@@ -277,6 +301,7 @@ def timings(found: Timings, blocks: Sequence[BlockReport]) -> Section:
     rows += [("this process in all", seconds(found.seconds))] if found.seconds is not None else []
     rows += [("blocks finished by an earlier process", count(found.resumed_blocks))] if found.resumed_blocks else []
     rows += [("peak memory of the process, libraries included", size(found.peak_memory))] if found.peak_memory else []
+    rows += [("the last recovery", seconds(found.recovery_seconds))] if found.recovery_seconds is not None else []
     rows += [("planned for the run, libraries not included", size(found.planned_memory))] if found.planned_memory else []
     picture = bars("time", "Seconds by part of the work", parts, "seconds") if parts else ""
     said = "Work on the blocks by part; the rest is gradients, ratios, perplexities, samples, copying."

@@ -65,6 +65,25 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"saved: {at_home(report.output)}", soft_wrap=True)
 
 
+def print_recovery(report: Report, console: Console) -> None:
+    """What the last training did: a line for each text, what is left of the pruning's loss, and where the result is."""
+    found = report.recovered[-1]
+    console.print(f"{report.source.name}: {found.said}", markup=False, soft_wrap=True)
+    for one in found.measured:
+        dense = f"{one.dense.value:.4g} dense, " if one.dense else ""
+        left = f"; {one.excess:.1%} of the excess over the dense model's loss is left" if one.excess is not None else ""
+        decides = ", which chose the step" if one.decides else ""
+        said = f"perplexity: {dense}{one.before.value:.4g} before, {one.after.value:.4g} after{left}"
+        text = one.after
+        console.print(f"{said} ({text.dataset}, {text.split}, {text.definition}{decides})", markup=False, soft_wrap=True)
+    if report.reloaded:
+        console.print(str(report.reloaded), markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if report.output is not None:
+        console.print(f"saved: {at_home(report.output)}", markup=False, soft_wrap=True)
+
+
 def print_smaller(report: Report, found: Smaller, console: Console) -> None:
     """What was saved."""
     layers = f", {len(found.layers)} of {len(report.blocks)} layers" if found.pattern == "layers" else ""

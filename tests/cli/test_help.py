@@ -18,7 +18,21 @@ from llmprune.recipe.named import DEFAULT_QUALITY
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.windows import BUNDLED_LENGTH, DEFAULT_LENGTH, DEFAULT_SAMPLES
 
-COMMANDS = ["prune", "sweep", "eval", "inspect", "bench", "report", "compare", "methods", "push", "recipe new", "recipe check", "recipe schema"]
+COMMANDS = [
+    "prune",
+    "recover",
+    "sweep",
+    "eval",
+    "inspect",
+    "bench",
+    "report",
+    "compare",
+    "methods",
+    "push",
+    "recipe new",
+    "recipe check",
+    "recipe schema",
+]
 ROW = re.compile(r"^  (--[a-z-]+)(?: (\S+))?(?:  |$)", re.MULTILINE)
 
 

@@ -1,0 +1,200 @@
+"""One recovery from a checked job to a folder: train, write what has changed, measure what was written, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.files import REPORT, to_versioned_json, write_whole
+from llmprune.checkpoint.journal import Journal
+from llmprune.checkpoint.manifest import manifest_of
+from llmprune.checkpoint.sink import Sink
+from llmprune.checkpoint.source import open_folder
+from llmprune.errors import RequestError
+from llmprune.export.check import MOST_TOKENS, check_result, from_disk
+from llmprune.export.reload import Reloader
+from llmprune.model.skeleton import count_parameters, own_sizes
+from llmprune.publish.recovery import write_recovered_card
+from llmprune.report.fields import typed
+from llmprune.report.page import page
+from llmprune.report.recovered import Measured, Recovered
+from llmprune.report.result import Report
+from llmprune.results import Perplexity, Reloaded
+from llmprune.run.preflight import check_output
+from llmprune.run.prepare import describe
+from llmprune.run.recovery import RecoveryJob
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.training.judge import Judge, perplexity_on
+from llmprune.training.losses import Objective
+from llmprune.training.masks import Masks, read_masks
+from llmprune.training.parameters import Trained
+from llmprune.training.recover import Curve, recover
+from llmprune.types import SILENT, Listener
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained model on its way to the disk. values: of the parameters that were trained; logits: of the model on a few tokens."""
+
+    curve: Curve
+    values: dict[str, Tensor]
+    trained: int
+    before: list[Perplexity]
+    dense: list[Perplexity] | None
+    ids_1L: Tensor
+    logits_1LV: Tensor
+
+
+def run_recovery(job: RecoveryJob, listen: Listener = SILENT) -> Report:
+    """Train, or resume what an interrupted run of the same request has left. The output appears whole, or not at all."""
+    began = perf_counter()
+    with ExitStack() as held:
+        held.enter_context(job.stream.whole())
+        masks = read_masks(job.source.folder, job.stream.skeleton)  # refuses before anything is written
+        trained = trained_of(job, masks)
+        held.callback(trained.release)
+        journal = Journal(job.output, job.identity, job.restart)
+        held.callback(journal.close)
+        check_still(job, journal)
+        outcome = trained_model(job, trained, masks, journal, listen)
+        sink = Sink(journal.weights, job.source)
+        sink.lay_out()
+        changed = write_changed(job, outcome, sink)
+        sink.finish()
+        reloaded = loaded_again(job, outcome, journal)
+        report = report_of(job, outcome, changed, reloaded, journal, perf_counter() - began)
+        publish(journal.weights, report, job)
+        journal.publish()
+        return report
+
+
+def check_still(job: RecoveryJob, journal: Journal) -> None:
+    """Check that the output may still be written: another run may have finished it since the job was prepared."""
+    try:
+        check_output(job.output, job.source.folder, job.overwrite)
+    except RequestError:
+        if not journal.resumed:
+            journal.discard()
+        raise
+
+
+def trained_of(job: RecoveryJob, masks: Masks) -> Trained:
+    asked = job.request
+    model, tied = job.stream.skeleton, job.stream.loader.tied
+    return Trained(
+        model,
+        masks,
+        asked.parameters,
+        lambda name: job.stream.loader.stored_dtype(tied.get(name, name)),
+        asked.rank,
+        asked.alpha,
+        asked.seed,
+    )
+
+
+def trained_model(job: RecoveryJob, trained: Trained, masks: Masks, journal: Journal, listen: Listener) -> Outcome:
+    """Measure, train with the dense model beside it, and check the zeros."""
+    count, model = trained.count, job.stream.skeleton
+    with ExitStack() as beside:
+        if job.dense is not None:
+            beside.enter_context(job.dense.whole())
+        before, dense = measured_before(job, journal)
+        objective = Objective(job.loss, job.dense.skeleton if job.dense else None, job.request.temperature, job.request.mix)
+        about = (job.train, job.settings, journal.folder, journal, listen, job.request.callbacks)
+        curve, values = recover(trained, objective, Judge(job.deciding), *about)
+    masks.check(model)
+    ids_1L = job.deciding[0].windows.ids_NL[:1, :MOST_TOKENS]
+    model.eval()
+    with torch.no_grad():
+        logits_1LV = model(input_ids=ids_1L.to(job.stream.device), use_cache=False).logits.float().cpu()
+    return Outcome(curve, values, count, before, dense, ids_1L, logits_1LV)
+
+
+def measured_before(job: RecoveryJob, journal: Journal) -> tuple[list[Perplexity], list[Perplexity] | None]:
+    """(of the pruned model, of the dense one where it is at hand) on every text, as an earlier process found them or measured now."""
+    texts = (*job.deciding, *job.evaluation)
+    record = journal.read("measured")
+    if record is None:
+        models = {"before": job.stream.skeleton} | ({"dense": job.dense.skeleton} if job.dense else {})
+        record = {name: [asdict(perplexity_on(model, text)) for text in texts] for name, model in models.items()}
+        journal.write("measured", record)
+    before, dense = (typed(list[Perplexity] | None, record.get(name)) for name in ("before", "dense"))
+    return before, dense
+
+
+def write_changed(job: RecoveryJob, outcome: Outcome, sink: Sink) -> tuple[str, ...]:
+    """Write the tensors that differ from the source's; their names."""
+    loader, changed = job.stream.loader, set[str]()
+    for name in outcome.values if outcome.curve.best else ():
+        now = loader.checkpoint_tensors([loader.tied.get(name, name)])
+        before = job.source.read_many(list(now))
+        different = {key: tensor for key, tensor in now.items() if not torch.equal(tensor, before[key])}
+        sink.write(different)
+        changed |= different.keys()
+    return tuple(sorted(changed))
+
+
+def loaded_again(job: RecoveryJob, outcome: Outcome, journal: Journal) -> Reloaded:
+    """Check that the written model is the trained one. Code that lies beside the weights is not run: such a model is read block by block."""
+    about = (job.stream, journal.weights, outcome.logits_1LV, outcome.ids_1L)
+    if own_sizes(job.source.config):
+        return from_disk(*about, job.stream.dtype, "the code beside the weights is not run")
+    parameters = count_parameters(job.stream.skeleton)
+    with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
+        return check_result(*about, parameters, job.stream.dtype, False, reloader)
+
+
+def measured_after(job: RecoveryJob, folder: Path) -> list[Perplexity]:
+    """Of the model as it was written."""
+    written = CheckpointStream(open_folder(folder, job.source.name), job.stream.dtype, job.stream.device)
+    with written.whole():
+        return [perplexity_on(written.skeleton, text) for text in (*job.deciding, *job.evaluation)]
+
+
+def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], reloaded: Reloaded, journal: Journal, seconds: float) -> Report:
+    """The pruning's record with the recovery's; what was measured by tasks before is no longer true."""
+    after = measured_after(job, journal.weights)
+    dense: Sequence[Perplexity | None] = outcome.dense or [None] * len(after)
+    pairs = zip(outcome.before, after, dense, strict=True)
+    measured = tuple(Measured(was, now, beside, n < len(job.deciding)) for n, (was, now, beside) in enumerate(pairs))
+    recovered = Recovered(
+        request=job.resolved,
+        source=job.source.hashes,
+        dense=job.dense.source.name if job.dense else None,
+        data=describe(job.train.windows),
+        learned=job.train.learned,
+        trained=outcome.trained,
+        best=outcome.curve.best,
+        done=outcome.curve.steps,
+        measured=measured,
+        losses=outcome.curve.losses,
+        held_out=outcome.curve.held_out,
+        changed=changed,
+        notes=job.notes,
+    )
+    manifest = manifest_of(journal.weights)
+    return replace(
+        job.report,
+        output=job.output,
+        files=manifest.files,
+        tensors=manifest.tensors,
+        reloaded=reloaded,
+        recovered=(*job.report.recovered, recovered),
+        tasks=(),
+        timings=replace(job.report.timings, recovery_seconds=seconds),
+    )
+
+
+def publish(folder: Path, report: Report, job: RecoveryJob) -> None:
+    """Card, llmprune.json and page beside the weights."""
+    write_recovered_card(folder, report, job.source.folder)
+    written = to_versioned_json(report.to_json())
+    write_whole(folder / REPORT, written)
+    write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())
