@@ -25,6 +25,7 @@ from transformers import Adafactor, AutoModelForCausalLM
 import llmprune
 from llmprune.errors import PromiseError, RequestError
 from llmprune.maths.runs import MOST, places_of, runs_of
+from llmprune.training.holding import PIECE, erase
 from llmprune.training.masks import Masks, read_masks
 
 IDS_NL = tiny_windows(8)
@@ -222,6 +223,21 @@ def masked_values(model: Any, masks: Masks, optimizer: Optimizer) -> set[float]:
         held = [p, p.grad, *optimizer.state[p].values()]
         found |= {float(v) for t in held if isinstance(t, Tensor) and t.shape == p.shape for v in t.detach()[~keep].float().unique()}
     return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 5), (PIECE // 512 + 3, 1000)])
+def test_masked_values_are_plus_zero_whatever_they_were(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    values = torch.randn(shape).to(dtype)
+    values[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    keep = torch.rand(shape) < 0.5
+    keep[0, :4] = False
+    expected = torch.where(keep, values, torch.zeros((), dtype=dtype))
+    for way in (values, values.T.contiguous().T):  # as it lies, and transposed
+        found = way.clone()
+        erase(found, -keep.to(torch.int8))
+        assert torch.equal(found, expected)
+        assert not bool(torch.signbit(found[~keep]).any())
 
 
 @pytest.mark.parametrize(

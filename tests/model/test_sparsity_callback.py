@@ -17,6 +17,9 @@ import torch.multiprocessing as mp
 from families import save_tiny, tiny_model, tiny_windows
 from often import often
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -394,13 +397,14 @@ def test_given_masks_are_where_a_training_starts() -> None:
 # several processes, and one that is killed
 
 
-def in_processes(rank: int, port: int, folder: str) -> None:
+def in_processes(rank: int, port: int, kind: str, folder: str) -> None:
     """One of two processes: it trains on windows of its own, and stores its masks and weights."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name in ("gradual 2:4", "movement", "rigl"):
         model = tiny_model("llama")
-        wrapped, optimizer = DistributedDataParallel(model), adamw(model)
+        wrapped: Any = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = adamw(model)
         sparsify = Sparsifier(model, optimizer, **SCHEDULES[name])
         for step in range(STEPS):
             loss_of(wrapped, IDS_NL[(2 * step + rank) % 16 : (2 * step + rank) % 16 + 1]).backward()
@@ -408,18 +412,23 @@ def in_processes(rank: int, port: int, folder: str) -> None:
             sparsify.step()
             optimizer.zero_grad()
             sparsify.masks.check(model)
-        torch.save((sparsify.masks.keep, model.state_dict()), f"{folder}/{name}-{rank}.pt")
+        assert any(isinstance(p, DTensor) for p in model.parameters()) == (kind == "fsdp")
+        held = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
+        torch.save((sparsify.masks.keep, held, sparsify.state.scores), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_agree_on_the_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_agree_on_the_masks(kind: str, tmp_path: Path) -> None:
     """Bit for bit with each other; as one process with both windows in a batch but for rounding, so in all but a few places."""
-    port = 20000 + os.getpid() % 20000
-    mp.start_processes(in_processes, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    port = 20000 + os.getpid() % 20000 + (kind == "ddp")
+    mp.start_processes(in_processes, (port, kind, str(tmp_path)), nprocs=2, start_method="fork")
     for name in ("gradual 2:4", "movement", "rigl"):
-        (keep, state), (keep_2, state_2) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
-        assert all(torch.equal(keep[n], keep_2[n]) for n in keep)
-        assert all(torch.equal(state[n], state_2[n]) for n in state)
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
+        for mine, other in zip(first, second, strict=True):
+            assert all(torch.equal(mine[n], other[n]) for n in mine)
+        keep, _, scores = first
+        assert bool(scores) == (name == "movement")
         model = tiny_model("llama")
         optimizer = adamw(model)
         sparsify = Sparsifier(model, optimizer, **SCHEDULES[name])
@@ -499,7 +508,7 @@ def test_a_penalty_leaves_masked_weights_alone(tmp_path: Path) -> None:
     Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=callbacks).train()
     assert checked.steps == STEPS
     for values in ({}, {"l1": -1.0}, {"norm_scale": float("nan")}):
-        with pytest.raises(RequestError, match="l1 .*, norm_scale"):
+        with pytest.raises(RequestError, match=r"l1 .*, norm_scale"):
             RegularisationCallback(**values)
 
 
