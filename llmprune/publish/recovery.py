@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.files import write_whole
-from llmprune.publish.card import CARD, result_of_one
+from llmprune.checkpoint.source import Source
+from llmprune.publish.card import CARD, PLACE, result_of_one
 from llmprune.report.recovered import Measured, Recovered
 from llmprune.report.result import Report
 
@@ -18,15 +19,16 @@ SECTION = re.compile(r"^## Recovery\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 TAG = "recovered"
 
 
-def write_recovered_card(folder: Path, report: Report, pruned: Path) -> None:
-    """Write the card into ``folder``. pruned: the folder of the pruned model; where its card is gone, the section stands alone."""
-    path = pruned / CARD
+def write_recovered_card(folder: Path, report: Report, pruned: Source) -> None:
+    """Write the card into ``folder``; where the pruned model's is gone, the section stands alone."""
+    path = pruned.folder / CARD
     card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else f"---\n{{}}\n---\n\n# {report.source.name}, pruned\n\n{BEFORE}\n")
     data: Any = card.data
     data.tags = [*(tag for tag in data.tags or () if tag != TAG), TAG]
     data.eval_results = [result_of_one(one.after, one.dense) for one in report.recovered[-1].measured if not one.decides] or None
     data.model_name = data.model_name or f"{report.source.name}-pruned"
-    card.text = with_section(card.text, report)
+    text = card.text.replace(f'from_pretrained("{pruned.name}"', f'from_pretrained("{PLACE}"')  # of one that was published
+    card.text = with_section(text, report)
     write_whole(folder / CARD, str(card).encode())
 
 

@@ -22,8 +22,8 @@ class Found:
     """One result measured on one evaluation set."""
 
     perplexity: float
-    kl: float
-    top1: float
+    kl: float | None  # None where it was not measured, as after a recovery
+    top1: float | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,13 @@ def _results(path: Path) -> Iterator[Result]:
 def _of_run(name: str, source: tuple[str, str], value: Report) -> Result:
     found = dict(_found(pair.pruned, pair.divergence) for pair in value.perplexity)
     dense = {definition(pair.dense): pair.dense.value for pair in value.perplexity}
-    return Result(name, source, named(value.recipe), value.recipe["pattern"], value.sparsity, value.left, found, dense, value)
+    method = named(value.recipe)
+    if value.recovered:  # what was measured before is of another model
+        measured = [one for one in value.recovered[-1].measured if not one.decides]
+        found = {definition(one.after): Found(one.after.value, None, None) for one in measured}
+        dense = {definition(one.dense): one.dense.value for one in measured if one.dense}
+        method = f"{method}, recovered"
+    return Result(name, source, method, value.recipe["pattern"], value.sparsity, value.left, found, dense, value)
 
 
 def _of_sweep(name: str, source: tuple[str, str], value: SweepReport) -> Iterator[Result]:
@@ -112,9 +118,13 @@ def compared(found: Sequence[Result]) -> PageTable:
         cells = [say(result.name), say(result.method), say(result.pattern), percent(result.sparsity), count(result.left)]
         for name in names:
             value = result.found.get(name)
-            cells += [number(value.perplexity), number(value.kl), percent(value.top1)] if value else [Cell("")] * 3
+            cells += [number(value.perplexity), number(value.kl), share(value.top1)] if value else [Cell("")] * 3
         rows.append((*cells, say("yes" if result.name in front else "")))
     return PageTable((*heads, "best"), tuple(rows))
+
+
+def share(value: float | None) -> Cell:
+    return say(None) if value is None else percent(value)
 
 
 def _dense_row(found: Sequence[Result], names: Sequence[str]) -> tuple[Cell, ...]:

@@ -16,6 +16,7 @@ from llmprune.report.result import Report
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Sample, Step, TaskResult, Timings, Trial
 
 MOST_NOTES = 200
+BROKEN = 50.0  # nats: no curve has room for such a loss
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Section:
 
 def tiles(report: Report) -> Iterator[Tile]:
     yield Tile("sparsity", percent(report.sparsity), f"of the pruned matrices; asked {report.asked:.2%}")
+    before = ", before recovery" if report.recovered else ""
     for pair in report.perplexity:
-        yield Tile("perplexity", number(pair.pruned.value), f"dense {pair.dense.value:.4g}; {pair.dense.dataset}")
-        yield Tile("mean KL", number(pair.divergence.kl, 3), "nats from the dense model's predictions")
-        yield Tile("same likeliest token", percent(pair.divergence.top1, 1), "as the dense model")
+        yield Tile(f"perplexity{before}", number(pair.pruned.value), f"dense {pair.dense.value:.4g}; {pair.dense.dataset}")
+        yield Tile(f"mean KL{before}", number(pair.divergence.kl, 3), "nats from the dense model's predictions")
+        yield Tile(f"same likeliest token{before}", percent(pair.divergence.top1, 1), "as the dense model")
     for measured in report.recovered[-1].measured if report.recovered else ():
         yield Tile("after recovery", number(measured.after.value), f"before {measured.before.value:.4g}; {measured.after.dataset}")
     yield Tile("parameters" if report.smaller else "non-zero parameters", count(report.left), f"of {report.parameters:,}")
@@ -210,7 +212,7 @@ def polish(found: Polished) -> Section:
 def recovery(found: Recovered, n: int) -> Section:
     """number: of the training, for names that are unique in the page."""
     texts = [f"{one.after.dataset}, {one.after.split}" for one in found.measured if one.decides]
-    held = {text: [(float(step), math.exp(min(losses[k], 700.0))) for step, losses in found.held_out] for k, text in enumerate(texts)}
+    held = {text: [(float(step), math.exp(losses[k])) for step, losses in found.held_out if losses[k] < BROKEN] for k, text in enumerate(texts)}
     picture = curves(f"recovery{n}", "Held-out perplexity by step", held, ("step", "perplexity, held out"), whole=True)
     if found.losses:
         losses = {"training loss": [(float(step), loss) for step, loss in found.losses]}

@@ -18,6 +18,7 @@ from llmprune.checkpoint.manifest import manifest_of
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import RequestError
+from llmprune.evaluation import sample
 from llmprune.export.check import MOST_TOKENS, check_result, from_disk
 from llmprune.export.reload import Reloader
 from llmprune.model.skeleton import count_parameters, own_sizes
@@ -26,7 +27,7 @@ from llmprune.report.fields import typed
 from llmprune.report.page import page
 from llmprune.report.recovered import Measured, Recovered
 from llmprune.report.result import Report
-from llmprune.results import Perplexity, Reloaded
+from llmprune.results import NoSample, Perplexity, Reloaded, Sample
 from llmprune.run.preflight import check_output
 from llmprune.run.prepare import describe
 from llmprune.run.recovery import RecoveryJob
@@ -151,16 +152,21 @@ def loaded_again(job: RecoveryJob, outcome: Outcome, journal: Journal) -> Reload
         return check_result(*about, parameters, job.stream.dtype, False, reloader)
 
 
-def measured_after(job: RecoveryJob, folder: Path) -> list[Perplexity]:
-    """Of the model as it was written."""
-    written = CheckpointStream(open_folder(folder, job.source.name), job.stream.dtype, job.stream.device)
+def measured_after(job: RecoveryJob, folder: Path) -> tuple[list[Perplexity], Sample | NoSample | None]:
+    """(of the model as it was written, its continuation of the prompt that the pruning had)."""
+    source = open_folder(folder, job.source.name)
+    written = CheckpointStream(source, job.stream.dtype, job.stream.device)
     with written.whole():
-        return [perplexity_on(written.skeleton, text) for text in (*job.deciding, *job.evaluation)]
+        found = [perplexity_on(written.skeleton, text) for text in (*job.deciding, *job.evaluation)]
+    before = job.report.sample
+    if isinstance(before, Sample):
+        before = replace(before, pruned=sample.written(written, sample.prompt_for(written, source)))
+    return found, before
 
 
 def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], reloaded: Reloaded, journal: Journal, seconds: float) -> Report:
     """The pruning's record with the recovery's; what was measured by tasks before is no longer true."""
-    after = measured_after(job, journal.weights)
+    after, text = measured_after(job, journal.weights)
     dense: Sequence[Perplexity | None] = outcome.dense or [None] * len(after)
     pairs = zip(outcome.before, after, dense, strict=True)
     measured = tuple(Measured(was, now, beside, n < len(job.deciding)) for n, (was, now, beside) in enumerate(pairs))
@@ -188,13 +194,14 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         reloaded=reloaded,
         recovered=(*job.report.recovered, recovered),
         tasks=(),
+        sample=text,
         timings=replace(job.report.timings, recovery_seconds=seconds),
     )
 
 
 def publish(folder: Path, report: Report, job: RecoveryJob) -> None:
     """Card, llmprune.json and page beside the weights."""
-    write_recovered_card(folder, report, job.source.folder)
+    write_recovered_card(folder, report, job.source)
     written = to_versioned_json(report.to_json())
     write_whole(folder / REPORT, written)
     write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())

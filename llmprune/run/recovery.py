@@ -97,7 +97,8 @@ class RecoveryJob:
                 f"learning rate {settings.learning_rate:.3g}, zeros kept",
                 f"data: {count} windows of {length} from {train.windows.dataset} ({train.windows.split}), {train.learned:,} tokens to learn; "
                 f"what decides: {decide}",
-                f"output: {self.output}, {self.stream.device}, {str(self.stream.dtype).removeprefix('torch.')}",
+                f"memory: about {sum(need(self)):,} bytes; output: {self.output}, {self.stream.device}, "
+                f"{str(self.stream.dtype).removeprefix('torch.')}",
                 *self.notes,
             ]
         )

@@ -82,7 +82,6 @@ def training_arguments(settings: Settings, folder: Path, device: torch.device) -
         "optim": "adamw_torch",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": device.type == "cuda",
         "log_level": "error",
     }
@@ -106,10 +105,18 @@ def training_arguments(settings: Settings, folder: Path, device: torch.device) -
         "label_names": ["labels"],
         "dataloader_drop_last": True,
     }
+    given.pop("bf16", None)
     try:
         return TrainingArguments(**(ours | given | fixed))
     except MISTAKES as error:
         raise RequestError(f"arguments: TrainingArguments does not take them ({mistake(error)})", "check their values") from None
+
+
+def in_half(settings: Settings, device: torch.device) -> bool:
+    """Whether products are taken in bfloat16: as ``bf16`` of the arguments says, by default on CUDA. The training does so itself, and not
+    accelerate, which would put the model's other forwards in bfloat16 too, and for good.
+    """
+    return bool(settings.arguments.get("bf16", device.type == "cuda" and torch.cuda.is_bf16_supported()))
 
 
 def micro_batch(settings: Settings) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PrinterCallback
 
-from llmprune.training.arguments import Settings, training_arguments
+from llmprune.training.arguments import Settings, in_half, training_arguments
 from llmprune.training.data import Packs
 from llmprune.training.judge import Judge, best_of
 from llmprune.training.losses import Objective
@@ -100,7 +100,7 @@ def train(
     device = next(trained.model.parameters()).device
     keeper = Keeper(trained, start, settings.patience, folder, records, listen)
     args = training_arguments(settings, checkpoints, device)
-    trainer = RecoveryTrainer(trained, objective, judge, data, args, [keeper, *callbacks])
+    trainer = RecoveryTrainer(trained, objective, judge, data, args, [keeper, *callbacks], in_half(settings, device))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return numbers(trainer.state.log_history)

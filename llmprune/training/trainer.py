@@ -31,14 +31,16 @@ HELD_OUT = "eval_loss_"  # of the judge's texts by number, in the history
 
 
 class RecoveryTrainer(Trainer):
-    """A Trainer whose steps keep the zeros."""
+    """A Trainer whose steps keep the zeros. half: products of the loss are taken in bfloat16."""
 
     objective: Objective
 
-    def __init__(self, trained: Trained, objective: Objective, judge: Judge, data: Packs, args: TrainingArguments, callbacks: list[Any]) -> None:
+    def __init__(
+        self, trained: Trained, objective: Objective, judge: Judge, data: Packs, args: TrainingArguments, callbacks: list[Any], half: bool = False
+    ) -> None:
         super().__init__(model=trained.model, args=args, train_dataset=data, eval_dataset=judge.texts[0], data_collator=collated, callbacks=callbacks)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step
-        self.trained, self.objective, self.judge = trained, objective, judge
+        self.trained, self.objective, self.judge, self.half = trained, objective, judge, half
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -50,7 +52,9 @@ class RecoveryTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        loss = self.objective(model, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        ids_NL = inputs["input_ids"]
+        with torch.autocast(ids_NL.device.type, torch.bfloat16, enabled=self.half):
+            loss = self.objective(model, ids_NL, inputs["labels"], num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from cli.runner import ROOT, Cli
 from faults.runs import contents
+from huggingface_hub.repocard import metadata_load
 from pages import read_page
 from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.cli.recovering import recover
+from llmprune.publish.card import PLACE
 from llmprune.training.lora import ALPHA, RANK
 from llmprune.training.request import BATCH, PATIENCE, STEPS, Request
 
@@ -63,6 +65,34 @@ def test_the_command_recovers_and_says_what_it_did(cli: Cli, here: Path) -> None
     assert cli("inspect", "pruned-recovered", "--verify", "2:4").code == 0
     assert cli("inspect", "pruned-recovered", "--manifest").code == 0
     AutoModelForCausalLM.from_pretrained("pruned-recovered")
+
+
+def test_it_is_compared_by_what_was_measured_after_it(cli: Cli, here: Path) -> None:
+    assert cli("recover", "pruned", "--data", "data.txt", "--eval", "small.txt", *QUICK).code == 0
+    before, after = json.loads(cli("compare", "pruned", "pruned-recovered", "--json").out)
+    stored = json.loads(Path("pruned-recovered/llmprune.json").read_text())
+    one = stored["recovered"][0]["measured"][2]
+    assert [found["perplexity"] for found in after["found"].values()] == [one["after"]["value"]]
+    assert before["found"].keys() == after["found"].keys()
+    assert after["method"] == f"{before['method']}, recovered"
+    assert cli("compare", "pruned", "pruned-recovered", "--html", "page.html").code == 0
+    assert stored["sample"]["pruned"] != "" != stored["sample"]["dense"]
+
+
+def test_the_card_is_of_the_recovered_model(cli: Cli, here: Path) -> None:
+    """Its results are those after the training; of a published model, the place is open again."""
+    card = Path("pruned/README.md")
+    card.write_text(card.read_text().replace(PLACE, "pruned"))
+    assert cli("recover", "pruned", "--data", "data.txt", "--eval", "small.txt", *QUICK).code == 0
+    (one,) = (m for m in json.loads(Path("pruned-recovered/llmprune.json").read_text())["recovered"][0]["measured"] if not m["decides"])
+    data = metadata_load(Path("pruned-recovered/README.md"))
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == one["after"]["value"]
+    assert {"pruned", "recovered", "2:4"} <= set(data["tags"])
+    text = Path("pruned-recovered/README.md").read_text()
+    assert f'from_pretrained("{PLACE}")' in text
+    assert 'from_pretrained("pruned")' not in text
+    assert text.index("## Recovery") < text.index("## What it is not good for")
+    assert f"| {one['before']['value']:.4g} | {one['after']['value']:.4g} |" in text
 
 
 @pytest.mark.usefixtures("pictures")

@@ -552,9 +552,10 @@ def test_users_arguments_and_callbacks_reach_the_trainer(pruned: Path, tmp_path:
         def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
             seen.append(args)
 
-    arguments = {"optim": "adafactor", "lr_scheduler_type": "linear", "per_device_train_batch_size": 2, "weight_decay": 0.1}
+    arguments = {"optim": "adafactor", "lr_scheduler_type": "linear", "per_device_train_batch_size": 2, "weight_decay": 0.1, "bf16": True}
     ask = QUICK | {"arguments": arguments, "callbacks": [Look()], "learning_rate": 1e-3}
     report = llmprune.recover(pruned / "2of4", str(pruned / "data.txt"), output=str(tmp_path / "out"), **ask)
+    assert report.recovered[0].best > 0
     assert (seen[0].optim, seen[0].lr_scheduler_type, seen[0].gradient_accumulation_steps) == ("adafactor", "linear", 2)
     assert report.recovered[0].request["arguments"] == {name: str(value) for name, value in arguments.items()}
     before, after = zeros(pruned / "2of4"), zeros(tmp_path / "out")
