@@ -69,7 +69,7 @@ class Asked:
         return self.built.sparsity if trait(self.built, "fixes_ratio") else self.sparsity
 
     def schedule(self, steps: int | None) -> Schedule | None:
-        """steps: of the whole training; masks change up to three quarters of it unless ``end`` is given. None for masks that do not change.
+        """steps: of the whole training; masks change during its first half unless ``end`` is given. None for masks that do not change.
 
         Raises RequestError where ``end`` is unknown, or after the training.
         """
@@ -79,5 +79,5 @@ class Asked:
             raise RequestError(f"{self.method} without an end", "give the number of optimizer steps after which masks no longer change")
         if self.end is not None and steps is not None and self.end > steps:
             raise RequestError(f"masks change until step {self.end}, but the training has {steps} steps", "train longer, or give a smaller end")
-        start, end = self.start or 0, self.end if self.end is not None else 3 * (steps or 0) // 4
+        start, end = self.start or 0, self.end if self.end is not None else (steps or 0) // 2
         return Schedule(start, end, self.every if self.every is not None else min(EVERY, max(1, (end - start) // 10)))

@@ -39,9 +39,9 @@ class SparsityCallback(TrainerCallback):
         regrow: float | None = None,
         masks: Masks | None = None,
     ) -> None:
-        """start, end, every: in optimizer steps; masks change after step ``start``, and then every so many up to ``end`` (by default 0, three
-        quarters of the training, and a tenth of that but at most 100). masks: to start with; by default the model's zeros. The rest as in
-        ``training/asked.py``. Raises RequestError for what contradicts itself.
+        """start, end, every: in optimizer steps; masks change after step ``start``, and then every so many up to ``end`` (by default 0, half of the
+        training, and a tenth of that but at most 100). masks: to start with, as ``read_masks`` has them of a result; by default the model's zeros.
+        The rest as in ``training/asked.py``. Raises RequestError for what contradicts itself.
         """
         self.asked = Asked(method, sparsity, pattern, start, end, every, skip, only, regrow)
         self.masks = masks

@@ -87,8 +87,13 @@ class Sparsifier:
     @property
     def state(self) -> State:
         """All that a later process needs to go on. Of a sharded model, every process has to ask for it."""
-        values = {"step": self.done, "first": self._first, "asked": asdict(self.asked)}
+        values = {"step": self.done, "first": self._first, "asked": self._resolved}
         return State(self.masks, {name: whole(score) for name, score in self._scores.items()}, values)
+
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """What was asked for, with the schedule that follows from it and the length of the training."""
+        return asdict(self.asked) | (asdict(self.schedule) if self.schedule else {})
 
     def step(self) -> None:
         """Count a step of the optimizer, and change the masks if the schedule says so."""
@@ -115,7 +120,7 @@ class Sparsifier:
 
     def _resume(self, state: State) -> None:
         """Raises RequestError for a state of another training."""
-        state.check(asdict(self.asked))
+        state.check(self._resolved)
         self.done, self._first = state.values["step"], state.values["first"]
         for name, score in self._scores.items():
             local(score).copy_(local(like(state.scores[name], score)))

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import PromiseError, RequestError
 from llmprune.patterns.nm import NM
 from llmprune.training.callback import SparsityCallback
@@ -291,6 +292,9 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RequestError, match=r"trained with sparsity 0\.7, not 0\.6"):
         resumed(sparsity=0.6)
+    args["max_steps"] = 40  # half of which is another end
+    with pytest.raises(RequestError, match="trained with end 17, not 20"):
+        resumed(end=None)
     (tmp_path / "checkpoint-24" / "masks.safetensors").write_bytes(b"no masks")
     with pytest.raises(RequestError, match="cannot be read"):
         resumed()
@@ -392,6 +396,27 @@ def test_given_masks_are_where_a_training_starts() -> None:
     for n, keep in sparsify.masks.keep.items():
         assert int((~keep).sum()) == round(0.8 * keep.numel())
         assert not bool((keep & ~first.keep[n]).any()), "what was masked stays masked"
+
+
+@pytest.mark.slow
+def test_gradual_masks_beat_all_at_once(tmp_path: Path) -> None:
+    """The bundled model, 85 % of its matrices, 150 steps on its calibration text; measured on its evaluation text."""
+    llama, ends = next(path.parent for path in BUNDLED.rglob("config.json")), {}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    train, held = (torch.tensor(tokenizer((BUNDLED / f"{name}.txt").read_text()).input_ids) for name in ("calibration", "evaluation"))
+    data = [{"input_ids": ids, "labels": ids} for ids in train[: len(train) // 128 * 128].view(-1, 128)]
+    windows = held[: len(held) // 128 * 128].view(-1, 128)
+    for method in ("constant", "gradual"):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        callback = SparsityCallback(method, 0.85)
+        args = arguments(tmp_path, max_steps=150, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-3, weight_decay=0.0)
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+        assert callback.masks is not None
+        assert round(callback.masks.sparsity, 4) == 0.85
+        with torch.no_grad():
+            ends[method] = float(torch.stack([loss_of(model.eval(), batch) for batch in windows.split(18)]).mean())
+    print(ends)
+    assert ends["gradual"] < ends["constant"] - 0.03
 
 
 # several processes, and one that is killed
