@@ -26,12 +26,12 @@ from llmprune.publish.hub import push as publish
 from llmprune.recipe.reading import read_recipe
 from llmprune.report.result import Report
 from llmprune.results import Perplexity, Pushed, TaskResult
-from llmprune.run.job import run
 from llmprune.run.live import prune_live
 from llmprune.run.preflight import check_ids, check_length
-from llmprune.run.prepare import open_stream, prepare, scan
+from llmprune.run.prepare import open_stream, scan
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import prepare_recovery
+from llmprune.run.rounds import prepare_pruning, run_pruning
 from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.training.request import Request
@@ -82,7 +82,7 @@ def prune(
     recipe = read_recipe(None, {"model": str(model)} | values)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    report = run(prepare(recipe, windows, overwrite, restart), listen)
+    report = run_pruning(prepare_pruning(recipe, windows, overwrite, restart), listen)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report

@@ -149,6 +149,23 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round of pruning and recovery. before, after, dense: perplexities of the text that decided the recovery; None without one. increase: of the
+    perplexity on held-back calibration windows over the dense model's, where there is a limit.
+    """
+
+    number: int
+    pattern: str
+    asked: float
+    sparsity: float
+    before: float | None = None
+    after: float | None = None
+    dense: float | None = None
+    best: int = 0  # step of the recovery
+    increase: float | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """One point of the frontier that a budget's search walked: the perplexity on held-back windows, and its increase over the dense model's."""
 

@@ -48,8 +48,10 @@ def trained(model: Any, steps: int, rate: float, seed: int, callbacks: list[Any]
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         began = time.perf_counter()
-        Trainer(model, args, train_dataset=rows, callbacks=callbacks).train()
+        trainer.train()
     return time.perf_counter() - began
 
 

@@ -1,7 +1,7 @@
 """What a run has finished: small files in ``OUT.partial`` that let the same command resume after any interruption.
 
 OUT.partial/ lock  identity.json  windows.safetensors  dense.json  block-00000.json ...  output/ (the checkpoint in the making)
-    polished/ (finished tensors after distillation)  smaller/ (the checkpoint without what structured pruning has masked)
+    rounds/ (results of rounds)  polished/ (finished tensors after distillation)  smaller/ (the checkpoint without what structured pruning has masked)
     checkpoints/  best-000040.safetensors (of a recovery: transformers' own checkpoints, the best candidate)
 
 Every record carries the sha256 of itself together with the run's identity, so that neither a damaged record nor one of another run is trusted. A
@@ -26,10 +26,12 @@ from typing import Any
 from llmprune.checkpoint.files import lock_folder, remove, remove_locked, settle_swap, swap_in, to_json, write_whole
 from llmprune.errors import RequestError
 
-RECORDS = r"(identity|published|dense|replay|frontier|ratios|polished|choice|rotated|start|best|saved|trained|measured|(block|row)-\d+)\.json"
+RECORDS = r"(identity|published|dense|replay|frontier|ratios|polished|choice|rotated|start|best|saved|trained|measured|(block|row|round)-\d+)\.json"
 FIRST = ("recipe", "text")  # of an identity: what was asked for, before what follows from it
 UNBOUND = ("identity", "published")  # read before the run's identity is known
-OWN = re.compile(rf"lock|output|polished|smaller|rotated|modules|replaced|checkpoints|({RECORDS}|windows\.safetensors|best-\d+\.safetensors)(\.tmp)?")
+OWN = re.compile(
+    rf"lock|output|polished|smaller|rotated|rounds|modules|replaced|checkpoints|({RECORDS}|windows\.safetensors|best-\d+\.safetensors)(\.tmp)?"
+)
 
 
 class Journal:

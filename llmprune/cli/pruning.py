@@ -43,14 +43,13 @@ def prune(
     announce(request.model, as_json)
     from llmprune.publish.hub import check_destination
     from llmprune.report.tables import print_report
-    from llmprune.run.job import run
-    from llmprune.run.prepare import prepare
+    from llmprune.run.rounds import prepare_pruning, run_pruning
     from llmprune.stream import heap
     from llmprune.types import Listener
 
     if request.push:
         check_destination(request.push, public, existing)
-    job = prepare(request, overwrite=overwrite, restart=restart)
+    job = prepare_pruning(request, overwrite=overwrite, restart=restart)
     if not as_json:
         out.print(at_home(job), soft_wrap=True, markup=False)
     if dry_run:
@@ -59,7 +58,7 @@ def prune(
         return
     heap.steady()
     with progress_bars() as progress:
-        report = run(job, Listener(progress=progress))
+        report = run_pruning(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
     if request.push:
         pushed = report.push(request.push, public=public, existing=existing)

@@ -203,6 +203,9 @@ def making(report: Report, recipe: Recipe) -> str:
         lines.append(f"- the repair aims at {'the outputs of the dense path' if resolved['target'] == 'asymmetric' else 'its original outputs'}")
     if report.polish:
         lines.append(f"- {report.polish.steps} steps of distillation of the whole pruned model from the dense one")
+    if report.rounds:
+        shares = ", ".join(f"{one.sparsity:.4g}" for one in report.rounds)
+        lines.append(f"- in {len(report.rounds)} rounds of pruning and recovery, at sparsities {shares}")
     lines += [f"- calibration: {data.windows} windows of {data.window} tokens{data.seen} of {data.dataset}, {data.split}"] if data else []
     lines += [f"- {note}" for note in (report.smaller.notes if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
@@ -219,7 +222,7 @@ def said(kind: str, name: str) -> str:
 def given(recipe: Recipe, report: Report) -> dict[str, Any]:
     """What was asked for, without paths and with the source's revision pinned; read as a recipe, it asks for the same again."""
     chosen = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"output", "push"})
-    shown = ("model", "criterion", "solver", "calibration", "eval")  # paths are their last names there
+    shown = ("model", "criterion", "solver", "calibration", "eval", "recover_data", "rewind")  # paths are their last names there
     chosen |= {key: report.recipe[key] for key in shown if key in chosen}
     if report.source.revision:
         chosen["revision"] = report.source.revision

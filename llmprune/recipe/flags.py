@@ -12,9 +12,10 @@ SMALLER = "Structured patterns"
 DATA = "Data"
 OUTPUT = "Output"
 HUB = "Hub"
+ROUNDS = "In rounds"
 MACHINE = "Machine"
 
-PANELS = (MOST_USED, WHAT, HOW, BUDGET, SMALLER, DATA, OUTPUT, HUB, MACHINE)  # of the help, in its order
+PANELS = (MOST_USED, WHAT, HOW, BUDGET, SMALLER, ROUNDS, DATA, OUTPUT, HUB, MACHINE)  # of the help, in its order
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from llmprune.methods import trait
 from llmprune.pruners.coarse import COARSE
-from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, SMALLER, WHAT, Flag
+from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, ROUNDS, SMALLER, WHAT, Flag
 from llmprune.recipe.named import (
     DEFAULT_QUALITY,
     METHODS,
@@ -42,7 +42,7 @@ NAMED = ("quality", "method", "criterion", "solver")  # the fields that name a m
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries for units
 MOST_SPARSITY = 0.99  # where another budget decides
 MOST_INCREASE = 10.0
-
+RECOVER_STEPS = 100
 
 SHARE = BeforeValidator(read_share, json_schema_input_type=float | str)
 Share = Annotated[float, SHARE]
@@ -77,6 +77,19 @@ class Recipe(BaseModel):
     )
     max_ppl_increase: Annotated[Share | None, Flag(BUDGET, "FLOAT")] = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
+    )
+    rounds: Annotated[int | None, Flag(ROUNDS)] = Field(
+        None, ge=1, description="prune and recover by turns, at growing sparsities; max_ppl_increase ends them"
+    )
+    schedule: Annotated[Literal["cubic", "linear"] | None, Flag(ROUNDS, "NAME", "cubic")] = Field(
+        None, description="how the sparsity grows: cubic (fast at first) or linear"
+    )
+    recover_steps: Annotated[int | None, Flag(ROUNDS, default=f"{RECOVER_STEPS}")] = Field(
+        None, ge=0, description="optimizer steps of the recovery after each pruning; 0: none"
+    )
+    recover_data: Annotated[str | None, Flag(ROUNDS, "PATH|ID", "the calibration's")] = Field(None, description="data of the recoveries")
+    rewind: Annotated[str | None, Flag(ROUNDS, "PATH|ID")] = Field(
+        None, description="an earlier checkpoint, to whose values the kept weights go back before each recovery"
     )
     pattern: Annotated[str, Flag(MOST_USED, "N:M|NAME")] = Field(
         "unstructured", description=f"{', '.join(spelled_patterns())}, or structured: {', '.join(STRUCTURED)}"
@@ -330,7 +343,7 @@ class Recipe(BaseModel):
         value["allocation"] = parts.allocation
         value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
         value["group"] = parts.group if self.takes_group else None
-        for key in ("model", "calibration"):
+        for key in ("model", "calibration", "recover_data", "rewind"):
             if value[key] is not None and Path(value[key]).expanduser().exists():
                 value[key] = Path(value[key]).expanduser().resolve().name
         value["eval"] = [Path(e).name if Path(e).expanduser().exists() else e for e in self.eval]

@@ -29,6 +29,7 @@ def check(recipe: Recipe) -> None:
         refuse_structured(recipe)
         check_zeros(recipe)
     check_names(recipe)
+    check_rounds(recipe)
     if recipe.pattern not in COARSE:
         check_allocation(recipe)
         check_parts(recipe)
@@ -57,13 +58,40 @@ def refuse_group(recipe: Recipe) -> None:
 
 def check_budget(recipe: Recipe, hint: str) -> None:
     """Raises RequestError unless just one budget is given."""
-    given = [name for name in BUDGETS if getattr(recipe, name) is not None]
+    given = budgets(recipe)
     if not given:
         raise RequestError("no sparsity", hint)
     if len(given) > 1:
         raise RequestError(f"{given[0]} together with {given[1]}", "give one budget")
     if recipe.max_ppl_increase is not None and recipe.allocation is not None and names_tried(recipe.allocation):
         raise RequestError(f"max_ppl_increase with allocation {recipe.allocation!r}, which makes trials itself", "use fisher or uniform")
+
+
+def budgets(recipe: Recipe) -> list[str]:
+    """Those that are given. Rounds have a goal, and a limit beside it."""
+    return [name for name in BUDGETS if getattr(recipe, name) is not None and not (recipe.rounds and name == "max_ppl_increase")]
+
+
+def check_rounds(recipe: Recipe) -> None:
+    """Raises RequestError for options of rounds without any, and for what cannot be done in rounds."""
+    given = [name for name in ("schedule", "recover_steps", "recover_data", "rewind") if getattr(recipe, name) is not None]
+    if recipe.rounds is None:
+        if given:
+            raise RequestError(f"{given[0]} without rounds", "add --rounds 4")
+        return
+    if recipe.structured:
+        raise RequestError(f"rounds with pattern {recipe.pattern}", "they are for zeros; prune and recover by turns: the result can be cut again")
+    if recipe.target_params:
+        raise RequestError("target_params with rounds", "give a sparsity")
+    if recipe.mixed:
+        raise RequestError(f"rounds with pattern {recipe.pattern} mixed by allocation {recipe.allocation!r}", "omit --allocation")
+    if recipe.recover_steps == 0 and (recipe.rewind or recipe.recover_data):
+        raise RequestError(f"{'rewind' if recipe.rewind else 'recover_data'} without a recovery", "give --recover-steps 1 or more")
+    if recipe.in_groups:
+        built = build_pattern(recipe.pattern)
+        if recipe.rounds > built.m - built.n:
+            most = built.m - built.n
+            raise RequestError(f"{recipe.rounds} rounds to {recipe.pattern}, where a group loses {most} weights", f"give --rounds {most} or less")
 
 
 def check_groups(recipe: Recipe) -> None:
@@ -76,7 +104,7 @@ def check_groups(recipe: Recipe) -> None:
                 f"{recipe.pattern} is the sparsest pattern of a matrix: ask for less than {recipe.most:g} in all, or omit --allocation",
             )
         return
-    others = [name for name in BUDGETS[1:] if getattr(recipe, name) is not None]
+    others = [name for name in budgets(recipe) if name != "sparsity"]
     if others:
         raise RequestError(f"{others[0]} with pattern {recipe.pattern}, which fixes the ratio", "add --allocation fisher to mix it with denser ones")
     if recipe.sparsity is not None and abs(recipe.sparsity - recipe.most) > 1e-9:

@@ -25,6 +25,7 @@ from llmprune.results import (
     Polished,
     Pushed,
     Reloaded,
+    Round,
     Row,
     Sample,
     Smaller,
@@ -68,6 +69,7 @@ class Report:
     smaller: Smaller | None = None  # of a structured pattern: what was saved
     reloaded: Reloaded | None = None  # None for a live model
     recovered: tuple[Recovered, ...] = ()  # the trainings after the pruning, in order
+    rounds: tuple[Round, ...] = ()  # that led to this one, and it
     tasks: tuple[TaskResult, ...] = ()  # what ``llmprune eval`` has added
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
     timings: Timings = field(default=Timings(), compare=False)
@@ -139,7 +141,7 @@ class Report:
         plain = asdict(replace(self, output=None, model=None))
         for block in plain["blocks"]:
             del block["seconds"]  # they are with the other timings
-        for name in ("output", "model", *(name for name in ("tasks", "recovered") if not plain[name])):
+        for name in ("output", "model", *(name for name in ("tasks", "recovered", "rounds") if not plain[name])):
             del plain[name]
         counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
         counted |= {"pruned_matrices": self.sparsity, "zeros": self.zeros, "weights": self.weights}
@@ -175,6 +177,7 @@ class Report:
             smaller=get("smaller", Smaller | None),
             reloaded=get("reloaded", Reloaded | None, None),
             recovered=get("recovered", tuple[Recovered, ...], ()),
+            rounds=get("rounds", tuple[Round, ...], ()),
             tasks=get("tasks", tuple[TaskResult, ...], ()),
             timings=get("timings", Timings),
         )

@@ -13,7 +13,7 @@ from llmprune.report.grid import Grid, grid_of, short, short_blocks
 from llmprune.report.pictures import bars, curves, heat_map
 from llmprune.report.recovered import Recovered
 from llmprune.report.result import Report
-from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Sample, Step, TaskResult, Timings, Trial
+from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Round, Sample, Step, TaskResult, Timings, Trial
 
 MOST_NOTES = 200
 BROKEN = 50.0  # nats: no curve has room for such a loss
@@ -71,6 +71,8 @@ def sections(report: Report, bench: Bench | None = None) -> Iterator[Section]:
         yield frontier(report.frontier)
     if report.polish:
         yield polish(report.polish)
+    if report.rounds:
+        yield rounds(report.rounds)
     for n, training in enumerate(report.recovered):
         yield recovery(training, n)
     yield sizes(report)
@@ -207,6 +209,19 @@ def polish(found: Polished) -> Section:
         ("tensors changed", count(len(found.changed))),
     ]
     return Section("polish", "Distillation of the whole model", table=_pairs(rows))
+
+
+def rounds(found: Sequence[Round]) -> Section:
+    heads = ("round", "pattern", "sparsity", "pruned", "recovered", "dense", "step kept", "increase")
+    rows = []
+    for one in found:
+        values = (number(value) for value in (one.before, one.after, one.dense))
+        grown = say("") if one.increase is None else percent(one.increase)
+        rows.append((count(one.number), say(one.pattern), percent(one.sparsity), *values, count(one.best), grown))
+    said = (
+        "Perplexities of the text that chose the step of each recovery; the increase is that of held-back calibration windows over the dense model."
+    )
+    return Section("rounds", "Rounds", (said,), table=PageTable(heads, tuple(rows)))
 
 
 def recovery(found: Recovered, n: int) -> Section:
