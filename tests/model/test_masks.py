@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Adafactor, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.errors import PromiseError, RequestError
@@ -269,6 +270,28 @@ def test_zeros_stay_at_every_step(name: str, dtype: str) -> None:
     assert zeros.holds(model, 2, 4)
     for n, keep in masks.keep.items():
         assert bool((model.get_parameter(n)[keep] != before[n][keep]).any()), "what is kept is trained"
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_zeros_stay_under_eight_bit_optimizers(package: str) -> None:
+    """Whose moments are codes, and their own affair: the weights are exact all the same."""
+    optim = pytest.importorskip(f"{package}.optim", reason=f"{package} is not installed")
+    size = {"min_8bit_size": 16} if package == "bitsandbytes" else {}
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**wide))  # torchao leaves tensors of fewer than 4,096 values as they are
+    masks = checkerboard(model)
+    optimizer = optim.AdamW8bit(trained(model), lr=1e-3, weight_decay=0.1, **size)
+    masks.hold(model, optimizer)
+    before = {n: model.get_parameter(n).detach().clone() for n in masks.keep}
+    for step in range(STEPS):
+        loss_of(model, IDS_NL[step % 8 : step % 8 + 1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.check(model)
+    states = [value for n in masks.keep for value in optimizer.state[model.get_parameter(n)].values()]
+    assert any(type(value) is not Tensor or value.dtype == torch.uint8 for value in states if isinstance(value, Tensor))  # it is 8-bit
+    for n, keep in masks.keep.items():
+        assert bool((model.get_parameter(n)[keep] != before[n][keep]).any())
 
 
 def test_zeros_stay_where_an_optimizer_moves_weights_without_gradients() -> None:

@@ -466,6 +466,38 @@ def test_two_processes_agree_on_the_masks(kind: str, tmp_path: Path) -> None:
         assert differ < 0.002 * sparsify.masks.weights, name
 
 
+def trainer_in_processes(rank: int, port: int, folder: str) -> None:
+    """One of two processes of a Trainer: whole, and then stopped after ten steps and resumed."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name in ("gradual 2:4", "movement", "rigl"):
+        ends = []
+        for resume in (None, f"{folder}/{name}/checkpoint-10"):
+            model, callback = tiny_model("llama"), SparsityCallback(**SCHEDULES[name])
+            checked = Checked(callback)
+            args = arguments(Path(folder) / name, save_strategy="steps", save_steps=10, ddp_backend="gloo", per_device_train_batch_size=1)
+            trainer = Trainer(model, args, train_dataset=DATA, callbacks=[callback, checked])
+            trainer.train(resume_from_checkpoint=resume)
+            assert trainer.args.world_size == 2
+            assert checked.steps == (14 if resume else STEPS)
+            assert callback.masks is not None
+            ends.append((callback.masks.keep, model.state_dict()))
+        for mine, other in zip(*ends, strict=True):
+            assert all(torch.equal(mine[n], other[n]) for n in mine)
+        torch.save(ends[0], f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_trainer_in_two_processes(tmp_path: Path) -> None:
+    """The same masks and weights in both, and resumed from a checkpoint that one of them wrote."""
+    mp.spawn(trainer_in_processes, (20000 + os.getpid() % 20000 + 2, str(tmp_path)), nprocs=2)
+    for name in ("gradual 2:4", "movement", "rigl"):
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
+        for mine, other in zip(first, second, strict=True):
+            assert all(torch.equal(mine[n], other[n]) for n in mine)
+
+
 class Killed(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 13:
