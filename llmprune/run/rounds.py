@@ -31,7 +31,6 @@ from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_pass, pruned_pass
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix
-from llmprune.publish.recovery import write_recovered_card
 from llmprune.recipe.levels import levels
 from llmprune.recipe.recipe import RECOVER_STEPS, Recipe
 from llmprune.report.fields import typed
@@ -135,8 +134,6 @@ def run_rounds(rounds: Rounds, listen: Listener = SILENT) -> Report:
         folder = journal.folder / "rounds" / named(good[-1].number, rounds)
         report = report_of(rounds, read_run(folder), tuple(done), folder, listen)
         single.publish(folder, report, whole)
-        if report.recovered:
-            write_recovered_card(folder, report, folder)
         if journal.weights.exists():
             remove(journal.weights)
         os.rename(folder, journal.weights)

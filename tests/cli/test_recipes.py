@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
+import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +51,8 @@ def runs() -> Iterator[Any]:
     for recipe in (recipe for recipe in RECIPES if recipe not in MIXTURES):
         distils = "polish_steps" in tomllib.loads(recipe.read_text())
         marks = [pytest.mark.slow] if recipe.stem in LONG else []
-        yield pytest.param(recipe, ("--polish-steps", 3) if distils else (), id=recipe.stem, marks=marks)
+        fewer = ("--polish-steps", 3) if distils else ("--rounds", 2, "--recover-steps", 1) if "rounds" in tomllib.loads(recipe.read_text()) else ()
+        yield pytest.param(recipe, fewer, id=recipe.stem, marks=marks)
         if distils:
             yield pytest.param(recipe, (), id=f"{recipe.stem} in full", marks=pytest.mark.slow)
 
@@ -176,3 +180,30 @@ def test_what_a_terminal_would_act_on_is_escaped(cli: Cli, tmp_path: Path, said:
 
 def test_the_schema_is_printed(cli: Cli) -> None:
     assert json.loads(cli("recipe", "schema").out) == schema()
+
+
+SHELL = sorted((ROOT / "recipes").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("recipe", SHELL, ids=lambda path: path.stem)
+def test_every_list_of_commands_runs(cli: Cli, small: tuple[object, ...], recipe: Path) -> None:
+    """In few steps, on little data."""
+    for line in recipe.read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        program, command, *words = shlex.split(line)
+        assert program == "llmprune"
+        fewer = {"prune": small, "recover": ("--steps", 2, "--batch", 2)}.get(command, ())
+        ran = cli(command, *words, *fewer)
+        assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("recipe", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [recipe.name, "--steps", "4", "--output", "out"])
+    runpy.run_path(str(recipe))
+    found = json.loads(Path("out/llmprune.json").read_text())
+    assert found["sparsity"]["pruned_matrices"] == pytest.approx(0.5 if "2of4" in str(recipe.read_text()) else 0.8, abs=1e-3)
+    assert AutoModelForCausalLM.from_pretrained("out").num_parameters() == found["sparsity"]["parameters"]
