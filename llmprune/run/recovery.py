@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.checkpoint.files import REPORT, hash_file
@@ -27,7 +28,7 @@ from llmprune.run.windows import default_length
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device
 from llmprune.stream.hidden_states import memory_of
-from llmprune.training.arguments import Settings, micro_batch, training_arguments
+from llmprune.training.arguments import Settings, check_machine, micro_batch, training_arguments
 from llmprune.training.data import HELD_BACK, Packs, divided, packs_of
 from llmprune.training.request import Request
 
@@ -112,6 +113,7 @@ def prepare_recovery(request: Request, overwrite: bool = False, restart: bool = 
     output = Path(request.output or f"{source.name.rpartition('/')[2]}-recovered").expanduser()
     check_output(output, source.folder, overwrite)
     device = choose_device(request.device)
+    check_machine(device, PartialState().num_processes)
     stream = opened(source, device)
     scan(source, stream)
     check_source(source)

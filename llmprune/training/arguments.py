@@ -107,9 +107,20 @@ def training_arguments(settings: Settings, folder: Path, device: torch.device) -
     }
     given.pop("bf16", None)
     try:
-        return TrainingArguments(**(ours | given | fixed))
+        made = TrainingArguments(**(ours | given | fixed))
     except MISTAKES as error:
         raise RequestError(f"arguments: TrainingArguments does not take them ({mistake(error)})", "check their values") from None
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # else the Trainer copies the model to every device at every step
+    return made
+
+
+def check_machine(device: torch.device, processes: int) -> None:
+    """Raises RequestError for what a recovery cannot use: transformers' Trainer takes the first GPU of a process."""
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise RequestError(f"device {device}: a training runs on the first GPU", f"CUDA_VISIBLE_DEVICES={device.index} makes it the first")
+    if processes > 1:
+        raise RequestError(f"recover in {processes} processes: it runs in one", "start it without a launcher")
 
 
 def in_half(settings: Settings, device: torch.device) -> bool:

@@ -29,7 +29,7 @@ from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import prepare_recovery
-from llmprune.training.arguments import Settings, training_arguments
+from llmprune.training.arguments import Settings, check_machine, training_arguments
 from llmprune.training.data import Packs
 from llmprune.training.judge import Judge, best_of, perplexity_on
 from llmprune.training.lora import Adapters
@@ -506,6 +506,15 @@ def others(place: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(BUNDLED / "llama", num_hidden_layers=7)
     model.save_pretrained(place / "longer")
     (place / "short.txt").write_text("A few words.")
+
+
+def test_a_machine_that_it_cannot_use_is_refused() -> None:
+    check_machine(torch.device("cuda:0"), 1)
+    check_machine(torch.device("cpu"), 1)
+    with pytest.raises(RequestError, match="runs on the first GPU"):
+        check_machine(torch.device("cuda:1"), 1)
+    with pytest.raises(RequestError, match="recover in 2 processes"):
+        check_machine(torch.device("cpu"), 2)
 
 
 def test_masks_that_do_not_fit_are_refused(pruned: Path, tmp_path: Path) -> None:
