@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from llmprune.checkpoint.files import write_whole
-from llmprune.checkpoint.source import Source
 from llmprune.publish.card import CARD, PLACE, result_of_one
 from llmprune.report.recovered import Measured, Recovered
 from llmprune.report.result import Report
@@ -19,15 +18,18 @@ SECTION = re.compile(r"^## Recovery\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 TAG = "recovered"
 
 
-def write_recovered_card(folder: Path, report: Report, pruned: Source) -> None:
-    """Write the card into ``folder``; where the pruned model's is gone, the section stands alone."""
-    path = pruned.folder / CARD
+def write_recovered_card(folder: Path, report: Report, pruned: Path, name: str = PLACE) -> None:
+    """Write the card into ``folder``. pruned: the folder of the pruned model; where its card is gone, the section stands alone. name: by which the
+    card loads the pruned model, if it was published.
+    """
+    path = pruned / CARD
     card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else f"---\n{{}}\n---\n\n# {report.source.name}, pruned\n\n{BEFORE}\n")
     data: Any = card.data
     data.tags = [*(tag for tag in data.tags or () if tag != TAG), TAG]
-    data.eval_results = [result_of_one(one.after, one.dense) for one in report.recovered[-1].measured if not one.decides] or None
+    if not report.perplexity:  # else the card's own results are those after the training
+        data.eval_results = [result_of_one(one.after, one.dense) for one in report.recovered[-1].measured if not one.decides] or None
     data.model_name = data.model_name or f"{report.source.name}-pruned"
-    text = card.text.replace(f'from_pretrained("{pruned.name}"', f'from_pretrained("{PLACE}"')  # of one that was published
+    text = card.text.replace(f'from_pretrained("{name}"', f'from_pretrained("{PLACE}"')  # of one that was published
     card.text = with_section(text, report)
     write_whole(folder / CARD, str(card).encode())
 

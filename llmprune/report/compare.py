@@ -59,7 +59,7 @@ def _of_run(name: str, source: tuple[str, str], value: Report) -> Result:
     found = dict(_found(pair.pruned, pair.divergence) for pair in value.perplexity)
     dense = {definition(pair.dense): pair.dense.value for pair in value.perplexity}
     method = named(value.recipe)
-    if value.recovered:  # what was measured before is of another model
+    if value.recovered and not value.perplexity:
         measured = [one for one in value.recovered[-1].measured if not one.decides]
         found = {definition(one.after): Found(one.after.value, None, None) for one in measured}
         dense = {definition(one.dense): one.dense.value for one in measured if one.dense}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llmprune.results import Calibration, Perplexity
+from llmprune.results import Calibration, Evaluation, Perplexity
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,15 @@ class Recovered:
     losses: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, tuple[float, ...]], ...]
     changed: tuple[str, ...]  # tensors that differ from before, by their names in the checkpoint
+    earlier: tuple[Evaluation, ...] = ()  # what was measured of the model before
     notes: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> list[tuple[str, float | None, float, float | None]]:
+        """(text, perplexity of the dense model, before, after) of each text, then of what was measured of the model before alone."""
+        found = [(text_of(one.after), one.dense.value if one.dense else None, one.before.value, one.after.value) for one in self.measured]
+        older = [(text_of(one.pruned), one.dense.value, one.pruned.value, None) for one in self.earlier]
+        return [*found, *older]
 
     @property
     def said(self) -> str:
@@ -54,3 +62,7 @@ class Recovered:
         towards = f"towards {self.dense}'s predictions" if asked["loss"] == "kd" else f"by loss {asked['loss']}"
         kept = f"step {self.best} of {self.done} kept" if self.best else f"no step of {self.done} was better than the start, which is kept"
         return f"{asked['parameters']} parameters trained {towards} on {self.learned:,} tokens of {self.data.dataset}: {kept}"
+
+
+def text_of(one: Perplexity) -> str:
+    return f"{one.dataset}, {one.split}"

@@ -11,7 +11,7 @@ from llmprune.benchmark.result import Bench
 from llmprune.report.cells import Cell, PageTable, count, definition, number, percent, ratio, say, seconds, size
 from llmprune.report.grid import Grid, grid_of, short, short_blocks
 from llmprune.report.pictures import bars, curves, heat_map
-from llmprune.report.recovered import Recovered
+from llmprune.report.recovered import Recovered, text_of
 from llmprune.report.result import Report
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Round, Sample, Step, TaskResult, Timings, Trial
 
@@ -43,11 +43,10 @@ class Section:
 
 def tiles(report: Report) -> Iterator[Tile]:
     yield Tile("sparsity", percent(report.sparsity), f"of the pruned matrices; asked {report.asked:.2%}")
-    before = ", before recovery" if report.recovered else ""
     for pair in report.perplexity:
-        yield Tile(f"perplexity{before}", number(pair.pruned.value), f"dense {pair.dense.value:.4g}; {pair.dense.dataset}")
-        yield Tile(f"mean KL{before}", number(pair.divergence.kl, 3), "nats from the dense model's predictions")
-        yield Tile(f"same likeliest token{before}", percent(pair.divergence.top1, 1), "as the dense model")
+        yield Tile("perplexity", number(pair.pruned.value), f"dense {pair.dense.value:.4g}; {pair.dense.dataset}")
+        yield Tile("mean KL", number(pair.divergence.kl, 3), "nats from the dense model's predictions")
+        yield Tile("same likeliest token", percent(pair.divergence.top1, 1), "as the dense model")
     for measured in report.recovered[-1].measured if report.recovered else ():
         yield Tile("after recovery", number(measured.after.value), f"before {measured.before.value:.4g}; {measured.after.dataset}")
     yield Tile("parameters" if report.smaller else "non-zero parameters", count(report.left), f"of {report.parameters:,}")
@@ -226,16 +225,13 @@ def rounds(found: Sequence[Round]) -> Section:
 
 def recovery(found: Recovered, n: int) -> Section:
     """number: of the training, for names that are unique in the page."""
-    texts = [f"{one.after.dataset}, {one.after.split}" for one in found.measured if one.decides]
+    texts = [text_of(one.after) for one in found.measured if one.decides]
     held = {text: [(float(step), math.exp(losses[k])) for step, losses in found.held_out if losses[k] < BROKEN] for k, text in enumerate(texts)}
     picture = curves(f"recovery{n}", "Held-out perplexity by step", held, ("step", "perplexity, held out"), whole=True)
     if found.losses:
         losses = {"training loss": [(float(step), loss) for step, loss in found.losses]}
         picture += curves(f"loss{n}", "Training loss by step", losses, ("step", "training loss"), whole=True)
-    rows = tuple(
-        (say(f"{one.after.dataset}, {one.after.split}"), *(number(p.value if p else None) for p in (one.dense, one.before, one.after)))
-        for one in found.measured
-    )
+    rows = tuple((say(text), number(dense), number(before), number(after)) for text, dense, before, after in found.figures)
     measured = tuple(f"Measured on {definition(one.after)}." for one in found.measured)
     heads = ("perplexity on", "dense", "before", "after")
     said = (f"{found.said[:1].upper()}{found.said[1:]}; every zero has stayed.", *measured)

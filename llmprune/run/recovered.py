@@ -165,7 +165,7 @@ def measured_after(job: RecoveryJob, folder: Path) -> tuple[list[Perplexity], Sa
 
 
 def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], reloaded: Reloaded, journal: Journal, seconds: float) -> Report:
-    """The pruning's record with the recovery's; what was measured by tasks before is no longer true."""
+    """The pruning's record with the recovery's, which takes over what was measured before; results of tasks are no longer true."""
     after, text = measured_after(job, journal.weights)
     dense: Sequence[Perplexity | None] = outcome.dense or [None] * len(after)
     pairs = zip(outcome.before, after, dense, strict=True)
@@ -183,6 +183,7 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         losses=outcome.curve.losses,
         held_out=outcome.curve.held_out,
         changed=changed,
+        earlier=job.report.perplexity,
         notes=job.notes,
     )
     manifest = manifest_of(journal.weights)
@@ -193,6 +194,7 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         tensors=manifest.tensors,
         reloaded=reloaded,
         recovered=(*job.report.recovered, recovered),
+        perplexity=(),
         tasks=(),
         sample=text,
         timings=replace(job.report.timings, recovery_seconds=seconds),
@@ -201,7 +203,7 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
 
 def publish(folder: Path, report: Report, job: RecoveryJob) -> None:
     """Card, llmprune.json and page beside the weights."""
-    write_recovered_card(folder, report, job.source)
+    write_recovered_card(folder, report, job.source.folder, job.source.name)
     written = to_versioned_json(report.to_json())
     write_whole(folder / REPORT, written)
     write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())

@@ -16,7 +16,7 @@ from llmprune.training.parameters import PARAMETERS
 
 STEPS, BATCH, PATIENCE, EVALUATIONS = 300, 8, 4, 12
 # of the model's width: a rate of 0.2 / 4096 = 5e-5 for a model of 8 billion parameters; PERP's 5e-4 for adapters of a model of that size
-RATES = {"all": 0.2, "norms": 2.0, "lora": 0.6}
+RATES = {"all": 0.2, "norms": 1.0, "lora": 0.6}
 
 
 @dataclass(frozen=True)
