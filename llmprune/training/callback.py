@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmprune.errors import RequestError
 from llmprune.training.asked import Asked
 from llmprune.training.masks import Masks
 from llmprune.training.sparsifier import Sparsifier
@@ -54,6 +55,8 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Raises RequestError for a schedule that is longer than the training, for a model that does not fit, and for a checkpoint without masks."""
         self._let_go()
+        if state.is_hyper_param_search:
+            raise RequestError("a search for hyperparameters, which keeps its checkpoints elsewhere", "train with the ones that it found")
         resumed = State.read(checkpoint_of(args, state)) if state.global_step else None
         options = {name: value for name, value in vars(self.asked).items() if name != "method"}
         self._sparsifier = Sparsifier(model, optimizer, self.asked.method, steps=state.max_steps, masks=self._first, resumed=resumed, **options)

@@ -21,7 +21,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import PromiseError, RequestError
@@ -610,6 +619,12 @@ def test_what_does_not_fit_the_training_is_refused_before_it_begins(said: str, t
     with pytest.raises(RequestError, match=said):
         Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[callback]).train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_search_for_hyperparameters_is_refused(tmp_path: Path) -> None:
+    args, state = arguments(tmp_path), TrainerState(is_hyper_param_search=True, max_steps=STEPS)
+    with pytest.raises(RequestError, match="a search for hyperparameters"):
+        SparsityCallback("gradual", 0.5).on_train_begin(args, state, TrainerControl(), model=tiny_model("llama"))
 
 
 def test_a_plain_loop_needs_an_end_and_a_model_of_transformers() -> None:
