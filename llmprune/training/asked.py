@@ -10,7 +10,7 @@ from llmprune.methods import check_name, trait
 from llmprune.recipe.named import build_pattern
 from llmprune.training.schedules import Schedule
 
-METHODS = ("gradual", "movement", "rigl", "constant")
+METHODS = ("gradual", "movement", "rigl", "soft", "constant")
 EVERY, REGROW = 100, 0.3  # of the papers
 
 
@@ -43,15 +43,17 @@ class Asked:
             raise RequestError(f"{self.method} without a sparsity", "give the share of the weights to mask, such as sparsity=0.5, or pattern='2:4'")
         if self.method == "constant" and (self.start, self.end, self.every) != (None, None, None):
             raise RequestError("start, end or every with method constant, whose masks do not change", "omit them")
-        if self.method == "rigl" and not (trait(self.built, "n_of_m") or self.pattern == "unstructured"):
-            raise RequestError(f"rigl with pattern {self.pattern}", "it exchanges single weights: unstructured or N:M")
+        if self.method == "soft" and self.every is not None:
+            raise RequestError("every with method soft, whose masks change at every step", "omit it")
+        if self.method in ("rigl", "soft") and not (trait(self.built, "n_of_m") or self.pattern == "unstructured"):
+            raise RequestError(f"{self.method} with pattern {self.pattern}", "it decides on single weights: unstructured or N:M")
         if self.regrow is not None and (self.method != "rigl" or not 0 < self.regrow <= 1):
             raise RequestError(f"regrow {self.regrow} with method {self.method}", "it is rigl's, a share of the kept weights in (0, 1]")
 
     @property
     def grows(self) -> bool:
         """Whether more and more is masked."""
-        return self.method in ("gradual", "movement")
+        return self.method in ("gradual", "movement", "soft")
 
     @property
     def exchanged(self) -> float:
@@ -80,4 +82,5 @@ class Asked:
         if self.end is not None and steps is not None and self.end > steps:
             raise RequestError(f"masks change until step {self.end}, but the training has {steps} steps", "train longer, or give a smaller end")
         start, end = self.start or 0, self.end if self.end is not None else (steps or 0) // 2
-        return Schedule(start, end, self.every if self.every is not None else min(EVERY, max(1, (end - start) // 10)))
+        usual = 1 if self.method == "soft" else min(EVERY, max(1, (end - start) // 10))
+        return Schedule(start, end, usual if self.every is None else self.every)

@@ -9,14 +9,15 @@
 
 The methods: ``gradual`` masks the smallest magnitudes of each matrix, more and more by a cubic; ``movement`` those with the smallest
 S = -sum lr w dL/dw, the weights that training moves towards zero; ``rigl`` keeps the sparsity and exchanges small weights for masked ones of large
-gradient; ``constant`` only keeps the zeros. What is masked is exactly zero at once and, except by ``rigl``, stays masked.
+gradient; ``soft`` trains dense weights behind hard masks by the gradient of a soft top-k (training/soft.py); ``constant`` only keeps the zeros. What
+is masked is exactly zero at once and, except by ``rigl`` and ``soft``, stays masked.
 
 Shapes: R = output rows, C = input columns; a mask has the shape of its parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -31,10 +32,11 @@ from llmprune.errors import RequestError
 from llmprune.model.blocks import Walk
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.training.asked import Asked
-from llmprune.training.holding import Held, like, local
+from llmprune.training.holding import Handle, Held, like, local
 from llmprune.training.masks import Masks, matrices_by_parameter, parameters_of, whole
 from llmprune.training.moves import exchanged, masked_further
 from llmprune.training.schedules import cosine, cubic
+from llmprune.training.soft import Soft
 from llmprune.training.state import State
 from llmprune.types import Mask, Pattern
 
@@ -66,17 +68,22 @@ class Sparsifier:
         self._pattern: Pattern = self.asked.built
         self._matrices = chosen(model, self.asked)
         check_shapes(self._matrices, self._pattern, self.asked.pattern)
-        self._keep = started(model, self._matrices, resumed.masks if resumed else masks)
+        self._keep = started(model, self._matrices, resumed.masks if resumed else no_masks(masks) if method == "soft" else masks)
         self._parameters = Masks(self._keep).fitted(model)
         self._first = {n: [int((~m.view_of(self._keep[n])).sum()) for m in ms] for n, ms in self._matrices.items()}
         self._scores = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self._parameters.items()} if method == "movement" else {}
         self._gradients: dict[str, Tensor] = {}
-        self.held = Held(self._parameters, self._keep, optimizer)
-        self._hook = self.held.optimizer.register_step_pre_hook(self._before_step)
+        self._soft = Soft(whole_only(self._parameters), self._matrices, self._pattern, self.asked.goal or 0.0) if method == "soft" else None
+        softened = self._soft is not None and resumed is not None and not self._over(resumed.values["step"])
+        self.held = Held(self._parameters, all_kept(self._keep) if softened else self._keep, optimizer)
+        hooks = (self.held.optimizer.register_step_pre_hook(self._before_step), self.held.optimizer.register_step_post_hook(self._after_step))
+        self._hooks: tuple[Handle, ...] = hooks
         if resumed is not None:
             self._resume(resumed)
         elif method in ("rigl", "constant"):
             self._begin()
+        elif self._soft is not None and self.schedule is not None and self.schedule.due(0):
+            self._soften(self._soft)
         self._watch()
 
     @property
@@ -88,7 +95,8 @@ class Sparsifier:
     def state(self) -> State:
         """All that a later process needs to go on. Of a sharded model, every process has to ask for it."""
         values = {"step": self.done, "first": self._first, "asked": self._resolved}
-        return State(self.masks, {name: whole(score) for name, score in self._scores.items()}, values)
+        held = self._soft.dense if self._soft is not None else self._scores
+        return State(self.masks, {name: whole(score) for name, score in held.items()}, values)
 
     @property
     def _resolved(self) -> dict[str, Any]:
@@ -99,7 +107,9 @@ class Sparsifier:
         """Count a step of the optimizer, and change the masks if the schedule says so."""
         self.done += 1
         if self.schedule is not None and self.schedule.due(self.done):
-            if self.asked.method != "rigl":
+            if self._soft is not None:
+                self._soften(self._soft)
+            elif self.asked.method != "rigl":
                 self._change(self._further)
             elif self._gradients:
                 self._change(self._exchange)
@@ -109,7 +119,8 @@ class Sparsifier:
     def remove(self) -> None:
         """Train on without masks."""
         self.held.remove()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self) -> None:
         """Masks that do not become more: all of them at once. Raises RequestError where there are none."""
@@ -124,6 +135,23 @@ class Sparsifier:
         self.done, self._first = state.values["step"], state.values["first"]
         for name, score in self._scores.items():
             local(score).copy_(local(like(state.scores[name], score)))
+        if self._soft is not None and state.scores and self.schedule is not None:
+            self._soft.dense = {name: state.scores[name].to(p.device) for name, p in self._parameters.items()}
+            self._keep |= self._soft.masks_at(self.schedule.progress(self.done))
+
+    def _over(self, step: int) -> bool:
+        """Whether masks no longer change after this step."""
+        return self.schedule is None or step >= self.schedule.end
+
+    def _soften(self, soft: Soft) -> None:
+        """Masks for the dense weights as they are; at the end they are all that is left."""
+        assert self.schedule is not None
+        if not soft.dense:
+            soft.begin()
+        self._keep |= soft.masks_at(self.schedule.progress(self.done))
+        if self._over(self.done):
+            soft.end()
+            self.held.change(self._keep)
 
     def _change(self, move: Move) -> None:
         for name, matrices in self._matrices.items():
@@ -159,14 +187,39 @@ class Sparsifier:
         total.masked_fill_(~self.held.dropped(name), 0).add_(local(parameter.grad))
 
     @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        if self._soft is not None:
+            self._soft.after_step(self._keep)
+
+    @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         """S = -sum over steps of lr w dL/dw, by the gradients that the optimizer sees."""
+        if self._soft is not None:
+            self._soft.before_step()
         if not self._scores or self.schedule is None or self.done >= self.schedule.end:
             return
         rates = {p: group["lr"] for group in self.held.optimizer.param_groups for p in group["params"]}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 local(self._scores[name]).sub_(rates[parameter] * (local(parameter.detach()).float() * local(parameter.grad).float()))
+
+
+def all_kept(keep: Mapping[str, Mask]) -> dict[str, Mask]:
+    return {name: torch.ones_like(mask) for name, mask in keep.items()}
+
+
+def no_masks(masks: Masks | None) -> Masks:
+    """Raises RequestError for masks."""
+    if masks is not None:
+        raise RequestError("masks with method soft, which begins with all weights", "omit them, or use gradual")
+    return Masks({})
+
+
+def whole_only(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Raises RequestError for sharded ones."""
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        raise RequestError("method soft with sharded parameters, whose budget is the whole matrix's", "use gradual, or train by DDP")
+    return parameters
 
 
 def chosen(model: PreTrainedModel, asked: Asked) -> dict[str, list[Matrix]]:

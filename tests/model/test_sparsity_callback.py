@@ -34,6 +34,7 @@ from transformers import (
 
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import PromiseError, RequestError
+from llmprune.maths.soft_top_k import soft_top_k, through_soft_top_k
 from llmprune.patterns.nm import NM
 from llmprune.training.callback import SparsityCallback
 from llmprune.training.masks import Masks
@@ -41,6 +42,10 @@ from llmprune.training.regularisation import RegularisationCallback
 from llmprune.training.schedules import Schedule, cosine, cubic
 from llmprune.training.sparsifier import Sparsifier
 
+SOFT: dict[str, dict[str, Any]] = {
+    "soft": {"method": "soft", "sparsity": 0.7, "start": 2, "end": 18},
+    "soft 2:4": {"method": "soft", "pattern": "2:4", "end": 16},
+}
 IDS_NL = tiny_windows(16)
 STEPS = 24
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -194,6 +199,121 @@ def test_a_plain_loop_is_the_loop_by_hand(name: str) -> None:
     assert changes == {"gradual": 4, "gradual 2:4": 4, "movement": 3, "rigl": 4, "rigl 2:4": 4, "constant": 0}[name]
 
 
+# soft top-k
+
+
+def soft_mask(value_W: list[float], kept: float, sharpness: float) -> list[float]:
+    """sigmoid(beta v + mu) that sums to k, by bisection in float64."""
+    low, high = -1e4, 1e4
+    for _ in range(200):
+        mu = (low + high) / 2
+        mask = [1 / (1 + math.exp(min(700.0, -sharpness * v - mu))) for v in value_W]
+        low, high = (mu, high) if sum(mask) < kept else (low, mu)
+    return mask
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 20.0, 500.0])
+@pytest.mark.parametrize("kept", [0.5, 2.0, 7.3, 11.0])
+def test_soft_masks_are_those_of_a_bisection(kept: float, sharpness: float) -> None:
+    value_GW = torch.rand(6, 12, generator=torch.Generator().manual_seed(2))
+    value_GW[0] = 0.25  # all equal
+    found = soft_top_k(value_GW, kept, sharpness)
+    for row, mask in zip(value_GW.tolist(), found, strict=True):
+        torch.testing.assert_close(mask, torch.tensor(soft_mask(row, kept, sharpness)), rtol=0, atol=5e-4 if sharpness > 100 else 1e-5)
+    assert torch.equal(soft_top_k(value_GW, 12.0, sharpness), torch.ones(6, 12))
+
+
+def test_very_sharp_soft_masks_are_hard() -> None:
+    value_GW = torch.rand(1, 1000, generator=torch.Generator().manual_seed(3))
+    mask_GW = soft_top_k(value_GW, 300, 1e6)
+    assert set(mask_GW[0].topk(290).indices.tolist()) < set(value_GW[0].topk(300).indices.tolist())
+    assert float(mask_GW[0].sort().values[:690].max()) < 1e-3
+
+
+def test_the_gradient_of_a_soft_mask_is_that_of_differences() -> None:
+    """Of sum a w m(|w|), in float64, weight by weight."""
+    draw = torch.Generator().manual_seed(4)
+    weight, a = torch.randn(10, generator=draw).tolist(), torch.randn(10, generator=draw).tolist()
+    scale, sharpness, kept, step = 0.8, 3.0, 4.0, 1e-5
+
+    def value(w: list[float]) -> float:
+        mask = soft_mask([abs(x) / scale for x in w], kept, sharpness)
+        return sum(p * x * m for p, x, m in zip(a, w, mask, strict=True))
+
+    expected = []
+    for i in range(10):
+        up, down = ([x + (j == i) * sign * step for j, x in enumerate(weight)] for sign in (1, -1))
+        expected.append((value(up) - value(down)) / (2 * step))
+    weight_GW = torch.tensor([weight])
+    mask_GW = soft_top_k(weight_GW.abs() / scale, kept, sharpness)
+    found = through_soft_top_k(torch.tensor([a]), weight_GW, mask_GW, scale, sharpness)
+    torch.testing.assert_close(found[0], torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_soft_training_is_that_of_dense_weights_behind_masks(name: str) -> None:
+    """By autograd through a model whose matrices are functions of the dense ones: the mask's level is one Newton step from a bisection's, which has
+    its exact derivative.
+    """
+    asked, model, theirs = SOFT[name], tiny_model("llama"), tiny_model("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sparsify = Sparsifier(model, optimizer, **asked)
+    dense = {n: p.detach().clone().requires_grad_() for n, p in theirs.named_parameters()}
+    plain = torch.optim.SGD(dense.values(), lr=0.05, momentum=0.9)
+    start, end, pair = asked.get("start", 0), asked["end"], "pattern" in asked
+
+    def shown(t: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        weights, hard = dict(dense), {}
+        for n, w in dense.items():
+            if w.dim() == 2 and "layers" in n and t >= start:
+                progress = (t - start) / (end - start)
+                drop = round(min(1.0, 4 * progress) * round((0.5 if pair else asked["sparsity"]) * w.numel()))
+                beta = 1 + 19 * progress
+                value = (w.abs() / w.detach().square().mean().sqrt()).view(-1, 4 if pair else w.numel())
+                kept = (1 - drop / w.numel()) * value.shape[1]
+                mask = torch.ones_like(value)
+                if drop:
+                    low, high = (torch.full((len(value), 1), 1e3 * sign) for sign in (-1, 1))
+                    for _ in range(60):
+                        mu = (low + high) / 2
+                        less = torch.sigmoid(beta * value.detach() + mu).sum(1, keepdim=True) < kept
+                        low, high = torch.where(less, mu, low), torch.where(less, high, mu)
+                    at = torch.sigmoid(beta * value.detach() + mu)
+                    mu = mu - (torch.sigmoid(beta * value + mu).sum(1, keepdim=True) - kept) / (at * (1 - at)).sum(1, keepdim=True)
+                    mask = torch.sigmoid(beta * value + mu)
+                free = value.detach().argsort(1).argsort(1) < 2 if pair else torch.ones_like(value, dtype=torch.bool)
+                last = value.detach().masked_fill(~free, torch.inf).flatten().sort().values
+                hard[n] = (value.detach() >= (last[drop] if drop < len(last) else torch.inf)) | ~free
+                hard[n] = hard[n].view(w.shape)
+                soft = w * mask.view(w.shape)
+                weights[n] = soft + (soft * hard[n] - soft).detach()
+        return weights, hard
+
+    for step in range(end):
+        weights, hard = shown(step)
+        for n, keep in hard.items():
+            assert torch.equal(keep, sparsify.masks.keep[n]), (step, n)
+            torch.testing.assert_close(model.get_parameter(n).detach(), weights[n].detach(), rtol=1e-3, atol=1e-4, msg=f"{step} {n}")
+        ids = IDS_NL[step % 16 : step % 16 + 1]
+        torch.func.functional_call(theirs, weights, (), {"input_ids": ids, "labels": ids}).loss.backward()
+        loss_of(model, ids).backward()
+        for one in (optimizer, plain):
+            one.step()
+            one.zero_grad()
+        sparsify.step()
+        sparsify.masks.check(model)
+    goal = 0.5 if pair else asked["sparsity"]
+    assert all(int((~keep).sum()) == round(goal * keep.numel()) for keep in sparsify.masks.keep.values())
+    assert sparsify.masks.holds(model, 2, 4) == pair
+    before = sparsify.masks.keep
+    for _ in range(3):  # from now on they stay
+        loss_of(model, IDS_NL[:2]).backward()
+        optimizer.step()
+        sparsify.step()
+        sparsify.masks.check(model)
+    assert all(torch.equal(keep, sparsify.masks.keep[n]) for n, keep in before.items())
+
+
 # transformers' Trainer
 
 
@@ -262,18 +382,18 @@ def test_the_callback_is_the_trainer_with_masks_by_hand(name: str, tmp_path: Pat
     assert logged == [] or logged[-1] == callback.masks.sparsity
 
 
-@pytest.mark.parametrize("name", often(SCHEDULES, "gradual 2:4", "movement", "rigl"))
+@pytest.mark.parametrize("name", often(SCHEDULES | SOFT, "gradual 2:4", "movement", "rigl", "soft"))
 def test_a_resumed_training_keeps_schedule_and_masks(name: str, tmp_path: Path) -> None:
     """Stopped after 10 steps, in the middle of the schedule; the end is that of a training which was not stopped."""
-    whole, callback = tiny_model("llama"), SparsityCallback(**SCHEDULES[name])
+    whole, callback = tiny_model("llama"), SparsityCallback(**(SCHEDULES | SOFT)[name])
     args = {"save_strategy": "steps", "save_steps": 10}
     Trainer(whole, arguments(tmp_path / "out", **args), train_dataset=DATA, callbacks=[callback]).train()
     for checkpoint in (tmp_path / "out").iterdir():
         if checkpoint.name != "checkpoint-10":
             shutil.rmtree(checkpoint)
     held = sorted(p.name for p in (tmp_path / "out" / "checkpoint-10").glob("*.safetensors"))
-    assert held == ["masks.safetensors", "model.safetensors"] + ["scores.safetensors"] * (name == "movement")
-    resumed, again = tiny_model("llama"), SparsityCallback(**SCHEDULES[name])
+    assert held == ["masks.safetensors", "model.safetensors"] + ["scores.safetensors"] * (name in ("movement", "soft", "soft 2:4"))
+    resumed, again = tiny_model("llama"), SparsityCallback(**(SCHEDULES | SOFT)[name])
     checked = Checked(again)
     trainer = Trainer(resumed, arguments(tmp_path / "out", **args), train_dataset=DATA, callbacks=[again, checked])
     trainer.train(resume_from_checkpoint=True)
@@ -286,7 +406,7 @@ def test_a_resumed_training_keeps_schedule_and_masks(name: str, tmp_path: Path) 
     (tmp_path / "out" / "checkpoint-10").rename(moved)
     third = tiny_model("llama")
     elsewhere = arguments(tmp_path / "new", resume_from_checkpoint=str(moved))
-    Trainer(third, elsewhere, train_dataset=DATA, callbacks=[SparsityCallback(**SCHEDULES[name])]).train(resume_from_checkpoint=str(moved))
+    Trainer(third, elsewhere, train_dataset=DATA, callbacks=[SparsityCallback(**(SCHEDULES | SOFT)[name])]).train(resume_from_checkpoint=str(moved))
     same(whole, third)
 
 
@@ -435,11 +555,11 @@ def in_processes(rank: int, port: int, kind: str, folder: str) -> None:
     """One of two processes: it trains on windows of its own, and stores its masks and weights."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name in ("gradual 2:4", "movement", "rigl"):
+    for name in ("gradual 2:4", "movement", "rigl", *(("soft",) if kind == "ddp" else ())):
         model = tiny_model("llama")
         wrapped: Any = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = adamw(model)
-        sparsify = Sparsifier(model, optimizer, **SCHEDULES[name])
+        sparsify = Sparsifier(model, optimizer, **(SCHEDULES | SOFT)[name])
         for step in range(STEPS):
             loss_of(wrapped, IDS_NL[(2 * step + rank) % 16 : (2 * step + rank) % 16 + 1]).backward()
             optimizer.step()
@@ -457,7 +577,7 @@ def test_two_processes_agree_on_the_masks(kind: str, tmp_path: Path) -> None:
     """Bit for bit with each other; as one process with both windows in a batch but for rounding, so in all but a few places."""
     port = 20000 + os.getpid() % 20000 + (kind == "ddp")
     mp.start_processes(in_processes, (port, kind, str(tmp_path)), nprocs=2, start_method="fork")
-    for name in ("gradual 2:4", "movement", "rigl"):
+    for name in ("gradual 2:4", "movement", "rigl", *(("soft",) if kind == "ddp" else ())):
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
         for mine, other in zip(first, second, strict=True):
             assert all(torch.equal(mine[n], other[n]) for n in mine)
@@ -465,7 +585,7 @@ def test_two_processes_agree_on_the_masks(kind: str, tmp_path: Path) -> None:
         assert bool(scores) == (name == "movement")
         model = tiny_model("llama")
         optimizer = adamw(model)
-        sparsify = Sparsifier(model, optimizer, **SCHEDULES[name])
+        sparsify = Sparsifier(model, optimizer, **(SCHEDULES | SOFT)[name])
         for step in range(STEPS):
             loss_of(model, IDS_NL[2 * step % 16 : 2 * step % 16 + 2]).backward()
             optimizer.step()
@@ -519,9 +639,9 @@ def train_until_killed(folder: Path, asked: dict[str, Any]) -> None:
     Trainer(tiny_model("llama"), args, train_dataset=DATA, callbacks=[SparsityCallback(**asked), Killed()]).train()
 
 
-@pytest.mark.parametrize("name", often(SCHEDULES, "rigl 2:4"))
+@pytest.mark.parametrize("name", often(SCHEDULES | SOFT, "rigl 2:4"))
 def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(name: str, tmp_path: Path) -> None:
-    process = mp.get_context("fork").Process(target=train_until_killed, args=(tmp_path / "out", SCHEDULES[name]))
+    process = mp.get_context("fork").Process(target=train_until_killed, args=(tmp_path / "out", (SCHEDULES | SOFT)[name]))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -529,7 +649,7 @@ def test_a_killed_training_goes_on_and_ends_as_one_that_was_not(name: str, tmp_p
     for folder, resume in ((tmp_path / "out", True), (tmp_path / "whole", False)):
         model = tiny_model("llama")
         args = arguments(folder, save_strategy="steps", save_steps=5)
-        Trainer(model, args, train_dataset=DATA, callbacks=[SparsityCallback(**SCHEDULES[name])]).train(resume_from_checkpoint=resume)
+        Trainer(model, args, train_dataset=DATA, callbacks=[SparsityCallback(**(SCHEDULES | SOFT)[name])]).train(resume_from_checkpoint=resume)
         ends.append(model)
     same(*ends)
 
@@ -588,6 +708,8 @@ REFUSED = {
     "gradual without a sparsity": {"method": "gradual"},
     "method constant, whose masks do not change": {"method": "constant", "end": 4},
     "rigl with pattern row": {"method": "rigl", "sparsity": 0.5, "pattern": "row"},
+    "every with method soft": {"method": "soft", "sparsity": 0.5, "every": 2},
+    "soft with pattern row": {"method": "soft", "sparsity": 0.5, "pattern": "row"},
     r"regrow 0\.5 with method gradual": {"sparsity": 0.5, "regrow": 0.5},
     r"regrow 1\.5 with method rigl": {"method": "rigl", "sparsity": 0.5, "regrow": 1.5},
 }
@@ -601,6 +723,7 @@ def test_what_contradicts_itself_is_refused(said: str) -> None:
 
 UNFIT = {
     "masks change until step 100": {"sparsity": 0.5, "end": 100},
+    "masks with method soft": {"method": "soft", "sparsity": 0.5, "masks": Masks({})},
     "start 9, end 9": {"sparsity": 0.5, "start": 9, "end": 9},
     "start -1": {"sparsity": 0.5, "start": -1},
     "every 0": {"sparsity": 0.5, "every": 0},
