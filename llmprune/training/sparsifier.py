@@ -7,10 +7,14 @@
         sparsify.step()
         optimizer.zero_grad()
 
-The methods: ``gradual`` masks the smallest magnitudes of each matrix, more and more by a cubic; ``movement`` those with the smallest
-S = -sum lr w dL/dw, the weights that training moves towards zero; ``rigl`` keeps the sparsity and exchanges small weights for masked ones of large
-gradient; ``soft`` trains dense weights behind hard masks by the gradient of a soft top-k (training/soft.py); ``constant`` only keeps the zeros. What
-is masked is exactly zero at once and, except by ``rigl`` and ``soft``, stays masked.
+gradual    masks the smallest magnitudes of each matrix, more and more by a cubic
+movement   those with the smallest S = -sum lr w dL/dw, the weights that training moves towards zero: for fine-tuning on a new task, since on the text
+           that a model knows already the scores are mostly noise
+rigl       keeps the sparsity and exchanges small weights for masked ones of large gradient
+soft       trains dense weights behind hard masks by the gradient of a soft top-k (training/soft.py)
+constant   only keeps the zeros
+
+What is masked is exactly zero at once and, except by rigl and soft, stays masked.
 
 Shapes: R = output rows, C = input columns; a mask has the shape of its parameter.
 """
