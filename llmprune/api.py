@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from os import PathLike
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,7 +45,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     *,
-    calibration: str | Tensor | None = None,
+    calibration: str | PathLike[str] | Tensor | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -64,6 +64,7 @@ def prune(
     ``llmprune.recipe.user_methods``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
+    calibration = as_text(calibration)
     if not isinstance(calibration, str | Tensor | None):
         raise RequestError(
             f"calibration: {type(calibration).__name__}", "give the name of a data set or file, or a tensor of token ids [windows, length]"
@@ -71,7 +72,7 @@ def prune(
     windows = calibration if isinstance(calibration, Tensor) else None
     if tokenizer is not None and (windows is not None or not isinstance(model, nn.Module)):
         raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
-    values = options | {"pattern": pattern, "sparsity": sparsity}
+    values = {name: as_text(value) for name, value in options.items()} | {"pattern": pattern, "sparsity": sparsity}
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
     listen = listener(on_progress)
     if isinstance(model, nn.Module):
@@ -90,7 +91,7 @@ def prune(
 
 def recover(
     folder: str | PathLike[str],
-    data: str,
+    data: str | PathLike[str],
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -106,8 +107,15 @@ def recover(
     unknown = [name for name in options if name not in Request.__dataclass_fields__]
     if unknown:
         raise RequestError(f"recover takes no {unknown[0]!r}", f"there are: {', '.join(Request.__dataclass_fields__)}")
-    asked = Request(str(folder), data, **options)
+    asked = Request(fspath(folder), as_text(data), **{name: as_text(value) for name, value in options.items()})
     return run_recovery(prepare_recovery(asked, overwrite, restart), listener(on_progress))
+
+
+def as_text(value: Any) -> Any:
+    """Paths, also those in a list, as strings; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [as_text(one) for one in value]
+    return fspath(value) if isinstance(value, PathLike) else value
 
 
 def listener(on_progress: Progress | None) -> Listener:
@@ -116,7 +124,7 @@ def listener(on_progress: Progress | None) -> Listener:
 
 def evaluate(
     model: str | PathLike[str],
-    data: str | list[str],
+    data: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     window: int | None = None,
     samples: int | None = None,
@@ -139,8 +147,8 @@ def evaluate(
     scan(source, stream)
     check_source(source)
     found: list[Perplexity] = []
-    for spec in [data] if isinstance(data, str) else data:
-        windows = read_windows(spec, "evaluation", tokenizer, length, samples)
+    for spec in [data] if isinstance(data, str | PathLike) else data:
+        windows = read_windows(fspath(spec), "evaluation", tokenizer, length, samples)
         windows = windows.first(samples) if samples else windows
         check_ids(windows, stream.skeleton)
         if not found:

@@ -10,6 +10,7 @@ import torch
 from families import save_tiny, tiny_model, tiny_windows
 
 import llmprune
+from llmprune.checkpoint.resolve import BUNDLED
 
 
 def refused(says: str, **options: Any) -> None:
@@ -50,3 +51,15 @@ def test_samples_and_shuffle_choose_among_token_ids(live: bool, tmp_path: Path) 
 
     assert digest(ids_NL, samples=2) == digest(ids_NL[:2]) != digest(ids_NL)
     assert digest(ids_NL, shuffle=True, seed=3) == digest(ids_NL[order]) != digest(ids_NL)
+
+
+def test_paths_are_taken_wherever_names_are(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
+    ask = {"pattern": "2:4", "method": "wanda", "samples": 4, "sequence_length": 64}
+    report = llmprune.prune("llama", calibration=text, eval=[text], output=tmp_path / "out", **ask)
+    assert report.output == tmp_path / "out"
+    assert report.calibration.dataset == "text.txt"
+    (found,) = llmprune.evaluate(tmp_path / "out", text, window=64)
+    assert found.value == pytest.approx(report.perplexity[0].pruned.value)
+    assert llmprune.evaluate(tmp_path / "out", [text, str(text)], window=64) == [found, found]
