@@ -6,13 +6,15 @@ A training that was interrupted goes on from its last sealed checkpoint, with th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PrinterCallback
+from transformers.utils import logging
 
 from llmprune.training.arguments import Settings, in_half, training_arguments
 from llmprune.training.data import Packs
@@ -100,10 +102,21 @@ def train(
     device = next(trained.model.parameters()).device
     keeper = Keeper(trained, start, settings.patience, folder, records, listen)
     args = training_arguments(settings, checkpoints, device)
-    trainer = RecoveryTrainer(trained, objective, judge, data, args, [keeper, *callbacks], in_half(settings, device))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with same_verbosity():
+        trainer = RecoveryTrainer(trained, objective, judge, data, args, [keeper, *callbacks], in_half(settings, device))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     return numbers(trainer.state.log_history)
+
+
+@contextmanager
+def same_verbosity() -> Iterator[None]:
+    """A Trainer sets transformers' verbosity for the whole process; afterwards it is what it was."""
+    before = logging.get_verbosity()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def history_of(checkpoint: Path) -> list[dict[str, Any]]:

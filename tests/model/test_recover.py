@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.data.chat import tokens_of
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
+from llmprune.report.stored import read_run
+from llmprune.run.dense import find_dense
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import prepare_recovery
 from llmprune.training.arguments import Settings, check_machine, training_arguments
@@ -137,6 +140,18 @@ def test_a_smaller_model_is_recovered_in_its_own_shapes(kind: str, pruned: Path,
     ids_NL = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)[:32]
     assert math.log(one.after.value) == pytest.approx(nll(out, ids_NL), rel=1e-5)
     assert math.log(one.before.value) == pytest.approx(nll(pruned / "channels", ids_NL), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ask", "left"), [({"sparsity": 0.7}, 0.5), ({"pattern": "2:4"}, 0.6)], ids=["70 %", "2:4"])
+def test_defaults_recover_half_of_what_a_pruning_has_cost(ask: dict[str, Any], left: float, tmp_path: Path) -> None:
+    """Of the excess over the dense model's loss, on text that neither the pruning nor the recovery has seen."""
+    llmprune.prune("llama", quality="balanced", output=str(tmp_path / "pruned"), **ask)
+    report = llmprune.recover(tmp_path / "pruned", "bundled-calibration", eval=["bundled-evaluation"], output=str(tmp_path / "out"))
+    found = report.recovered[0].measured[-1]
+    assert not found.decides
+    assert found.excess is not None
+    assert found.excess <= left
 
 
 def wrong(kind: str, folder: Path) -> Path:
@@ -552,6 +567,34 @@ def test_without_the_dense_model_it_says_so(pruned: Path, tmp_path: Path, monkey
     monkeypatch.setattr("llmprune.run.recovery.memory_of", lambda device: 1000)
     with pytest.raises(RequestError, match="training takes about"):
         prepare_recovery(ask)
+
+
+@pytest.mark.parametrize("where", ["here", "beside", "cache"])
+def test_the_dense_model_is_found_again_by_its_hashes(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the current folder, beside the result, or in the Hub's cache; another model of its name is not taken for it."""
+    commit = "0" * 40
+    cache = tmp_path / "cache" / "models--me--tiny" / "snapshots" / commit
+    place = {"here": tmp_path / "cwd" / "tiny", "beside": tmp_path / "results" / "tiny", "cache": cache}[where]
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    save_tiny("llama", place, torch.float32)
+    result = tmp_path / "results" / "pruned"
+    llmprune.prune(place, 0.5, method="wanda", calibration=tiny_windows(4), output=str(result), device="cpu")
+    report = read_run(result)
+    if where == "cache":
+        origin = replace(report.source, name="me/tiny", revision=commit)
+        report = replace(report, source=origin, recipe=report.recipe | {"model": "me/tiny"})
+    found = find_dense(report, result)
+    assert found is not None
+    assert found.hashes == report.source.files
+    weights = place / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert find_dense(report, result) is None
+    shutil.rmtree(place)
+    assert find_dense(report, result) is None
 
 
 def test_users_arguments_and_callbacks_reach_the_trainer(pruned: Path, tmp_path: Path) -> None:
