@@ -36,22 +36,16 @@ class Objective:
     def __call__(self, model: nn.Module, ids_NL: Tensor, labels_NL: Tensor, learned: Tensor | int | None = None) -> Tensor:
         """The loss of one micro-batch. learned: the tokens that are learned in the whole step; None: those of this micro-batch."""
         learn_NL = labels_NL[:, 1:] != NOT_LEARNED
-        count = learn_NL.sum() if learned is None else learned
+        share = 0.0 if self.dense is None else self.mix
         ours = self._run(model, ids_NL)
-        ours_TV, targets_T = ours.logits[:, :-1][learn_NL], labels_NL[:, 1:][learn_NL]
-        loss = torch.zeros((), device=ids_NL.device)
-        if self.mix < 1 or self.dense is None:
-            loss = loss + (1 - self._share) * F.cross_entropy(ours_TV.float(), targets_T, reduction="sum") / count
-        if self.dense is not None and self.mix > 0:
+        ours_TV, parts = ours.logits[:, :-1][learn_NL], []
+        if share < 1:
+            parts.append((1 - share) * F.cross_entropy(ours_TV.float(), labels_NL[:, 1:][learn_NL], reduction="sum"))
+        if share > 0 and self.dense is not None:
             with torch.no_grad():
                 theirs = self._run(self.dense, ids_NL)
-            apart = self._apart(ours, ours_TV, theirs, learn_NL)
-            loss = loss + self._share * apart / count
-        return loss
-
-    @property
-    def _share(self) -> float:
-        return 0.0 if self.dense is None else self.mix
+            parts.append(share * self._apart(ours, ours_TV, theirs, learn_NL))
+        return torch.stack(parts).sum() / (learn_NL.sum() if learned is None else learned)
 
     def _run(self, model: nn.Module, ids_NL: Tensor) -> Any:
         return model(input_ids=ids_NL, use_cache=False, output_hidden_states=self.loss == "blocks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from families import save_tiny, tiny_model, tiny_windows
 from faults.runs import contents
+from often import often
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -70,6 +72,25 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer for the tiny models: a token for each letter."""
+    made = Tokenizer(WordLevel({chr(97 + n): n + 4 for n in range(26)} | {"?": 3}, unk_token="?"))
+    made.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is asked to recover a tiny random model towards its dense one, in a second."""
+    place = tmp_path_factory.mktemp("tiny")
+    save_tiny("llama", place / "dense", torch.float32)
+    letters().save_pretrained(place / "dense")
+    llmprune.prune(place / "dense", 0.5, method="wanda", calibration=tiny_windows(8), output=str(place / "result"), device="cpu")
+    (place / "data.txt").write_text("".join(chr(97 + i % 7 + i % 3) for i in range(4000)))
+    where = {"folder": str(place / "result"), "data": str(place / "data.txt"), "dense": str(place / "dense")}
+    return QUICK | {"sequence_length": 32, "learning_rate": 1e-3, "mix": 0.5} | where
+
+
 def zeros(folder: Path) -> dict[str, Tensor]:
     return {name: value == 0 for name, value in load_file(folder / "model.safetensors").items()}
 
@@ -89,8 +110,10 @@ def nll(folder: Path, ids_NL: Tensor, learn_NL: Tensor | None = None) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["all", "norms", "lora"])
-@pytest.mark.parametrize("pattern", ["2of4", "unstructured"])
+KINDS = [(pattern, kind) for pattern in ("2of4", "unstructured") for kind in ("all", "norms", "lora")]
+
+
+@pytest.mark.parametrize(("pattern", "kind"), often(KINDS, ("2of4", "all"), ("2of4", "norms"), ("unstructured", "lora")))
 def test_zeros_stay_and_the_rest_improves(pattern: str, kind: str, pruned: Path, tmp_path: Path) -> None:
     """Untouched tensors are the pruned model's bit for bit; the tied head stays tied; the record has both, pruning and recovery."""
     out = tmp_path / "out"
@@ -118,8 +141,6 @@ def test_zeros_stay_and_the_rest_improves(pattern: str, kind: str, pruned: Path,
     assert stored["recovered"][0]["best"] == found.best
     assert "## Recovery" in (out / "README.md").read_text()
     assert "recovery0" in (out / "report.html").read_text()
-    llmprune.recover(out, str(pruned / "data.txt"), output=str(tmp_path / "again"), **QUICK | {"steps": 2})  # and again
-    assert len(json.loads((tmp_path / "again" / "llmprune.json").read_text())["recovered"]) == 2
 
 
 @pytest.mark.parametrize("kind", ["all", "lora"])
@@ -335,9 +356,9 @@ def stopped_at(step: int, out: Path, **ask: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "lora"])
-def test_interrupted_ends_as_uninterrupted(kind: str, pruned: Path, tmp_path: Path) -> None:
+def test_interrupted_ends_as_uninterrupted(kind: str, tiny: dict[str, Any], tmp_path: Path) -> None:
     """Stopped before the first checkpoint, after one, after a damaged one, and after the last step."""
-    ask = QUICK | {"folder": str(pruned / "2of4"), "data": str(pruned / "data.txt"), "parameters": kind, "learning_rate": 1e-3}
+    ask = tiny | {"parameters": kind}
     whole = tmp_path / "whole" / "out"
     llmprune.recover(**ask, output=str(whole))
     out = tmp_path / "out"
@@ -355,21 +376,67 @@ def test_interrupted_ends_as_uninterrupted(kind: str, pruned: Path, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_another_request_does_not_resume(pruned: Path, tmp_path: Path) -> None:
-    ask = QUICK | {"folder": str(pruned / "2of4"), "data": str(pruned / "data.txt")}
+class Crash(BaseException):
+    """The end of a process, wherever it is."""
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_crash_at_any_write_ends_as_uninterrupted(every: int, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file that is written whole is not written once, and the process ends there; from then on the command is repeated."""
+    ask = tiny
+    whole = tmp_path / "whole" / "out"
+    writes: list[str] = []
+    crash_at = 10**9
+    plain = os.replace
+
+    def counted(source: Any, target: Any) -> None:
+        writes.append(Path(target).name)
+        if len(writes) == crash_at:
+            raise Crash
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", counted)
+    llmprune.recover(**ask, output=str(whole))
+    names, out = list(writes), tmp_path / "out"
+    assert {"identity.json", "start.json", "best.json", "saved.json", "trained.json", "llmprune.json"} <= set(names)
+    for number in range(2, len(names) + 1, every):  # the first is the identity: its lock would end with the process
+        writes.clear()
+        crash_at = number
+        with pytest.raises(Crash):
+            llmprune.recover(**ask, output=str(out))
+        crash_at = 10**9
+        assert not out.exists()
+        llmprune.recover(**ask, output=str(out))
+        assert contents(out) == contents(whole), names[number - 1]
+        assert not (tmp_path / "out.partial").exists()
+        shutil.rmtree(out)
+
+
+def test_a_recovered_model_is_recovered_again(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The record has both; the card one section about them."""
+    llmprune.recover(**tiny, output=str(tmp_path / "once"))
+    report = llmprune.recover(**tiny | {"folder": str(tmp_path / "once")}, output=str(tmp_path / "twice"))
+    assert len(report.recovered) == 2
+    assert read_run(tmp_path / "twice") == report
+    assert (tmp_path / "twice" / "README.md").read_text().count("## Recovery") == 1
+    assert zeros(Path(tiny["folder"])).keys() == zeros(tmp_path / "twice").keys()
+
+
+def test_another_request_does_not_resume(tiny: dict[str, Any], tmp_path: Path) -> None:
+    ask = tiny
     stopped_at(3, tmp_path / "out", **ask)
     with pytest.raises(RequestError, match="started with another request: seed"):
         llmprune.recover(**ask, output=str(tmp_path / "out"), seed=1)
     llmprune.recover(**ask, output=str(tmp_path / "out"), seed=1, restart=True)
 
 
-def test_it_stops_when_nothing_improves(pruned: Path, tmp_path: Path) -> None:
-    ask = QUICK | {"steps": 20, "every": 1, "patience": 2, "learning_rate": 0.5}
-    report = llmprune.recover(pruned / "2of4", str(pruned / "data.txt"), output=str(tmp_path / "out"), **ask)
+def test_it_stops_when_nothing_improves(tiny: dict[str, Any], tmp_path: Path) -> None:
+    ask = tiny | {"steps": 20, "every": 1, "patience": 2, "learning_rate": 5.0}
+    report = llmprune.recover(**ask, output=str(tmp_path / "out"))
     (found,) = report.recovered
     assert found.best == 0
     assert found.done == 2
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "2of4" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (Path(tiny["folder"]) / "model.safetensors").read_bytes()
 
 
 TEMPLATE = (
@@ -436,13 +503,6 @@ def test_perplexity_is_of_the_tokens_that_are_learned() -> None:
     wanted = F.cross_entropy(logits_NLV[:, :-1][learn_NL[:, 1:]].double(), ids_NL[:, 1:][learn_NL[:, 1:]])
     assert math.log(found.value) == pytest.approx(float(wanted), rel=1e-5)
     assert found.tokens == int(learn_NL[:, 1:].sum())
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer for the tiny models: a token for each letter."""
-    made = Tokenizer(WordLevel({chr(97 + n): n + 4 for n in range(26)} | {"?": 3}, unk_token="?"))
-    made.pre_tokenizer = Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "qwen3_next"])
