@@ -15,7 +15,7 @@ from llmprune.training.losses import LOSSES
 from llmprune.training.parameters import PARAMETERS
 
 STEPS, BATCH, PATIENCE, EVALUATIONS = 300, 8, 4, 12
-# Times the model's width; measured at widths of 64 and 128, and 5e-5 to 2.5e-4 for a model of 8 billion parameters, whose width is 4,096
+# Divided by the model's width. Measured at widths of 64 and 128; for a model of 8 billion parameters, whose width is 4,096, 5e-5 to 2.5e-4
 RATES = {"all": 0.2, "norms": 1.0, "lora": 1.0}
 
 

@@ -422,6 +422,37 @@ def test_a_recovered_model_is_recovered_again(tiny: dict[str, Any], tmp_path: Pa
     assert zeros(Path(tiny["folder"])).keys() == zeros(tmp_path / "twice").keys()
 
 
+def test_shards_and_companions_stay_as_they_are(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The same files with the same headers, the same index; whatever lies beside the weights comes along."""
+    result = tmp_path / "result"
+    dense = AutoModelForCausalLM.from_pretrained(tiny["dense"])
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    letters().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "LICENSE").write_text("As you like.")
+    llmprune.prune(tmp_path / "dense", 0.5, method="wanda", calibration=tiny_windows(8), output=str(result), device="cpu")
+    report = llmprune.recover(**tiny | {"folder": str(result), "parameters": "norms", "learning_rate": 0.01}, output=str(tmp_path / "out"))
+    shards = sorted(path.name for path in result.glob("*.safetensors"))
+    assert len(shards) > 2
+    names = {path.name for path in result.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    changed = {
+        "README.md",
+        "report.html",
+        "llmprune.json",
+        *(name for name in shards if parts_of(result / name) != parts_of(tmp_path / "out" / name)),
+    }
+    assert all((tmp_path / "out" / name).read_bytes() == (result / name).read_bytes() for name in names - changed)
+    assert report.recovered[0].changed
+    for name in shards:
+        was, now = parts_of(result / name), parts_of(tmp_path / "out" / name)
+        assert was.keys() == now.keys()
+        assert {key for key in was if was[key] != now[key]} == set(report.recovered[0].changed) & was.keys()
+
+
+def parts_of(file: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_file(file).items()}
+
+
 def test_another_request_does_not_resume(tiny: dict[str, Any], tmp_path: Path) -> None:
     ask = tiny
     stopped_at(3, tmp_path / "out", **ask)
