@@ -184,7 +184,7 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         held_out=outcome.curve.held_out,
         changed=changed,
         earlier=job.report.perplexity,
-        notes=job.notes,
+        notes=(*job.notes, *kept_back(job, outcome.curve)),
     )
     manifest = manifest_of(journal.weights)
     return replace(
@@ -199,6 +199,16 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         sample=text,
         timings=replace(job.report.timings, recovery_seconds=seconds),
     )
+
+
+def kept_back(job: RecoveryJob, curve: Curve) -> tuple[str, ...]:
+    """Why the start was kept, where one text became better and another one worse."""
+    (_, start), *later = curve.held_out
+    if curve.best or not any(now < then for _, losses in later for now, then in zip(losses, start, strict=True)):
+        return ()
+    worse = [text.windows for k, text in enumerate(job.deciding) if all(losses[k] > start[k] for _, losses in later)]
+    named = ", ".join(f"{text.dataset} ({text.split})" for text in worse) or "one text or another"
+    return (f"every step was worse than the start on {named}, if better on the rest; --held-out names another text to decide",)
 
 
 def publish(folder: Path, report: Report, job: RecoveryJob) -> None:
