@@ -43,7 +43,7 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "mixtral"
 
 
-LONG = ("best-2of4", "within-5-percent", "mixed-2of4-40")
+LONG = ("best-2of4", "within-5-percent", "mixed-2of4-40", "iterative-70")
 
 
 def runs() -> Iterator[Any]:
@@ -186,7 +186,7 @@ SHELL = sorted((ROOT / "recipes").glob("*.sh"))
 SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
 
 
-@pytest.mark.parametrize("recipe", SHELL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * ("lora" in p.stem)) for p in SHELL])
 def test_every_list_of_commands_runs(cli: Cli, small: tuple[object, ...], recipe: Path) -> None:
     """In few steps, on little data."""
     for line in recipe.read_text().splitlines():

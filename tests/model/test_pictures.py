@@ -274,7 +274,7 @@ def test_a_text_model_reads_the_text_of_such_rows(tmp_path):
     rows = save_rows(tmp_path / "data", form="text")
     rewritten(rows, lambda lines: [line.update(text=line["text"] * 20) for line in lines])
     report = llmprune.prune(
-        "llama", calibration=str(rows), output=str(tmp_path / "out"), pattern="2:4", method="wanda", samples=4, sequence_length=64
+        "llama", calibration=str(rows), output=str(tmp_path / "out"), pattern="2:4", method="wanda", samples=4, sequence_length=64, eval=[str(rows)]
     )
     assert report.calibration.pictures == 0
 

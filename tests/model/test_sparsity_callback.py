@@ -163,7 +163,7 @@ def same(ours: Any, theirs: Any) -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", often(SCHEDULES, "gradual 2:4", "movement", "rigl"))
 def test_a_plain_loop_is_the_loop_by_hand(name: str) -> None:
     """Bit for bit, with clipping and gradients of two micro-batches; and the zeros are exact after every step."""
     asked = SCHEDULES[name]
@@ -250,7 +250,7 @@ def test_the_gradient_of_a_soft_mask_is_that_of_differences() -> None:
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SOFT)
+@pytest.mark.parametrize("name", often(SOFT, "soft 2:4"))
 def test_soft_training_is_that_of_dense_weights_behind_masks(name: str) -> None:
     """By autograd through a model whose matrices are functions of the dense ones: the mask's level is one Newton step from a bisection's, which has
     its exact derivative.
@@ -382,7 +382,7 @@ def test_the_callback_is_the_trainer_with_masks_by_hand(name: str, tmp_path: Pat
     assert logged == [] or logged[-1] == callback.masks.sparsity
 
 
-@pytest.mark.parametrize("name", often(SCHEDULES | SOFT, "gradual 2:4", "movement", "rigl", "soft"))
+@pytest.mark.parametrize("name", often(SCHEDULES | SOFT, "movement", "rigl"))
 def test_a_resumed_training_keeps_schedule_and_masks(name: str, tmp_path: Path) -> None:
     """Stopped after 10 steps, in the middle of the schedule; the end is that of a training which was not stopped."""
     whole, callback = tiny_model("llama"), SparsityCallback(**(SCHEDULES | SOFT)[name])
@@ -572,7 +572,7 @@ def in_processes(rank: int, port: int, kind: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", often(["ddp", "fsdp"], "fsdp"))
 def test_two_processes_agree_on_the_masks(kind: str, tmp_path: Path) -> None:
     """Bit for bit with each other; as one process with both windows in a batch but for rounding, so in all but a few places."""
     port = 20000 + os.getpid() % 20000 + (kind == "ddp")
@@ -671,7 +671,7 @@ class PenaltyByHand(TrainerCallback):
                 p.grad += self.scale * torch.sign(p.data + self.offset)
 
 
-@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma2", 1.0), ("qwen3", 0.0)])
+@pytest.mark.parametrize(("family", "offset"), often([("llama", 0.0), ("gemma2", 1.0), ("qwen3", 0.0)], ("gemma2", 1.0)))
 def test_penalties_are_those_written_by_hand(family: str, offset: float, tmp_path: Path) -> None:
     ours, theirs = tiny_model(family), tiny_model(family)
     for model, callback in ((ours, RegularisationCallback(l1=0.01, norm_scale=0.1)), (theirs, PenaltyByHand(0.01, 0.1, offset))):
