@@ -36,7 +36,7 @@ def recover(
     sequence_length: Annotated[Count, _said("tokens of a window [default: as it was calibrated]", "INT", DATA)] = None,
     batch: Annotated[int, _said("windows of a step", "INT", HOW)] = 8,
     learning_rate: Annotated[Number, _said("at its peak [default: by the parameters and the model's width]", "FLOAT", HOW)] = None,
-    temperature: Annotated[float, _said("of loss kd", "FLOAT", HOW)] = 1.0,
+    temperature: Annotated[float, _said("of loss kd", "FLOAT", HOW)] = 2.0,
     mix: Annotated[float, _said("share of losses kd and blocks, the rest is ce", "FLOAT", HOW)] = 1.0,
     rank: Annotated[int, _said("of lora", "INT", HOW)] = 16,
     alpha: Annotated[float, _said("of lora, whose product is scaled by alpha / rank", "FLOAT", HOW)] = 32.0,
