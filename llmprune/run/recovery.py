@@ -32,8 +32,9 @@ from llmprune.training.arguments import Settings, check_machine, micro_batch, tr
 from llmprune.training.data import HELD_BACK, Packs, divided, packs_of
 from llmprune.training.request import Request
 
-# bytes of a number that is trained: float32, its gradient, two moments, the candidate, the mask; and of one that is not
-TRAINED, FROZEN = 24, 4
+# Bytes for each parameter of the model, in float32. all: itself, its gradient or its rounded value, two moments, the candidate, the mask; lora: itself,
+# the product and the sum that a backward pass needs, the mask, the candidate and its rounded value; norms: itself, and what little is trained
+BYTES = {"all": 24, "lora": 20, "norms": 8}
 LOGITS = 24  # bytes of a logit: the pruned model's and the dense one's, in float32, as probabilities, with a gradient
 
 
@@ -256,9 +257,8 @@ def dense_of(request: Request, report: Report, source: Source, stream: Checkpoin
 def need(job: RecoveryJob) -> tuple[int, int]:
     """(bytes of the training, bytes that the dense model adds to them)."""
     parameters = count_parameters(job.stream.skeleton)
-    each = TRAINED if job.request.parameters == "all" else 2 * FROZEN
     batch = micro_batch(job.settings) * job.settings.length * vocabulary(job.stream) * LOGITS
-    return parameters * each + batch, count_parameters(job.dense.skeleton) * job.dense.dtype.itemsize if job.dense else 0
+    return parameters * BYTES[job.request.parameters] + batch, count_parameters(job.dense.skeleton) * job.dense.dtype.itemsize if job.dense else 0
 
 
 def with_memory(job: RecoveryJob) -> RecoveryJob:
