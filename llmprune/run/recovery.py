@@ -32,8 +32,8 @@ from llmprune.training.arguments import Settings, check_machine, micro_batch, tr
 from llmprune.training.data import HELD_BACK, Packs, divided, packs_of
 from llmprune.training.request import Request
 
-# Bytes for each parameter of the model, in float32. all: itself, its gradient or its rounded value, two moments, the candidate, the mask; lora: itself,
-# the product and the sum that a backward pass needs, the mask, the candidate and its rounded value; norms: itself, and what little is trained
+# Bytes for each parameter of the model, in float32. all: itself, its gradient or its rounded value, two moments, the candidate, the mask; lora:
+# itself, the product and the sum that a backward pass needs, the mask, the candidate and its rounded value; norms: itself, and the little beside
 BYTES = {"all": 24, "lora": 20, "norms": 8}
 LOGITS = 24  # bytes of a logit: the pruned model's and the dense one's, in float32, as probabilities, with a gradient
 
