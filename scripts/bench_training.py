@@ -1,7 +1,7 @@
 """Training with masks on the bundled model and its calibration text, measured on its evaluation text; prints tables in Markdown.
 
-    python scripts/bench_training.py gradual --sparsity 0.7 --steps 300
-    python scripts/bench_training.py initial --sparsity 0.8 --steps 600
+    python scripts/bench_training.py gradual --sparsity 0.85
+    python scripts/bench_training.py initial --sparsity 0.8 --steps 400
 
 gradual: a mask that grows during training against masks of the smallest magnitudes from the first step, both trained for the same steps.
 initial: the model's architecture from random weights, masked before training in several ways and trained for the same steps, beside the dense one.
@@ -24,7 +24,7 @@ import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.data.windows import read_windows
 
-WINDOW, BATCH = 256, 12
+WINDOW, BATCH = 128, 8
 SOURCE = BUNDLED / "llama"
 
 
@@ -74,6 +74,7 @@ def gradual(args: argparse.Namespace) -> None:
     for name, method in (
         ("magnitude at once, held", "constant"),
         ("gradual", "gradual"),
+        ("soft", "soft"),
         ("movement", "movement"),
         ("rigl", "rigl"),
         ("none (dense)", ""),
@@ -114,11 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("gradual", "initial"))
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=None, help="by default 5e-4 for gradual, 3e-3 for initial")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rate", type=float, default=None, help="by default 1e-3 for gradual, 3e-3 for initial")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.rate = args.rate or {"gradual": 5e-4, "initial": 3e-3}[args.table]
+    args.rate = args.rate or {"gradual": 1e-3, "initial": 3e-3}[args.table]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     {"gradual": gradual, "initial": initial}[args.table](args)
