@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from llmprune.data.sources import TextSource, rows
+from llmprune.data.tokenizer import UNRENDERED
 from llmprune.data.windows import Windows
-from llmprune.errors import MISTAKES, RequestError, mistake
+from llmprune.errors import RequestError, mistake
 
 MESSAGES = "messages"
 LEARNED = "assistant"
-UNRENDERED: tuple[type[Exception], ...] = (*MISTAKES, TemplateError)  # what a template raises for a dialogue that it does not take
 
 
 def is_chat(source: TextSource) -> bool:

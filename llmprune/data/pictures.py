@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.data.sources import TextSource, column_of, raw_rows
+from llmprune.data.sources import TextSource, column_of, rows
 from llmprune.data.tokenizer import UNRENDERED
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError, first_line
@@ -34,7 +34,7 @@ HINT_ROWS = "give rows with images (or image) and messages (or text)"
 
 def has_pictures(source: TextSource) -> bool:
     """Whether the first row of a data set has a column of pictures."""
-    return source.builder != "text" and not {*PICTURES}.isdisjoint(next(iter(raw_rows(source)), {}))
+    return source.builder != "text" and not {*PICTURES}.isdisjoint(next(rows(source), {}))
 
 
 def load_processor(folder: Path) -> Any:
@@ -124,7 +124,7 @@ class Reader:
 
     def rows(self, length: int, draw: int | None) -> Iterator[Row]:
         folder = self.source.file.parent if self.source.file else None
-        for number, row in enumerate(raw_rows(self.source, draw, BUFFER), 1):
+        for number, row in enumerate(rows(self.source, draw, BUFFER), 1):
             try:
                 counted = self.counted(self.read(row, folder))
             except UNRENDERED as error:

@@ -169,13 +169,13 @@ def without_nul(text: str, name: str) -> str:
     return text
 
 
-def rows(source: TextSource) -> Iterator[dict[str, Any]]:
-    """The rows of a source as they are, streamed. Raises RequestError when it cannot be opened or read."""
+def rows(source: TextSource, draw: int | None = None, buffer: int = BUFFER) -> Iterator[dict[str, Any]]:
+    """The rows of a source as they are, streamed. draw: a seed, by which they are shuffled in a buffer.
+
+    Raises RequestError when it cannot be opened or read.
+    """
     try:
-        if source.file is None:
-            yield from _open(source.builder, source.config, source.split, source.part, revision=source.revision)
-        else:
-            yield from _open(source.builder, None, "train", glob.escape(str(source.file)))
+        yield from _rows(source, draw, buffer)
     except (UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"{source.dataset}: cannot be read ({str(error)[:100]})", "give UTF-8 text") from None
 
@@ -185,16 +185,15 @@ def rows_of(source: TextSource, draw: int | None = None, whole: bool = True) -> 
     options: dict[str, Any] = (
         {"encoding": "utf-8-sig", "keep_linebreaks": True, "sample_by": "document" if whole else "line"} if source.builder == "text" else {}
     )
-    return _texts(raw_rows(source, None if source.file else draw, **options), source.dataset)
+    return _texts(_rows(source, None if source.file else draw, **options), source.dataset)
 
 
-def raw_rows(source: TextSource, draw: int | None = None, buffer: int = BUFFER, **options: Any) -> Any:
-    """The rows of a source, streamed. draw: a seed, by which they are shuffled in a buffer. Raises RequestError when it cannot be opened."""
+def _rows(source: TextSource, draw: int | None, buffer: int = BUFFER, **options: Any) -> Any:
     if source.file is None:
-        rows = _open(source.builder, source.config, source.split, source.part, revision=source.revision)
+        found = _open(source.builder, source.config, source.split, source.part, revision=source.revision)
     else:
-        rows = _open(source.builder, None, "train", glob.escape(str(source.file)), **options)
-    return rows if draw is None else rows.shuffle(seed=draw, buffer_size=buffer)
+        found = _open(source.builder, None, "train", glob.escape(str(source.file)), **options)
+    return found if draw is None else found.shuffle(seed=draw, buffer_size=buffer)
 
 
 def _open(builder: str, config: str | None, split: str, file: str | None, **options: Any) -> Any:

@@ -247,6 +247,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_a_broken_file_is_named(saved, tmp_path):
+    saved[1].write_text(saved[1].read_text() + '{"images": [')
+    with pytest.raises(RequestError, match=r"rows\.jsonl: cannot be read"):
+        windows_of(saved, 100)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_row_is_named(saved, tmp_path, fault):
     change, said = FAULTS[fault]
