@@ -31,7 +31,7 @@ from llmprune.run.preflight import check_ids, check_length
 from llmprune.run.prepare import open_stream, scan
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import prepare_recovery
-from llmprune.run.rounds import prepare_pruning, run_pruning
+from llmprune.run.rounds import prepare_pruning, runner
 from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.training.request import Request
@@ -83,7 +83,8 @@ def prune(
     recipe = read_recipe(None, {"model": str(model)} | values)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    report = run_pruning(prepare_pruning(recipe, windows, overwrite, restart), listen)
+    job = prepare_pruning(recipe, windows, overwrite, restart)
+    report = runner(job)(job, listen)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report

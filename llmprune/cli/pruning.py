@@ -43,7 +43,7 @@ def prune(
     announce(request.model, as_json)
     from llmprune.publish.hub import check_destination
     from llmprune.report.tables import print_report
-    from llmprune.run.rounds import prepare_pruning, run_pruning
+    from llmprune.run.rounds import prepare_pruning, runner
     from llmprune.stream import heap
     from llmprune.types import Listener
 
@@ -58,7 +58,7 @@ def prune(
         return
     heap.steady()
     with progress_bars() as progress:
-        report = run_pruning(job, Listener(progress=progress))
+        report = runner(job)(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
     if request.push:
         pushed = report.push(request.push, public=public, existing=existing)

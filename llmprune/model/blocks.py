@@ -217,7 +217,9 @@ class Walk:
 
     def _run(self, ids_NL: Tensor) -> Any:
         """The model's own forward, with the pictures of the windows."""
-        return self.model(input_ids=ids_NL, use_cache=False, **self.pictures.inputs(ids_NL, self.model.dtype))
+        seen = {name: t.to(ids_NL.device) for name, t in self.pictures.inputs(ids_NL).items()}
+        numbers = {name: t.to(self.model.dtype) for name, t in seen.items() if t.is_floating_point()}
+        return self.model(input_ids=ids_NL, use_cache=False, **seen | numbers)
 
     def _joined(self, hidden: Tensor) -> Tensor:
         """[N, L, D] hidden states of a block's own: several residual streams [S, N, L, D/S] of each token side by side."""

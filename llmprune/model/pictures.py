@@ -38,11 +38,10 @@ class Pictures:
         """Whether one of the windows has pictures."""
         return bool(self._of) and any(_key(ids_L) in self._of for ids_L in ids_NL)
 
-    def inputs(self, ids_NL: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The further arguments for a micro-batch, numbers in ``dtype``, on the device of the ids. A window with pictures comes alone."""
+    def inputs(self, ids_NL: Tensor) -> dict[str, Tensor]:
+        """The further arguments for a micro-batch. A window with pictures comes alone."""
         seen = self._of.get(_key(ids_NL[0])) if len(ids_NL) == 1 and self._of else None
-        found = seen.inputs if seen else {}
-        return {name: t.to(ids_NL.device, dtype if t.is_floating_point() else None) for name, t in found.items()}
+        return seen.inputs if seen else {}
 
     def stands_in(self, ids_L: Tensor) -> Tensor:
         """[L]: True for the tokens of a window that are placeholders of pictures."""

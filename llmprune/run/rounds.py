@@ -10,7 +10,7 @@ Hypothesis, https://arxiv.org/abs/1903.01611
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,9 @@ def prepare_pruning(recipe: Recipe, windows: Tensor | None = None, overwrite: bo
     return (prepare_rounds if recipe.rounds else prepare)(recipe, windows, overwrite, restart)
 
 
-def run_pruning(job: Job | Rounds, listen: Listener = SILENT) -> Report:
-    """As ``run``, of one round or several."""
-    return run_rounds(job, listen) if isinstance(job, Rounds) else single.run(job, listen)
+def runner(job: Job | Rounds) -> Callable[[Any, Listener], Report]:
+    """What runs it, in one round or several."""
+    return run_rounds if isinstance(job, Rounds) else single.run
 
 
 def prepare_rounds(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False) -> Rounds:
