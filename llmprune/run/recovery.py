@@ -28,6 +28,7 @@ from llmprune.run.windows import default_length
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device
 from llmprune.stream.hidden_states import memory_of
+from llmprune.stream.whole import WholeStream
 from llmprune.training.arguments import Settings, check_machine, micro_batch, training_arguments
 from llmprune.training.data import HELD_BACK, Packs, divided, packs_of
 from llmprune.training.request import Request
@@ -113,9 +114,8 @@ def prepare_recovery(request: Request, overwrite: bool = False, restart: bool = 
     report = report_of(source)
     output = Path(request.output or f"{source.name.rpartition('/')[2]}-recovered").expanduser()
     check_output(output, source.folder, overwrite)
-    device = choose_device(request.device)
-    check_machine(device, PartialState().num_processes)
-    stream = opened(source, device)
+    stream = check_trainable(open_stream(source, torch.float32, choose_device(request.device)))
+    device = stream.device
     scan(source, stream)
     check_source(source)
     texts = Texts.found(request)
@@ -155,13 +155,14 @@ def report_of(source: Source) -> Report:
     return read_run(source.folder)
 
 
-def opened(source: Source, device: torch.device) -> CheckpointStream:
-    """In float32, which a training needs. Raises RequestError for a model that cannot be trained whole."""
-    stream = open_stream(source, torch.float32, device)
+def check_trainable(stream: CheckpointStream | WholeStream) -> CheckpointStream:
+    """Raises RequestError for a machine or a model that recoveries do not work on."""
+    check_machine(stream.device, PartialState().num_processes)
+    name = stream.source.name
     if not isinstance(stream, CheckpointStream):
-        raise RequestError(f"{source.name}: its tensors cannot be converted back one by one", "train it with transformers and llmprune's masks")
+        raise RequestError(f"{name}: its tensors cannot be converted back one by one", "train it with transformers and llmprune's masks")
     if stream.towers:
-        raise RequestError(f"{source.name}: a model of several modalities ({', '.join(stream.towers)})", "recover works on text models so far")
+        raise RequestError(f"{name}: a model of several modalities ({', '.join(stream.towers)})", "recover works on text models so far")
     return stream
 
 

@@ -1,7 +1,7 @@
 """Pruning in rounds: the sparsity grows, and what is kept is recovered after each pruning.
 
 Every round is a run and a recovery of their own in ``OUT.partial/rounds``, which resume as any other; the last good one becomes the output. The
-masks of a round are chosen anew by the pruning's own method, on the weights as recovered.
+masks of a round are chosen by the pruning's own method, on the weights as recovered.
 
 Han et al., Learning both Weights and Connections, https://arxiv.org/abs/1506.02626; rewinding: Frankle et al., Stabilizing the Lottery Ticket
 Hypothesis, https://arxiv.org/abs/1903.01611
@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ from llmprune.results import Evaluation, Round
 from llmprune.run import job as single
 from llmprune.run.prepare import Job, describe, described, open_stream, prepare
 from llmprune.run.recovered import run_recovery
-from llmprune.run.recovery import prepare_recovery
+from llmprune.run.recovery import check_trainable, prepare_recovery
+from llmprune.stream.checkpoint import CheckpointStream
+from llmprune.stream.live import LiveStream
 from llmprune.stream.stream import Stream
+from llmprune.training.masks import placed
 from llmprune.training.request import Request
 from llmprune.types import SILENT, Listener
 
@@ -97,6 +101,7 @@ def prepare_rounds(recipe: Recipe, windows: Tensor | None = None, overwrite: boo
         raise RequestError("rounds with token ids, and no data to recover on", "give recover_data=..., or recover_steps=0")
     rounds = Rounds(prepare(recipe, windows, overwrite, restart), open_source(recipe.rewind) if recipe.rewind else None)
     if rounds.steps:
+        check_trainable(rounds.whole.stream)
         find_source(rounds.data, "calibration")
     if rounds.earlier is not None:
         check_earlier(rounds.earlier, rounds.whole.source)
@@ -118,7 +123,7 @@ def run_rounds(rounds: Rounds, listen: Listener = SILENT) -> Report:
 
     Raises StoppedError where the first round already passes the limit.
     """
-    whole = rounds.whole
+    whole, began = rounds.whole, perf_counter()
     journal = Journal(whole.output, rounds_identity(rounds), whole.restart)
     try:
         single.check_still(whole, journal)
@@ -132,11 +137,12 @@ def run_rounds(rounds: Rounds, listen: Listener = SILENT) -> Report:
                 "allow more, or take more rounds; --restart discards this one",
             )
         folder = journal.folder / "rounds" / named(good[-1].number, rounds)
-        report = report_of(rounds, read_run(folder), tuple(done), folder, listen)
-        single.publish(folder, report, whole)
-        if journal.weights.exists():
-            remove(journal.weights)
-        os.rename(folder, journal.weights)
+        if folder.exists():  # else an earlier process has put it into its place
+            report = report_of(rounds, read_run(folder), tuple(done), folder, listen)
+            spent = replace(report.timings, seconds=perf_counter() - began, recovery_seconds=None)
+            single.publish(folder, replace(report, timings=spent), whole)
+            os.rename(folder, journal.weights)
+        report = read_run(journal.weights)
         journal.publish()
         return replace(report, output=whole.output)
     finally:
@@ -210,7 +216,7 @@ def rewound(earlier: Source, pruned: Path, folder: Path) -> Path:
     if making.exists():
         remove(making)
     source, report = open_folder(pruned, pruned.name), read_run(pruned)
-    cut = {row.matrix.partition("[")[0] for row in report.rows}
+    cut = keys_of(source, report)
     sink = Sink(making, source)
     sink.lay_out()
     for key in source.tensors:
@@ -221,6 +227,18 @@ def rewound(earlier: Source, pruned: Path, folder: Path) -> Path:
     write_whole(making / REPORT, to_versioned_json(replace(report, files=manifest.files, tensors=manifest.tensors).to_json()))
     os.rename(making, folder)
     return folder
+
+
+def keys_of(source: Source, report: Report) -> set[str]:
+    """The tensors that hold the matrices of a report."""
+    stream = open_stream(source, torch.float32, torch.device("cpu"))
+    assert isinstance(stream, CheckpointStream)  # as check_trainable has found
+    found: set[str] = set()
+    for block in report.blocks:
+        path, matrices = placed(LiveStream(stream.skeleton), block)
+        for row in block.rows:
+            found.update(stream.loader.keys_of[f"{path}.{matrices[row.matrix.removeprefix(f'{block.block}.')].parameter}"])
+    return found
 
 
 def measured(rounds: Rounds, number: int, pattern: str, sparsity: float, folder: Path, journal: Journal) -> Round:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from cli.runner import Cli
+from families import save_tiny
 from often import often
 from safetensors.torch import load_file, save_file
+from seeing import save_seeing
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
@@ -127,6 +129,44 @@ def test_a_killed_run_goes_on(small, tmp_path, ask, monkeypatch, at):
         llmprune.prune(small, 0.7, rounds=2, output=str(tmp_path / "out"), **ask)
     llmprune.prune(small, 0.6, rounds=2, output=str(tmp_path / "out"), **ask)
     assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_run_that_is_killed_before_it_is_published_goes_on(small, tmp_path, ask, monkeypatch):
+    ask |= {"recover_steps": 0}
+    whole = llmprune.prune(small, 0.6, rounds=2, output=str(tmp_path / "whole"), **ask)
+    publish = rounds.Journal.publish
+
+    def killed(self: Any, *about: Any) -> None:
+        if self.output.name == "out":
+            raise KeyboardInterrupt
+        publish(self, *about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.Journal, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            llmprune.prune(small, 0.6, rounds=2, output=str(tmp_path / "out"), **ask)
+    assert not (tmp_path / "out").exists()
+    assert llmprune.prune(small, 0.6, rounds=2, output=str(tmp_path / "out"), **ask) == whole
+    assert same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", often(("gpt2", "mixtral", "phi3", "bloom"), "gpt2", "mixtral"))
+def test_what_is_put_back_keeps_the_zeros_of_any_family(tmp_path, family):
+    """Also where checkpoints name and divide tensors otherwise than the model does."""
+    save_tiny(family, tmp_path / "model", torch.float32)
+    ids = torch.randint(3, 60, (4, 16))
+    llmprune.prune(tmp_path / "model", pattern="2:4", method="wanda", calibration=ids, output=tmp_path / "pruned", accept_damage=True)
+    back = rounds.rewound(open_folder(tmp_path / "model", "model"), tmp_path / "pruned", tmp_path / "back")
+    sources = [open_folder(folder, "") for folder in (tmp_path / "pruned", back)]
+    assert all(torch.equal(sources[0].read(key), sources[1].read(key)) for key in sources[0].tensors)
+
+
+def test_what_cannot_be_recovered_is_refused_before_it_is_pruned(tmp_path):
+    save_seeing("llava", tmp_path / "model")
+    ids = torch.randint(3, 60, (4, 16))
+    with pytest.raises(RequestError, match="a model of several modalities"):
+        llmprune.prune(tmp_path / "model", 0.5, calibration=ids, recover_data="bundled-calibration", rounds=2, output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.slow
