@@ -58,5 +58,6 @@ def init_mask(
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
-        out.print(f"masks: {report.zeros:,} of {report.weights:,} weights ({report.sparsity:.4%}) by {criterion}", markup=False, soft_wrap=True)
+        made = f", weights initialised by seed {seed}" if report.recipe["initialised"] else ""
+        out.print(f"masks: {report.zeros:,} of {report.weights:,} weights ({report.sparsity:.4%}) by {criterion}{made}", markup=False, soft_wrap=True)
         out.print(f"saved: {folder}", markup=False, soft_wrap=True)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.companions import tokenizer_files
+from llmprune.checkpoint.companions import WEIGHTS, matches, tokenizer_files
 from llmprune.checkpoint.resolve import open_source
+from llmprune.checkpoint.source import Source
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import read_windows
+from llmprune.data.windows import Windows, read_windows
 from llmprune.errors import RequestError
 from llmprune.methods import check_name
 from llmprune.model.skeleton import build_skeleton
 from llmprune.model.wrappers import auto_class
 from llmprune.report.result import Report
-from llmprune.run.preflight import check_length, check_output
+from llmprune.run.preflight import check_ids, check_length, check_output
 from llmprune.run.trained import save_trained
 from llmprune.training.asked import Asked
 from llmprune.training.initial import ALLOCATIONS, CRITERIA, ON_DATA, USUAL, initial_masks
@@ -115,26 +115,30 @@ def init_mask(
     asked = InitialAsked(criterion, sparsity, pattern, allocation or usual, said, count, length, seed, skip, only, initialised)
     check_output(Path(output).expanduser(), folder, overwrite)
     tokenizer = load_tokenizer(folder) if tokenizer_files(folder) else None
-    ids_NL = windows_of(asked, data, tokenizer, folder) if data is not None else None
+    windows = windows_of(asked, data, tokenizer, folder) if data is not None else None
     opened = open_model()
     matrices = chosen(opened, asked.weights)
     check_shapes(matrices, built, pattern)
-    if ids_NL is not None:
-        check_length(ids_NL.shape[1], opened.config)
-    masks = initial_masks(opened, matrices, criterion, built, asked.goal or 0.0, asked.allocation, ids_NL, seed)
+    if windows is not None:
+        check_length(windows.ids_NL.shape[1], opened.config)
+        check_ids(windows, opened)
+    about = (criterion, built, asked.goal or 0.0, asked.allocation, None if windows is None else windows.ids_NL, seed)
+    masks = initial_masks(opened, matrices, *about)
     masks.apply(opened)
     return save_trained(Initial(asked, masks), opened, output, tokenizer, overwrite)
 
 
-def windows_of(asked: InitialAsked, data: str, tokenizer: Any, folder: Path) -> Tensor:
-    """[N, L]: the windows of the loss. Raises RequestError where there are too few, or no tokenizer."""
+def windows_of(asked: InitialAsked, data: str, tokenizer: Any, folder: Path) -> Windows:
+    """The windows of the loss. Raises RequestError where there are too few, or no tokenizer."""
     assert asked.sequence_length is not None
     if tokenizer is None:
         raise RequestError(f"{folder.name}: has no tokenizer to read data with", "add its files beside config.json")
-    found = read_windows(data, "calibration", tokenizer, asked.sequence_length, asked.samples).ids_NL[: asked.samples]
-    if len(found) < (asked.samples or 0):
+    assert asked.samples is not None
+    found = read_windows(data, "calibration", tokenizer, asked.sequence_length, asked.samples).first(asked.samples)
+    have = len(found.ids_NL)
+    if have < asked.samples:
         raise RequestError(
-            f"{asked.data}: {len(found)} windows of {asked.sequence_length}, {asked.samples} asked for", "give more text, or smaller --samples"
+            f"{asked.data}: {have} windows of {asked.sequence_length}, {asked.samples} asked for", "give more text, or smaller --samples"
         )
     return found
 
@@ -143,11 +147,20 @@ def named_model(model: str, seed: int) -> tuple[Callable[[], PreTrainedModel], P
     """(how it is opened, its folder, whether its weights are made at random)."""
     path = Path(model).expanduser()
     config = path if path.is_file() else path / "config.json"
-    if config.suffix == ".json" and config.is_file() and not any(config.parent.glob("*.safetensors")):
+    asked_for = path.is_file() and path.suffix == ".json"
+    if asked_for or (config.is_file() and not any(matches(file.name, ("*.safetensors", *WEIGHTS)) for file in path.iterdir())):
         return lambda: initialised(config, seed), config.parent, True
     source = open_source(model)
+    if source.decoder is not None:
+        raise RequestError(f"{source.name}: quantised ({source.decoder.method}), and codes are not trained", "give its original weights")
+    return lambda: as_stored(source), source.folder, False
+
+
+def as_stored(source: Source) -> PreTrainedModel:
+    """The model of a checkpoint, in float32."""
     kind = auto_class(str(source.config.get("model_type")))
-    return lambda: kind.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False), source.folder, False
+    opened: PreTrainedModel = kind.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False)
+    return opened
 
 
 def initialised(config: Path, seed: int) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from llmprune.report.page import page
 from llmprune.report.result import Report
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Reloaded, Sample, Smaller, Timings
 from llmprune.run.planning import planned, with_budget
-from llmprune.run.preflight import check_output
+from llmprune.run.preflight import check_still
 from llmprune.run.prepare import Job, asked_windows, describe, described
 from llmprune.run.resume import finished_parts
 from llmprune.run.steps import decided, prune_blocks, with_gradients
@@ -53,7 +53,7 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
     loads_whole = fits(parameters, job.stream.dtype)
     with Reloader(job.source.folder, journal.folder, job.stream.dtype) as reloader:
         try:
-            check_still(job, journal)
+            check_still(job.output, job.source.folder, job.overwrite, journal)
             if loads_whole and parameters < SMALL:
                 reloader.start()
             save_windows(journal.folder, data, asked_windows(job.recipe))
@@ -118,16 +118,6 @@ def check_first_window(job: Job, journal: Journal) -> None:
         return
     try:
         journal.write("replay", {"difference": check_replay(job.stream, job.data.calibration.ids_NL[:1])})
-    except RequestError:
-        if not journal.resumed:
-            journal.discard()
-        raise
-
-
-def check_still(job: Job, journal: Journal) -> None:
-    """Check that the output may still be written, now that no other process can: another run may have finished it since ``prepare``."""
-    try:
-        check_output(job.output, job.source.folder, job.overwrite)
     except RequestError:
         if not journal.resumed:
             journal.discard()

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from llmprune.checkpoint.companions import companions
-from llmprune.checkpoint.journal import drop_leftover, laid_out, partial_folder
+from llmprune.checkpoint.journal import Journal, drop_leftover, laid_out, partial_folder
 from llmprune.checkpoint.source import INDEX
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
@@ -49,6 +49,18 @@ def check_output(output: Path, source: Path, overwrite: bool, result: str = "con
     for place in (parent, partial):  # where the names are created
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             raise RequestError(f"output {output.name}: {place.name or place} cannot be written to", other)
+
+
+def check_still(output: Path, source: Path, overwrite: bool, journal: Journal) -> None:
+    """Check again that the output may be written, now that no other process can: another run may have finished it since. One that has done nothing
+    yet leaves nothing.
+    """
+    try:
+        check_output(output, source, overwrite)
+    except RequestError:
+        if not journal.resumed:
+            journal.discard()
+        raise
 
 
 def check_apart(output: Path, source: Path) -> None:

@@ -17,7 +17,6 @@ from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.manifest import manifest_of
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import open_folder
-from llmprune.errors import RequestError
 from llmprune.evaluation import sample
 from llmprune.export.check import MOST_TOKENS, check_result, from_disk
 from llmprune.export.reload import Reloader
@@ -28,7 +27,7 @@ from llmprune.report.page import page
 from llmprune.report.recovered import Measured, Recovered
 from llmprune.report.result import Report
 from llmprune.results import NoSample, Perplexity, Reloaded, Sample
-from llmprune.run.preflight import check_output
+from llmprune.run.preflight import check_still
 from llmprune.run.prepare import describe
 from llmprune.run.recovery import RecoveryJob
 from llmprune.stream.checkpoint import CheckpointStream
@@ -63,7 +62,7 @@ def run_recovery(job: RecoveryJob, listen: Listener = SILENT) -> Report:
         held.callback(trained.release)
         journal = Journal(job.output, job.identity, job.restart)
         held.callback(journal.close)
-        check_still(job, journal)
+        check_still(job.output, job.source.folder, job.overwrite, journal)
         outcome = trained_model(job, trained, masks, journal, listen)
         sink = Sink(journal.weights, job.source)
         sink.lay_out()
@@ -74,16 +73,6 @@ def run_recovery(job: RecoveryJob, listen: Listener = SILENT) -> Report:
         publish(journal.weights, report, job)
         journal.publish()
         return report
-
-
-def check_still(job: RecoveryJob, journal: Journal) -> None:
-    """Check that the output may still be written: another run may have finished it since the job was prepared."""
-    try:
-        check_output(job.output, job.source.folder, job.overwrite)
-    except RequestError:
-        if not journal.resumed:
-            journal.discard()
-        raise
 
 
 def trained_of(job: RecoveryJob, masks: Masks) -> Trained:

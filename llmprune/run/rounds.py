@@ -39,6 +39,7 @@ from llmprune.report.result import Report
 from llmprune.report.stored import read_run
 from llmprune.results import Evaluation, Round
 from llmprune.run import job as single
+from llmprune.run.preflight import check_still
 from llmprune.run.prepare import Job, describe, described, open_stream, prepare
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import check_trainable, prepare_recovery
@@ -126,7 +127,7 @@ def run_rounds(rounds: Rounds, listen: Listener = SILENT) -> Report:
     whole, began = rounds.whole, perf_counter()
     journal = Journal(whole.output, rounds_identity(rounds), whole.restart)
     try:
-        single.check_still(whole, journal)
+        check_still(whole.output, whole.source.folder, whole.overwrite, journal)
         make_folder(journal.folder / "rounds")
         done = list(finished(rounds, journal, listen))
         good = [one for one in done if within(rounds, one)]

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from llmprune.allocation.erk import by_shape, shared
 from llmprune.errors import RequestError
 from llmprune.maths.linalg import drop_smallest
-from llmprune.methods import build
 from llmprune.model.matrices import Matrix
 from llmprune.training.masks import Masks
-from llmprune.types import Mask, Pattern, Seen, Stats
+from llmprune.types import Mask, Pattern
 
 CRITERIA = ("magnitude", "random", "snip", "grasp", "synflow")
 ON_DATA = ("snip", "grasp")  # criteria of a loss
@@ -177,7 +177,7 @@ def masked(scores: Scores, weights: dict[str, nn.Parameter], chosen: Chosen, pat
     if allocation == THRESHOLD and not pattern.local:
         kept = under_one_threshold(places, sparsity)
     else:
-        ratios = dict.fromkeys(places, sparsity) if pattern.local else ratios_of(allocation, places, sparsity)
+        ratios = ratios_of("uniform" if pattern.local else allocation, places, sparsity)
         kept = {
             place: pattern.project(score_RC, pattern.dropped(score_RC.shape[0], score_RC.shape[1], ratios[place]))
             for place, score_RC in places.items()
@@ -197,11 +197,9 @@ def under_one_threshold(places: dict[Place, Tensor], sparsity: float) -> dict[Pl
 
 def ratios_of(allocation: str, places: dict[Place, Tensor], sparsity: float) -> dict[Place, float]:
     """The share that each matrix loses, by its shape."""
-    built, names = build("allocation", allocation), {f"{name}[{number}]": (name, number) for name, number in places}
-    measured = {key: built.measure(Seen(places[place], Stats(), None, _unpruned)) for key, place in names.items()}
-    ratios, _ = built.share(measured, {key: places[place].numel() for key, place in names.items()}, dict.fromkeys(names, ""), sparsity)
+    if allocation == "uniform":
+        return dict.fromkeys(places, sparsity)
+    names = {f"{name}[{number}]": (name, number) for name, number in places}
+    shares = {key: by_shape(*places[place].shape) for key, place in names.items()}
+    ratios, _ = shared(shares, {key: places[place].numel() for key, place in names.items()}, sparsity)
     return {place: ratios[key] for key, place in names.items()}
-
-
-def _unpruned(ratio: float) -> Tensor:
-    raise NotImplementedError("allocations by shape prune nothing on trial")

@@ -180,6 +180,21 @@ def test_a_model_keeps_its_weights(tmp_path):
     assert sum(int((p == 0).sum()) for p in masked.values()) > 0
 
 
+def test_weights_in_other_files_are_not_made_again(config, tmp_path):
+    (config / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.raises(RequestError, match="safetensors"):
+        llmprune.init_mask(config, 0.5, criterion="random", output=tmp_path / "out")
+    report = llmprune.init_mask(config / "config.json", 0.5, criterion="random", output=tmp_path / "out")  # as it says
+    assert report.recipe["initialised"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
+    values = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(values | {"vocab_size": 100}))
+    with pytest.raises(RequestError, match=r"token id .*, the model's vocabulary is 0 to 99"):
+        llmprune.init_mask(config, 0.5, data="bundled-calibration", samples=2, sequence_length=32, output=tmp_path / "out")
+
+
 FAULTS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"criterion": "snap", "sparsity": 0.5}, "criterion 'snap' is unknown"),
     ({"criterion": "snip", "sparsity": 0.5}, "criterion snip needs data"),
