@@ -53,12 +53,12 @@ class Calibration:
     sha256: str  # of all token ids
     drawn_from: str = ""  # among how many they were drawn, by which seed; empty for the first windows
     pictures: int = 0  # in all windows
-    left_out: int = 0  # rows of the data set whose pictures are larger than a window
+    left_out: int = 0  # rows with pictures that fit into no window, or whose window has the tokens of another one
 
     @property
     def seen(self) -> str:
         """What is seen with the windows, in words."""
-        left = f" ({self.left_out} rows with larger pictures left out)" if self.left_out else ""
+        left = f" ({self.left_out} rows left out that fit into no window, or repeat another one's tokens)" if self.left_out else ""
         return f" with {self.pictures} pictures{left}" if self.pictures else ""
 
     def to_json(self) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Row:
 def picture_windows(source: TextSource, processor: Any, length: int, wanted: int, draw: int | None = None) -> Windows:
     """The first windows of a data set with pictures, as many as ``wanted`` or all. draw: a seed by which rows are shuffled in a buffer.
 
-    Rows whose pictures alone fill a window are left out, and counted. Raises RequestError for rows without pictures or text, and when there is no
-    whole window.
+    Rows whose pictures alone fill a window, and those of a window with the tokens of another one, are left out, and counted.
+    Raises RequestError for rows without pictures or text, and when there is no whole window.
     """
     reader = Reader(processor, source)
     found: dict[bytes, tuple[Tensor, Seen | None]] = {}
@@ -82,13 +82,16 @@ def picture_windows(source: TextSource, processor: Any, length: int, wanted: int
             window = reader.window(parts, length)
         except UNRENDERED as error:
             raise RequestError(f"{source.dataset}, {len(parts)} rows together: {first_line(error)[:200]}", HINT_ROWS) from None
-        if window is not None:
-            found.setdefault(window[0][:-1].numpy().tobytes(), window)
+        key = b"" if window is None else window[0][:-1].numpy().tobytes()
+        if window is None or key in found:  # windows are known by their tokens
+            reader.left_out += len(parts)
+        else:
+            found[key] = window
         if len(found) == wanted:
             break
     if not found:
         raise RequestError(
-            f"{source.dataset}: no whole window of {length} tokens ({reader.left_out} rows have larger pictures)",
+            f"{source.dataset}: no whole window of {length} tokens ({reader.left_out} rows are left out)",
             "give more rows, or another --sequence-length",
         )
     drawn = "" if draw is None else f"rows shuffled in a buffer of {BUFFER:,}, seed {draw}"
@@ -115,7 +118,7 @@ def packed(rows: Iterator[Row], reader: Reader, length: int) -> Iterator[list[Ro
 
 
 class Reader:
-    """Rows through a processor. left_out: rows whose pictures do not fit into any window."""
+    """Rows through a processor. left_out: rows that are in no window."""
 
     def __init__(self, processor: Any, source: TextSource) -> None:
         self.processor, self.source = processor, source

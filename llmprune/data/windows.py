@@ -23,7 +23,7 @@ PIECE = 4 << 20  # characters
 @dataclass(frozen=True)
 class Windows:
     """Token ids [N, L] with the name of their text. drawn_from: among how many, by which seed; empty for the first windows. seen: the pictures of
-    each window, empty for text alone; left_out: rows of the data set whose pictures are larger than a window.
+    each window, empty for text alone; left_out: rows with pictures that are in no window.
     """
 
     ids_NL: Tensor

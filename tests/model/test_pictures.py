@@ -27,7 +27,7 @@ from llmprune.errors import RequestError
 from llmprune.model.matrices import block_matrices
 from llmprune.model.wrappers import towers
 from llmprune.run import job
-from llmprune.run.prepare import open_stream
+from llmprune.run.prepare import describe, open_stream
 from llmprune.statistics.gradients import loss_gradients
 
 LENGTH, SAMPLES = 96, 4
@@ -268,6 +268,16 @@ def test_pictures_that_fill_a_window_are_left_out_and_counted(saved):
     assert wide.exists()
     windows = windows_of(saved, 100)
     assert windows.left_out == 1
+
+
+def test_windows_of_equal_tokens_are_counted(saved):
+    """Rows that differ in their pictures alone."""
+    said = "the same words " * 12
+    rewritten(saved[1], lambda rows: [row.update(images=row["images"][:1], messages=None, text=said) for row in rows])
+    windows = windows_of(saved, 100)
+    assert len(windows.ids_NL) < 24
+    assert windows.left_out > 0
+    assert "rows left out that fit into no window, or repeat another one's tokens" in describe(windows).seen
 
 
 def test_a_model_without_a_processor_is_refused(saved, tmp_path):
