@@ -33,16 +33,6 @@ Order = Literal["measured", "block_influence"]
 WINDOWS = 16  # on which the trials without a block are measured
 
 
-def layers_to_drop(structure: Structure, sparsity: float, exact: bool) -> int:
-    """The number of blocks that a ratio means. Raises RequestError for none, for all, and, if ``exact``, for a ratio that no number gives."""
-    total = len(structure.blocks)
-    count = round(sparsity * total)
-    legal = ", ".join(f"{n / total:.4g} ({total - n} kept)" for n in range(1, min(total, 9)))
-    if sparsity and (not 0 < count < total or (exact and abs(count - sparsity * total) > 0.01 * total)):
-        raise RequestError(f"layers at sparsity {sparsity:g}: {sparsity * total:.4g} of {total} blocks", f"legal sparsities: {legal}")
-    return count
-
-
 @torch.no_grad()
 def choose_layers(stream: Reshaped, windows_NL: Tensor, count: int, order: Order, listen: Listener = SILENT) -> dict[int, float]:
     """The dropped blocks, in order, with the cost of each: mean KL from the dense model without all dropped so far, or (block_influence) how
@@ -115,7 +105,7 @@ def layer_pruner(work: Work, stream: Reshaped, asked: dict[str, float], criterio
     structure = stream.structure
     record = records.read("choice")
     if record is None:
-        count = layers_to_drop(structure, work.plan.sparsity, structure.exact)
+        count = structure.layers_to_drop(work.plan.sparsity)
         order: Order = "block_influence" if criterion == "block_influence" else "measured"
         record = {"dropped": [[index, cost] for index, cost in choose_layers(stream, work.windows_NL, count, order, listen).items()]}
         records.write("choice", record)

@@ -36,7 +36,6 @@ from llmprune.recipe.values import read_bytes, read_count, read_share
 if TYPE_CHECKING:
     from llmprune.pruners.plan import Plan
 
-
 BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "max_ppl_increase")
 NAMED = ("quality", "method", "criterion", "solver")  # the fields that name a method
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries for units
@@ -98,6 +97,7 @@ class Recipe(BaseModel):
         None, ge=1, description="structured: sizes are multiples of this"
     )
     uniform: Annotated[bool, Flag(SMALLER)] = Field(False, description="structured: the same sizes in every layer")
+    exact: Annotated[bool, Flag(SMALLER)] = Field(False, description="structured: refuse a sparsity that no size gives, instead of rounding it")
     rotate: Annotated[bool, Flag(SMALLER)] = Field(
         False, description="hidden: rotate the residual stream to its principal axes first, as SliceGPT does"
     )

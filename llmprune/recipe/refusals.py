@@ -33,6 +33,7 @@ def check(recipe: Recipe) -> None:
     if recipe.pattern not in COARSE:
         check_allocation(recipe)
         check_parts(recipe)
+    check_exact(recipe)
     if recipe.options:
         recipe.made()
 
@@ -175,9 +176,17 @@ def refuse_structured(recipe: Recipe) -> None:
         )
     if recipe.target_latency_ratio is not None:
         raise RequestError(f"target_latency_ratio with pattern {recipe.pattern}: zeros take as long as others", "use a structured pattern")
-    given = [name for name in ("round_to", "uniform", "pad", "rotate") if getattr(recipe, name)]
+    given = [name for name in ("round_to", "uniform", "exact", "pad", "rotate") if getattr(recipe, name)]
     if given:
         raise RequestError(f"{given[0]} with pattern {recipe.pattern}", f"it is for structured patterns: {', '.join(STRUCTURED)}")
+
+
+def check_exact(recipe: Recipe) -> None:
+    """Raises RequestError for exact where no single size follows from the sparsity: other budgets are met to within one unit anyway."""
+    if recipe.exact and recipe.sparsity is None:
+        raise RequestError("exact without a sparsity: other budgets are met to within one unit", "omit --exact")
+    if recipe.exact and (recipe.pattern == "structured" or not recipe.one_size):
+        raise RequestError(f"exact with pattern {recipe.pattern} and sizes that share one budget", "omit --exact: it is met to within one unit")
 
 
 def check_units(recipe: Recipe, parts: list[Part]) -> None:

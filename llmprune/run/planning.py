@@ -11,7 +11,6 @@ from llmprune.errors import RequestError
 from llmprune.model.matrices import Matrix, Selection, block_matrices
 from llmprune.model.skeleton import count_parameters, own_sizes
 from llmprune.model.wrappers import is_wrapper
-from llmprune.pruners.layers import layers_to_drop
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.rotation import check_rotation
 from llmprune.ratios.latency import sparsity_for
@@ -47,7 +46,8 @@ def planned(recipe: Recipe, stream: Stream, selection: Selection) -> tuple[Plan,
         selection.takes,
         recipe.round_to,
         recipe.one_size,
-        exact=recipe.sparsity is not None and recipe.pattern != "structured",
+        given=recipe.sparsity is not None,
+        exact=recipe.exact,
         padded=recipe.pad,
         own=own_sizes(stream.source.config if isinstance(stream, CheckpointStream) else stream.walk.model.config.to_dict()),
     )
@@ -81,7 +81,7 @@ def with_budget(recipe: Recipe, plan: Plan, stream: Stream, matrices: dict[int, 
         each = max(SIZES[entry.dtype] for entry in source.tensors.values())
         plan = replace(plan, sparsity=share_for("target_size", recipe.target_size, source.bytes, room * each))
     if structure and structure.name == "layers" and recipe.target_latency_ratio is None:
-        layers_to_drop(structure, plan.sparsity, structure.exact)
+        structure.layers_to_drop(plan.sparsity)
     return plan
 
 

@@ -176,7 +176,7 @@ def check_ratios(plan: Plan, stream: Stream, matrices: dict[int, list[Matrix]]) 
 def check_reach(plan: Plan) -> None:
     """Check that an exact share can be met: by equal numbers only where layers have equally many units, by unequal ones within what they can lose."""
     structure = plan.structure
-    if structure is None or not structure.exact or not structure.cut:
+    if structure is None or not structure.given or not structure.cut:
         return
     cuts, name = structure.cut.values(), structure.name
     if structure.uniform:

@@ -97,10 +97,11 @@ class Job:
         dtype = str(self.stream.dtype).removeprefix("torch.")
         left, towers = too_large(self.source.folder), towers_of(self.stream)
         apart = f"; {towers}" if towers else ""
+        rounded = structure.rounded(self.plan.sparsity) if structure else ""
         return (
             f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs{'' if structure else self.stays_dense()}; "
-            f"{recipe['pattern']} at {goal} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
+            f"{recipe['pattern']} at {goal}{f' ({rounded})' if rounded else ''} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
             f"{self.describe_data()}\n"
             f"{self.footprint}\n"
             f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"

@@ -57,7 +57,8 @@ class Structure:
     blocks: tuple[int, ...]  # parameters of each block
     cut: dict[str, Cuttable]
     uniform: bool  # the same sizes in every layer
-    exact: bool  # a ratio that cannot be met exactly is refused, unless sizes are rounded
+    given: bool  # the sparsity was asked for; otherwise another budget found it
+    exact: bool  # a ratio that no legal size gives is refused; otherwise it is rounded to the nearest one
     padded: bool  # every layer is saved as wide as the widest
     others: tuple[tuple[str, ...], ...]  # of each block, matrices without units to drop, by their names in it
     outer: Space | None = None  # the residual channels outside the blocks, where the width is cut
@@ -139,7 +140,7 @@ class Structure:
     def legal(self, asked: dict[str, float], sparsity: float) -> dict[str, float]:
         """The ratios nearest to those asked for that leave legal counts, under the same budget.
 
-        Raises RequestError where an exact ratio cannot be met, or rounding leaves nothing to cut.
+        Raises RequestError for a ratio that is not legal where it has to be, and for one that is rounded to nothing.
         """
         uniform = self.uniform or len(set(asked.values())) == 1
         together = self._together(uniform)
@@ -153,7 +154,40 @@ class Structure:
             ratios = {key: self._closest(self.cut[names[0]], wanted[key]) for key, names in together.items()}
         else:
             ratios = on_levels(wanted, sizes, levels, sparsity)
+            if self.given and sparsity > 0 and not any(ratios.values()):
+                least = min((levels[key][1] * sizes[key] for key in together if len(levels[key]) > 1), default=0) / sum(sizes.values())
+                raise RequestError(
+                    f"{self.name} at sparsity {sparsity:.4g}: too little to cut anything",
+                    f"{least:.4g} is the least" if least else "nothing can be cut; use a smaller --round-to",
+                )
         return {name: ratios[key] for key, names in together.items() for name in names}
+
+    def layers_to_drop(self, sparsity: float) -> int:
+        """The number of blocks nearest to a share of them; at least one is kept.
+
+        Raises RequestError as ``legal`` does.
+        """
+        total = len(self.blocks)
+        count = min(round(sparsity * total), total - 1)
+        if sparsity and (not count or (self.exact and abs(count - sparsity * total) > 0.01 * total)):
+            legal = ", ".join(f"{n / total:.4g} ({total - n} kept)" for n in range(1, min(total, 9)))
+            raise RequestError(f"layers at sparsity {sparsity:g}: {sparsity * total:.4g} of {total} blocks", f"legal sparsities: {legal}")
+        return count
+
+    def rounded(self, sparsity: float) -> str:
+        """What a sparsity is rounded to where all layers get the same sizes; empty where it is met, or shared out by measures.
+
+        Raises RequestError as ``legal`` does.
+        """
+        if self.name == "layers":
+            dropped, units, where = self.layers_to_drop(sparsity), len(self.blocks), "layers"
+        elif self.uniform and self.given and self.name != "structured" and len({c.native for c in self.cut.values()}) == 1:
+            cut = next(iter(self.cut.values()))
+            units, where = cut.space.units, "residual channels" if self.outer else f"{cut.space.pattern} in each layer"
+            dropped = units - round(cut.kept(self._closest(cut, sparsity)))
+        else:
+            return ""
+        return "" if abs(dropped / units - sparsity) < 1e-6 else f"{dropped / units:.4g} is the nearest possible: {dropped} of {units} {where}"
 
     def _together(self, uniform: bool) -> dict[str, list[str]]:
         """The cuts that have to keep equally many units: all of one config field, in one layer or (uniform) in all."""
@@ -165,11 +199,11 @@ class Structure:
 
     def _closest(self, cut: Cuttable, ratio: float) -> float:
         count, space = closest_count(list(cut.native), cut.kept(ratio)), cut.space
-        if self.exact and space.pattern not in ROUNDED and abs(count - cut.kept(ratio)) > 1e-6 * space.units:
+        if self.exact and abs(count - cut.kept(ratio)) > 1e-6 * space.units:
             raise RequestError(
                 f"{space.pattern} at sparsity {ratio:g}: of {space.units} in a layer, {cut.kept(ratio):.4g} would be kept", _ratios(cut.native, space)
             )
-        if self.exact and ratio > 0 and count == space.units:
+        if self.given and ratio > 0 and count == space.units:
             raise RequestError(
                 f"{space.pattern} at sparsity {ratio:.4g}: the nearest legal number to {cut.kept(ratio):.4g} is all {space.units}",
                 _ratios(cut.native, space),
@@ -204,6 +238,7 @@ def structure_of(
     takes: Callable[[str], bool],
     round_to: int | None = None,
     uniform: bool = True,
+    given: bool = False,
     exact: bool = False,
     padded: bool = False,
     own: OwnSizes = NO_SIZES,
@@ -235,7 +270,7 @@ def structure_of(
         raise RequestError(f"pattern {pattern}: nothing is selected", "check --skip and --only")
     outer = outer_space(model) if pattern == "hidden" else None
     outside = parameters_outside(model, outer) if outer else 0
-    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, exact, padded, tuple(others), outer, outside)
+    return Structure(pattern, patterns, config, tuple(spaces), tuple(numbers), cut, uniform, given, exact, padded, tuple(others), outer, outside)
 
 
 def parameters_outside(model: PreTrainedModel, outer: Space) -> int:

@@ -35,7 +35,7 @@ def test_flat_words_and_a_default_name(cli, small):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--pattern", "heads", "--sparsity", 0.25), "legal sparsities: 0.5"),
+        (("--pattern", "heads", "--sparsity", 0.25, "--exact"), "legal sparsities: 0.5"),
         (("--pattern", "experts", "--sparsity", 0.5), "it has no experts"),
         (("--pattern", "hidden", "--sparsity", 0.5, "--only", "mlp"), "every matrix reads or writes"),
         (("--pattern", "width", "--sparsity", 0.5), "there are: unstructured"),

@@ -19,6 +19,7 @@ from families import FAMILIES, tiny_windows
 from faults.runs import contents
 from often import often
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
@@ -28,8 +29,10 @@ from llmprune.errors import PromiseError, RequestError
 from llmprune.evaluation.divergence import after_blocks
 from llmprune.export.live import save_sliced
 from llmprune.export.reload import Reloader
+from llmprune.recipe.reading import read_recipe
 from llmprune.report.result import Report
-from llmprune.run.prepare import open_stream
+from llmprune.run.job import run
+from llmprune.run.prepare import open_stream, prepare
 from llmprune.structured.spaces import refusal, spaces_of
 
 IDS = tiny_windows(8, 24)
@@ -191,11 +194,55 @@ def test_nothing_asked_nothing_changed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "got", "said"),
+    [
+        ("layers", 2 / 7, "0.2857 is the nearest possible: 2 of 7 layers"),
+        ("heads", 1 / 3, "0.3333 is the nearest possible: 3 of 9 heads in each layer"),
+        ("kv-groups", 1 / 3, "0.3333 is the nearest possible: 1 of 3 kv-groups in each layer"),
+        ("channels", 8 / 40, "0.2 is the nearest possible: 8 of 40 channels in each layer"),
+        ("hidden", 16 / 72, "0.2222 is the nearest possible: 16 of 72 residual channels"),
+        ("structured", None, ""),
+    ],
+)
+def test_a_quarter_of_sizes_that_have_none(pattern, got, said, tmp_path):
+    """Seven layers, nine heads in three groups: rounded to the nearest size that exists, which the first line of the plan says."""
+    config = LlamaConfig(
+        hidden_size=72,
+        intermediate_size=40,
+        num_hidden_layers=7,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=96,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    asked = {"model": str(tmp_path / "model"), "pattern": pattern, "sparsity": 0.25, "output": str(tmp_path / "out"), "accept_damage": True}
+    job = prepare(read_recipe(None, asked), IDS)
+    assert f"{pattern} at 0.25{f' ({said})' if said else ''} by" in str(job).splitlines()[0]
+    report = run(job)
+    assert report.asked == 0.25
+    assert got is None or abs(report.sparsity - got) < 0.001
+    assert report.sparsity > 0
+    reloaded(tmp_path / "out", trust_remote_code=pattern == "structured")
+
+
+@pytest.mark.parametrize(
     ("pattern", "sparsity", "options", "said"),
     [
-        ("heads", 0.3, {}, "legal sparsities: 0.5"),
-        ("kv-groups", 0.3, {}, "legal sparsities: 0.25 .3 kept., 0.5 .2 kept., 0.75"),
-        ("layers", 0.5, {}, "legal sparsities"),
+        ("heads", 0.3, {"exact": True}, "legal sparsities: 0.5"),
+        ("kv-groups", 0.3, {"exact": True}, "legal sparsities: 0.25 .3 kept., 0.5 .2 kept., 0.75"),
+        ("channels", 0.3, {"exact": True}, "33.6 would be kept"),
+        ("layers", 0.5, {"exact": True}, "legal sparsities"),
+        ("heads", 0.2, {}, "the nearest legal number to 6.4 is all 8.*legal sparsities: 0.5"),
+        ("kv-groups", 0.1, {}, "is all 4.*legal sparsities: 0.25"),
+        ("layers", 0.1, {}, "0.3 of 3 blocks.*legal sparsities: 0.3333"),
+        ("structured", 0.001, {}, "is the least"),
+        ("structured", 0.001, {"uniform": True}, "too little to cut anything.*is the least"),
+        ("structured", 0.5, {"exact": True}, "omit --exact"),
+        ("channels", 0.5, {"exact": True, "allocation": "owl"}, "omit --exact"),
+        ("channels", None, {"exact": True, "target_params": "30k"}, "omit --exact"),
+        ("unstructured", 0.5, {"exact": True}, "structured patterns"),
         ("channels", 0.5, {"round_to": 64}, "none of the 48 can be dropped"),
         ("channels", 0.5, {"pad": True}, "omit --pad"),
         ("channels", 0.5, {"permute": True}, "omit --permute"),
