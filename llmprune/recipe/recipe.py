@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmprune.methods import trait
 from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, ROUNDS, SMALLER, WHAT, Flag
+from llmprune.recipe.kinds import Between, Bytes, Count, Increase, MethodName, Regex, Sparsity
 from llmprune.recipe.named import (
     DEFAULT_QUALITY,
     METHODS,
@@ -31,7 +32,6 @@ from llmprune.recipe.named import (
 )
 from llmprune.recipe.parts import Part, assigned, packages_of, parts_of
 from llmprune.recipe.user_methods import UserClass, UserCriterion, UserSolver
-from llmprune.recipe.values import read_bytes, read_count, read_share
 
 if TYPE_CHECKING:
     from llmprune.pruners.plan import Plan
@@ -40,19 +40,7 @@ BUDGETS = ("sparsity", "target_params", "target_size", "target_latency_ratio", "
 NAMED = ("quality", "method", "criterion", "solver")  # the fields that name a method
 STRUCTURED_STARTS = ("uniform", "sensitivity", "flap")  # what auto tries for units
 MOST_SPARSITY = 0.99  # where another budget decides
-MOST_INCREASE = 10.0
 RECOVER_STEPS = 100
-
-SHARE = BeforeValidator(read_share, json_schema_input_type=float | str)
-Share = Annotated[float, SHARE]
-Count = Annotated[int, Field(gt=0), BeforeValidator(read_count, json_schema_input_type=int | str)]
-Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_input_type=int | str)]
-
-
-def _read_method(value: Any) -> Any:
-    if isinstance(value, str | UserCriterion | UserClass | None):
-        return value
-    raise ValueError("is not a name")
 
 
 class Recipe(BaseModel):
@@ -62,7 +50,7 @@ class Recipe(BaseModel):
 
     model: Annotated[str, Flag(MOST_USED, "PATH|ID")] = Field(description="folder, Hub id or alias; llama is the small bundled one")
     revision: Annotated[str | None, Flag(WHAT, "NAME")] = Field(None, description="branch, tag or commit of a Hub model")
-    sparsity: Annotated[Share | None, Flag(MOST_USED, "FLOAT")] = Field(
+    sparsity: Annotated[Sparsity | None, Flag(MOST_USED, "FLOAT")] = Field(
         None, description="share of the weights to prune, such as 0.5 or 50%; may be left out with N:M"
     )
     target_params: Annotated[Count | None, Flag(BUDGET, "INT")] = Field(
@@ -71,10 +59,10 @@ class Recipe(BaseModel):
     target_size: Annotated[Bytes | None, Flag(BUDGET, "BYTES")] = Field(
         None, description="budget of structured patterns: bytes on disk that may remain, such as 1.2GB or 900MB (500B is 500 bytes)"
     )
-    target_latency_ratio: Annotated[Annotated[float, Field(gt=0, lt=1), SHARE] | None, Flag(BUDGET, "FLOAT")] = Field(
+    target_latency_ratio: Annotated[Between | None, Flag(BUDGET, "FLOAT")] = Field(
         None, description="budget of structured patterns: time of a prefill to the dense model's on this machine, such as 0.7"
     )
-    max_ppl_increase: Annotated[Share | None, Flag(BUDGET, "FLOAT")] = Field(
+    max_ppl_increase: Annotated[Increase | None, Flag(BUDGET, "FLOAT")] = Field(
         None, description="budget: the sparsest model whose perplexity on held-back calibration windows rises by at most this, such as 5%"
     )
     rounds: Annotated[int | None, Flag(ROUNDS)] = Field(
@@ -110,10 +98,10 @@ class Recipe(BaseModel):
     method: Annotated[str | None, Flag(HOW, "NAME")] = Field(
         None, description="a paper's own recipe, unimproved, for comparison; see llmprune methods"
     )
-    criterion: Annotated[Any, PlainValidator(_read_method, str | None), Flag(HOW, "NAME")] = Field(
+    criterion: Annotated[Any, MethodName, Flag(HOW, "NAME")] = Field(
         None, description="what scores the weights; on the command line also your own function, my.py:score"
     )
-    solver: Annotated[Any, PlainValidator(_read_method, str | None), Flag(HOW, "NAME")] = Field(
+    solver: Annotated[Any, MethodName, Flag(HOW, "NAME")] = Field(
         None,
         description="what chooses the mask and repairs the kept weights; +reconstruct trains each block after it; also your own class, my.py:Mine",
     )
@@ -150,8 +138,8 @@ class Recipe(BaseModel):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(MACHINE, "NAME")] = Field(
         "auto", description="compute dtype: auto, float32, bfloat16 or float16; the saved dtype is the source's"
     )
-    skip: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are not pruned")
-    only: Annotated[str | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
+    skip: Annotated[Regex | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are not pruned")
+    only: Annotated[Regex | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
     eval: Annotated[list[str], Flag(DATA, "PATH|ID", "bundled text for llama, else windows held back of the calibration")] = Field(
         default_factory=list, description="data to measure the perplexity on, before and after"
     )
@@ -160,30 +148,6 @@ class Recipe(BaseModel):
     push: Annotated[str | None, Flag(HUB, "ID")] = Field(
         None, description="Hub repository that gets the result at the end, private, such as me/my-model"
     )
-
-    @field_validator("sparsity")
-    @classmethod
-    def _check_sparsity(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < 1:
-            raise ValueError('is outside 0 <= sparsity < 1 (half is 0.5 or "50%")')
-        return value
-
-    @field_validator("max_ppl_increase")
-    @classmethod
-    def _check_increase(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value <= MOST_INCREASE:
-            raise ValueError(f'is outside 0 < increase <= {MOST_INCREASE:g} (five per cent is 0.05 or "5%")')
-        return value
-
-    @field_validator("skip", "only")
-    @classmethod
-    def _check_pattern(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is not a regular expression ({error})") from None
-        return value
 
     @property
     def in_groups(self) -> bool:
