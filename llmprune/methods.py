@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import re
 import sys
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -24,6 +25,7 @@ from llmprune.errors import MISTAKES, RequestError, mistake
 if TYPE_CHECKING:
     from llmprune.types import Allocation, Criterion, Pattern, Solver, TriedAllocation
 
+SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z])")  # between two sentences
 KINDS = {"criteria": "criterion", "patterns": "pattern", "solvers": "solver", "allocation": "allocation"}  # a folder, and the singular
 DEFAULTS = MappingProxyType(
     {
@@ -164,6 +166,12 @@ def _own_spellings(name: str) -> dict[str, str]:
     tree = ast.parse((Path(__file__).parent / "patterns" / f"{name}.py").read_text(encoding="utf-8"))
     said = (n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "spellings" and n.value is not None)
     return next((ast.literal_eval(node.value) for node in said if node.value is not None), {})
+
+
+def sentence(kind: str, name: str) -> str:
+    """The first sentence of a method's document."""
+    words = " ".join(document(kind, name).partition("\n\n")[0].split())
+    return SENTENCE.split(words, maxsplit=1)[0]
 
 
 def document(kind: str, name: str) -> str:

@@ -212,12 +212,13 @@ class Reloaded:
 
 @dataclass(frozen=True)
 class Sample:
-    """How the dense and the pruned model continue a prompt."""
+    """How the dense and the pruned model continue a prompt. chat: they answer it, through the chat template."""
 
     prompt: str
     tokens: int  # that each of them writes
     dense: str
     pruned: str
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -326,9 +327,11 @@ class Pushed:
     left_out: tuple[str, ...]  # files of the folder that no run wrote
     commit: str | None
     complete: bool  # the repository holds the output
+    unseen: str = ""  # why a dry run has not looked at the repository
 
     def __str__(self) -> str:
-        where = f"{self.repo} ({'public' if self.public else 'private'}, {'new' if self.created else 'existing'})"
+        state = f"not looked up: {self.unseen}" if self.unseen else "new" if self.created else "existing"
+        where = f"{self.repo} ({'public' if self.public else 'private'}, {state})"
         what = f"{len(self.sent)} files, {sum(self.sent.values()):,} bytes"
         lines = [f"pushed to {where}: {what}" if self.commit else f"{where} holds it already" if self.complete else f"would push to {where}: {what}"]
         lines += [f"  {name}  {size:,}" for name, size in self.sent.items()] if not self.complete else []

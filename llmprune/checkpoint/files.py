@@ -26,6 +26,14 @@ FORMAT = 1  # of llmprune.json, sweep.json, and what bench prints; the next one 
 UNHASHED = ("README.md", "report.html", REPORT)  # about the weights; written after the hashes, or meant to be edited
 
 
+def output_folder(name: str) -> Path:
+    """The folder of a run's output that a command was given. Raises RequestError where there is none."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise RequestError(f"{name}: no such folder", "give the output folder of a finished run")
+    return folder
+
+
 def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from llmprune.checkpoint.files import output_folder
 from llmprune.cli.console import Count, Text, announce, err, out, progress_bars
 from llmprune.errors import PromiseError, RequestError, at_home
 
@@ -17,25 +18,34 @@ def push(
     repo: Annotated[str, typer.Argument(help="me/name, or a name of your own", metavar="REPO")],
     public: Annotated[bool, typer.Option("--public", help="public; private otherwise")] = False,
     existing: Annotated[bool, typer.Option("--existing", help="the repository may exist; its model is replaced")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, list what would be sent, stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the output, and the Hub if it can be reached; list what would be sent; stop")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Publish a finished output on the Hub in one commit, by the token of `hf auth login` or HF_TOKEN. If interrupted, the same command resumes."""
+    """Publish a finished output on the Hub in one commit.
+
+    The token is that of `hf auth login` or HF_TOKEN. If interrupted, the same command resumes.
+    """
     from dataclasses import asdict
 
+    path = output_folder(folder)
     from llmprune.publish.hub import push as publish
 
-    pushed = publish(Path(folder).expanduser(), repo, public=public, existing=existing, dry_run=dry_run)
+    pushed = publish(path, repo, public=public, existing=existing, dry_run=dry_run)
     print(json.dumps(asdict(pushed), indent=1)) if as_json else out.print(str(pushed), markup=False, soft_wrap=True)
 
 
 def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
-    data: Annotated[Optional[list[str]], typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated", metavar="PATH|ID")] = None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated [default: bundled-evaluation for llama]", metavar="PATH|ID"),
+    ] = None,
     tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]", metavar="NAME,...")] = None,
     task_dir: Annotated[Text, typer.Option(help="folder of your own task files, which are then the only ones", metavar="PATH")] = None,
-    window: Annotated[Count, typer.Option(help="tokens of a window", metavar="INT")] = None,
-    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task, instead of all", metavar="INT")] = None,
+    window: Annotated[Count, typer.Option(help="tokens of a window [default: 2048, or the model's positions; llama: 256]", metavar="INT")] = None,
+    samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task [default: all]", metavar="INT")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
     dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16", metavar="NAME")] = "auto",
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model", metavar="NAME")] = None,
@@ -44,8 +54,11 @@ def eval(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a model's perplexity, one block in memory at a time; or tasks of lm-eval, with the whole model in memory, which are added to the
-    llmprune.json of a result."""
+    """Measure a model's perplexity, or tasks of lm-eval.
+
+    The perplexity is measured with one block in memory at a time; tasks are with the whole model in memory, and are added to the llmprune.json of a
+    result.
+    """
     if task_dir and not tasks:
         raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
     if not data and not tasks and model != "llama":
@@ -85,7 +98,10 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Count the zeros of every block matrix, and check an N:M pattern group by group; or check the hashes of every file and tensor."""
+    """Count the zeros of every matrix; check N:M, or hashes.
+
+    An N:M pattern is checked group by group; with --manifest, the hashes of every file and tensor are.
+    """
     if manifest:
         if verify or skip or only:
             raise RequestError("--manifest together with --verify, --skip or --only", "it checks everything; run them one after the other")
@@ -130,19 +146,22 @@ def bench(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
     against: Annotated[Text, typer.Option(help="the dense model it came from, measured by turns with it", metavar="PATH|ID")] = None,
     prompt_length: Annotated[
-        Count, typer.Option(help="tokens of the prompt; by default 512, or as many as the positions allow", metavar="INT")
+        Count, typer.Option(help="tokens of the prompt [default: 512, or as many as the positions allow]", metavar="INT")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one", metavar="INT")] = 64,
     batch: Annotated[int, typer.Option(help="sequences side by side", metavar="INT")] = 1,
     repeat: Annotated[int, typer.Option(help="measured rounds, after the warm-up", metavar="INT")] = 5,
-    threads: Annotated[Count, typer.Option(help="CPU threads; torch's default", metavar="INT")] = None,
+    threads: Annotated[Count, typer.Option(help="CPU threads [default: torch's]", metavar="INT")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16", metavar="NAME")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="with torch.compile and a cache of fixed size")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that comes with a checkpoint")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure prefill and decode speed, memory and size; on CUDA also the 2:4 kernels. It measures and promises nothing."""
+    """Measure the speed, memory and size of a model.
+
+    Prefill and decode are timed; on CUDA so are the 2:4 kernels. It measures and promises nothing.
+    """
     announce(model, as_json)
     from llmprune.benchmark.run import bench as measure
     from llmprune.report.tables import print_bench
@@ -168,9 +187,9 @@ def bench(
 def report(
     result: Annotated[str, typer.Argument(help="output folder of a run, or its llmprune.json", metavar="PATH")],
     bench: Annotated[Text, typer.Option(help="output of llmprune bench --json: its speeds are shown in the page", metavar="PATH")] = None,
-    html: Annotated[Text, typer.Option(help="the page; report.html beside llmprune.json by default", metavar="PATH")] = None,
+    html: Annotated[Text, typer.Option(help="the page [default: report.html beside llmprune.json]", metavar="PATH")] = None,
 ) -> None:
-    """Write report.html of a result again, from its llmprune.json alone."""
+    """Write report.html again, from llmprune.json alone."""
     from llmprune.checkpoint.files import write_whole
     from llmprune.report.page import page
     from llmprune.report.stored import read_bench, read_run
@@ -207,9 +226,12 @@ def compare(
 
 
 def methods(name: Annotated[Text, typer.Argument(help="one method; without it, all are listed", metavar="NAME")] = None) -> None:
-    """List what can be asked for, or show one method's equation, paper and options."""
+    """List the methods, or explain one of them.
+
+    Of one method, its equation, paper and options are shown.
+    """
     from llmprune.checkpoint.aliases import ALIASES
-    from llmprune.methods import KINDS, check_name, document, find, names, packages
+    from llmprune.methods import KINDS, check_name, document, find, names, packages, sentence
     from llmprune.recipe.named import DEFAULT_QUALITY, METHODS, QUALITIES, STRUCTURED_PATTERNS
     from llmprune.recipe.options import options_of
 
@@ -237,10 +259,10 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; without it, a
         for one in ns:
             origin = " ".join(f"from {package} {version}" for package, version in packages(kind, one).items())
             if name is None:
-                out.print(f"{kind}/{one}: {origin or document(kind, one).splitlines()[0]}", markup=False)
+                out.print(f"{kind}/{one}: {origin or sentence(kind, one)}", markup=False, soft_wrap=True)
             elif name == one:
                 out.print("\n" + "\n".join(line for line in (f"{kind}/{one}", origin, document(kind, one)) if line), markup=False)
                 for option in options_of(find(kind, one)).values():
                     out.print(f"  --option {option}", markup=False, soft_wrap=True)
     if name is None:
-        out.print("aliases: " + ", ".join(f"{a} = {i or 'bundled'}" for a, i in ALIASES.items()), markup=False)
+        out.print("aliases: " + ", ".join(f"{a} = {i or 'bundled'}" for a, i in ALIASES.items()), markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -19,25 +20,27 @@ from llmprune.cli.recovering import recover
 from llmprune.cli.training import init_mask
 from llmprune.errors import LlmpruneError, at_home, first_line, out_of_memory
 
-for command in (prune, recover, eval, inspect, bench, report, compare, sweep, push, methods):  # as --help lists them
-    app.command(cls=Panels)(command)
-app.command("init-mask", cls=Panels)(init_mask)
+# as --help lists them
+COMMANDS: dict[str, Callable[..., None]] = {
+    one.__name__: one for one in (prune, recover, eval, inspect, bench, report, compare, sweep, push, methods)
+}
+COMMANDS["init-mask"] = init_mask
+for name, command in COMMANDS.items():
+    app.command(name, cls=Panels)(command)
 for command in (check, new, schema):
     recipe_app.command(cls=Panels)(command)
 app.add_typer(recipe_app, name="recipe")
+OWN = ("-h", "--help", "--version", "--install-completion", "--show-completion")  # options of the program, not of prune
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 1, 2, 3, 130 or 143 and never shows a traceback for an expected failure."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it when it is loaded
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0].startswith("-") and words[0] not in ("--help", "--version"):
+    if not words:
+        words = ["--help"]
+    elif words[0].startswith("-") and words[0].partition("=")[0] not in OWN:
         words = ["prune", *words]
-    if words == ["--version"]:
-        import llmprune
-
-        print(llmprune.__version__)
-        return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that matters
@@ -50,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     except _Interrupted as error:
         code = _say(f"interrupted by {error.signal.name}", "the same command resumes where it stopped", 128 + error.signal)
     except typer.TyperException as error:
-        code = _say(error.format_message(), "see llmprune COMMAND --help", 2)
+        command = words[0] if words[0] in COMMANDS else "COMMAND"
+        code = _say(error.format_message(), f"see llmprune {command} --help", 2)
     except (MemoryError, OSError, RuntimeError) as error:
         code = _broken(error)
     sys.exit(code)

@@ -56,7 +56,16 @@ def flag_of(name: str) -> Flag:
 
 
 class Panels(TyperCommand):
-    """A command whose help has its options by panels, in plain text."""
+    """A command whose help has its options by panels, in plain text; what it does not take is refused with a hint."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True  # they are refused here
+        left = super().parse_args(ctx, args)
+        if left and not ctx.resilient_parsing:
+            wants = ctx.params.get("model", "") is None
+            hint = f"write --model {left[0]}" if wants else f"see {ctx.command_path} --help"
+            raise RequestError(f"unexpected argument {left[0]!r}", hint)
+        return left
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[Any]] = {name: [] for name in (ARGUMENTS, *PANELS)}

@@ -83,7 +83,10 @@ def sweep(
     restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted sweep has left", rich_help_panel=OUTPUT)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Prune by many methods, patterns and sparsities under one calibration: a table and a plot of perplexity against sparsity."""
+    """Prune by many methods, patterns and sparsities.
+
+    All have one calibration; the result is a table and a plot of perplexity against sparsity.
+    """
     asked = recipes_of_sweep(Path(recipe) if recipe else None, given, listed(methods), listed(sparsities), listed(patterns))
     announce(asked[0].model, as_json)
     from llmprune.report.tables import print_sweep

@@ -13,7 +13,7 @@ from llmprune.cli.options import takes_recipe
 from llmprune.errors import RequestError
 from llmprune.recipe.reading import keys
 
-recipe_app = typer.Typer(rich_markup_mode=None, help="Recipe files: check them, start one, describe them to an editor.")
+recipe_app = typer.Typer(rich_markup_mode=None, help="Check, start and describe recipe files.")
 
 
 def check(files: Annotated[list[str], typer.Argument(help="recipe files", metavar="PATH")]) -> None:

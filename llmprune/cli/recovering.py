@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from llmprune.checkpoint.files import output_folder
 from llmprune.cli.console import Count, Text, out, progress_bars
 from llmprune.errors import at_home
 from llmprune.recipe.flags import DATA, HOW, MACHINE, OUTPUT
@@ -49,7 +50,10 @@ def recover(
     dry_run: Annotated[bool, _switch("--dry-run", "check everything, print the plan, stop")] = False,
     as_json: Annotated[bool, _switch("--json", "print the report as JSON")] = False,
 ) -> None:
-    """Train the kept weights of a pruned model: every zero stays. A held-out text chooses the best step, and the start is a candidate."""
+    """Train the kept weights of a pruned model.
+
+    Every zero stays. A held-out text chooses the best step, and the start is a candidate.
+    """
     given = dict(locals())
     own = {name: given.pop(name) for name in ("overwrite", "restart", "dry_run", "as_json")}
     run(given | {"eval": tuple(eval or ())}, **own)
@@ -57,6 +61,7 @@ def recover(
 
 def run(given: dict[str, Any], overwrite: bool, restart: bool, dry_run: bool, as_json: bool) -> None:
     """given: by the names that a request has for them."""
+    output_folder(given["folder"])
     from llmprune.report.tables import print_recovery
     from llmprune.run.recovered import run_recovery
     from llmprune.run.recovery import prepare_recovery

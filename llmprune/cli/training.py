@@ -17,19 +17,19 @@ def init_mask(
     pattern: Annotated[str, typer.Option(help="unstructured, N:M or block:RxC", metavar="NAME")] = "unstructured",
     criterion: Annotated[str, typer.Option(help="magnitude, random, snip, grasp or synflow", metavar="NAME")] = "snip",
     allocation: Annotated[
-        Text, typer.Option(help="erk (by shape), uniform, or threshold (one for all scores); by default erk, of magnitude uniform", metavar="NAME")
+        Text, typer.Option(help="erk (by shape), uniform, or threshold (one for all scores) [default: erk, of magnitude uniform]", metavar="NAME")
     ] = None,
     data: Annotated[Text, typer.Option(help="text for the loss of snip and grasp", metavar="PATH|ID")] = None,
-    samples: Annotated[Count, typer.Option(help="windows of that text; by default 32", metavar="INT")] = None,
-    sequence_length: Annotated[Count, typer.Option(help="tokens of each; by default 256", metavar="INT")] = None,
+    samples: Annotated[Count, typer.Option(help="windows of that text [default: 32]", metavar="INT")] = None,
+    sequence_length: Annotated[Count, typer.Option(help="tokens of each [default: 256]", metavar="INT")] = None,
     seed: Annotated[int, typer.Option(help="of the initialisation and of everything that is drawn", metavar="INT")] = 0,
     skip: Annotated[Text, typer.Option(help="regular expression: matrices that are not masked", metavar="REGEX")] = None,
     only: Annotated[Text, typer.Option(help="regular expression: the only matrices that are masked", metavar="REGEX")] = None,
-    output: Annotated[Text, typer.Option(help="folder of the result; by default ./MODEL-initial-PATTERN", metavar="PATH")] = None,
+    output: Annotated[Text, typer.Option(help="folder of the result [default: ./MODEL-initial-PATTERN]", metavar="PATH")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output at the end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Mask a model before it is trained, and save it with its masks for the training callback."""
+    """Mask a model before it is trained, and save it with its masks."""
     announce(model, as_json)
     from transformers.utils.logging import disable_progress_bar
 

@@ -74,9 +74,10 @@ def written(messages: list[dict[str, str]], tokenizer: Any, name: str) -> tuple[
     return text, spans
 
 
-def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, prompt: bool = False) -> str:
+def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, prompt: bool = False, **more: str) -> str:
+    """more: what the template may read beside the messages. Raises RequestError for messages that it does not take."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
     except UNRENDERED as error:
         raise RequestError(f"{name}: the chat template does not take it ({mistake(error)})", "leave such rows out") from None
 

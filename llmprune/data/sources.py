@@ -15,6 +15,7 @@ from llmprune.errors import RequestError, first_line
 COMMIT = re.compile("[0-9a-f]{40}")
 BUNDLED = Path(__file__).parent / "bundled"
 HASHED = 1 << 30  # bytes; a larger file is known by its size and time
+ANSWERS = 4  # seconds in which the Hub is to answer
 BUFFER = 10_000  # rows of a stream among which the next one is drawn
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -117,16 +118,22 @@ def _find_file(path: Path) -> TextSource:
 
 
 def resolved(repo: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set stands for now; as it was asked for, where the Hub cannot be reached or knows none."""
+    """The commit that a revision of a data set stands for now; as it was asked for, where the Hub knows none.
+
+    Raises RequestError where the Hub cannot be reached: ``datasets`` would try again for half a minute.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     if revision and COMMIT.fullmatch(revision):
         return revision
     try:
-        return HfApi().dataset_info(repo, revision=revision, expand=["sha"], timeout=30).sha or revision
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # said better when it is opened
+        return HfApi().dataset_info(repo, revision=revision, expand=["sha"], timeout=ANSWERS).sha or revision
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):  # said better when it is opened
         return revision
+    except (HTTPError, OSError) as error:
+        hint = "check your network, or give a file of yours: .txt, .jsonl or .parquet"
+        raise RequestError(f"data set {repo!r}: the Hub cannot be reached ({first_line(error)[:120]})", hint) from None
 
 
 def read_text(source: TextSource, characters: int | None = None, draw: int | None = None) -> Text:

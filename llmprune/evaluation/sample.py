@@ -1,4 +1,5 @@
-"""A model's greedy continuation of a prompt that is the same for every model: to be read beside another's, not to be measured.
+"""A model's greedy continuation of a prompt that is the same for every model: to be read beside another's, not to be measured. A chat model answers
+the prompt, through its chat template.
 
 This needs the whole model in memory, which pruning does not, so it is skipped for large models.
 """
@@ -13,6 +14,7 @@ import torch
 
 from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.checkpoint.source import Source
+from llmprune.data.chat import rendered
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
 from llmprune.model.kinds import longest_sequence
@@ -25,6 +27,7 @@ from llmprune.stream.whole import WholeStream
 
 PROMPT = "The first thing to know about a river is"  # from no data set: the report may be published
 TOKENS = 32
+A_DATE = "26 Jul 2024"  # for templates that write today's date if none is given
 MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides equally
 
 
@@ -34,10 +37,11 @@ class Prompt:
 
     tokenizer: Any
     ids: tuple[int, ...]
+    chat: bool
 
 
-def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt | str:
-    """The prompt, or the reason why there will be no sample."""
+def prompt_for(stream: CheckpointStream | WholeStream, source: Source, chat: bool = True) -> Prompt | str:
+    """The prompt, or the reason why there will be no sample. chat: through the chat template, where there is one."""
     size = count_parameters(stream.skeleton) * stream.dtype.itemsize
     if stream.resumable and size > MOST_BYTES:
         return f"the model takes {size / 1e9:,.1f} GB at once, and samples are written up to {MOST_BYTES / 1e9:.1f} GB"
@@ -47,12 +51,26 @@ def prompt_for(stream: CheckpointStream | WholeStream, source: Source) -> Prompt
         tokenizer = load_tokenizer(source.folder)
     except RequestError:
         return "transformers cannot load the tokenizer"
-    ids = tuple(tokenizer(PROMPT)["input_ids"])
+    template = str(tokenizer.chat_template or "") if chat else ""
+    if "strftime_now" in template and "date_string" not in template:
+        return "the chat template writes today's date, so equal runs would differ"
+    try:
+        ids = ids_of(tokenizer, bool(template))
+    except RequestError:
+        return "the chat template does not take a user's message alone"
     config = stream.skeleton.config.get_text_config(decoder=True)
     positions = longest_sequence(config)
     if not ids or (positions and len(ids) + TOKENS > positions) or max(ids) >= config.vocab_size:
         return "the prompt does not fit the model"
-    return Prompt(tokenizer, ids)
+    return Prompt(tokenizer, ids, bool(template))
+
+
+def ids_of(tokenizer: Any, chat: bool) -> tuple[int, ...]:
+    """The prompt as the model is used to it. Raises RequestError for a chat template that does not take it."""
+    if not chat:
+        return tuple(tokenizer(PROMPT)["input_ids"])
+    text = rendered([{"role": "user", "content": PROMPT}], tokenizer, "the sample", prompt=True, date_string=A_DATE)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @torch.no_grad()
@@ -76,4 +94,4 @@ def written(stream: Stream, prompt: Prompt | str) -> str:
 
 def beside(prompt: Prompt | str, dense: str, pruned: str) -> Sample | NoSample:
     """Both texts, or the reason why there are none."""
-    return NoSample(prompt) if isinstance(prompt, str) else Sample(PROMPT, TOKENS, dense, pruned)
+    return NoSample(prompt) if isinstance(prompt, str) else Sample(PROMPT, TOKENS, dense, pruned, prompt.chat)

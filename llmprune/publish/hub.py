@@ -56,7 +56,7 @@ def push(folder: Path | str, repo: str, *, public: bool = False, existing: bool 
     flags = " --public" * public + " --existing" * existing
     again = f"llmprune push {shlex.quote(str(folder))} {repo}{flags} resumes; what has arrived is not sent again"
     with talking(repo, again, StoppedError):
-        there = reach(repo)
+        there = reach_if_possible(repo) if dry_run else reach(repo)
         content = {name: content_of(path, there.repo) for name, path in files.items()}
         found = plan(there, folder, content, public, existing)
         if not found.complete and not dry_run:
@@ -78,7 +78,9 @@ def plan(there: There, folder: Path, content: dict[str, bytes | Path], public: b
         check(there, public, existing or begun)
     sizes = {} if done else {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in content.items()}
     url = f"{there.api.endpoint}/{there.repo}"
-    return Pushed(there.repo, url, public, there.info is None, sizes, removed, left_out(folder, content), None, done)
+    return Pushed(
+        there.repo, url, public, there.info is None and not there.unseen, sizes, removed, left_out(folder, content), None, done, there.unseen
+    )
 
 
 def check_destination(repo: str, public: bool = False, existing: bool = False) -> None:
@@ -87,25 +89,43 @@ def check_destination(repo: str, public: bool = False, existing: bool = False) -
         check(reach(repo), public, existing)
 
 
+class NoTokenError(RequestError):
+    """Nobody is logged in."""
+
+
 @dataclass(frozen=True)
 class There:
-    """What the Hub has under a name now; ``info`` is None where there is no such repository."""
+    """What the Hub has under a name now; ``info`` is None where there is no such repository. unseen: why it was not looked up, if it was not."""
 
     api: HfApi
     repo: str
     info: ModelInfo | None
     files: dict[str, RepoFile]
+    unseen: str = ""
+
+
+def reach_if_possible(repo: str) -> There:
+    """As ``reach``; without a token or a connection, a destination of which nothing is known but its name."""
+    try:
+        return reach(repo)
+    except NoTokenError:
+        unseen = "no Hub token"
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError) as error:
+        unseen = reason(error)
+    return There(HfApi(), repo, None, {}, unseen)
 
 
 def reach(repo: str) -> There:
     """Look at the destination with the token of the login or the environment. Raises RequestError without one, or for a bad name."""
-    token = get_token()
-    if token is None:
-        raise RequestError("no Hub token", "log in with `hf auth login`, or set HF_TOKEN; it is not an argument")
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise RequestError(f"repository {repo!r}: {reason(error)}", "write me/name, of letters, digits, - _ .") from None
+    token = get_token()
+    if token is None:
+        raise NoTokenError("no Hub token", "log in with `hf auth login`, or set HF_TOKEN; it is not an argument")
     api = HfApi(token=token)
     me = api.whoami()
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":

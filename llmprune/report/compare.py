@@ -159,7 +159,7 @@ def sections(found: Sequence[Result]) -> Iterator[Section]:
     samples = [(name, report.sample) for name, report in runs if isinstance(report.sample, Sample)]
     if samples:
         first = samples[0][1]
-        said = f"After “{first.prompt}”, greedily. One sample measures nothing."
+        said = f"{'In answer to' if first.chat else 'After'} “{first.prompt}”, greedily. One sample measures nothing."
         texts = (("dense", first.dense.strip()), *((name, sample.pruned.strip()) for name, sample in samples))
         yield Section("sample", "A sample of text", (said,), texts=texts)
 

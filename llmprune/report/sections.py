@@ -241,7 +241,8 @@ def recovery(found: Recovered, n: int) -> Section:
 def sample(found: Sample | NoSample) -> Section:
     if isinstance(found, NoSample):
         return Section("sample", "A sample of text", (f"None: {found.reason}.",))
-    said = f"Both models continue “{found.prompt}” for {found.tokens} tokens, greedily. One sample measures nothing."
+    how = "answer, through the chat template," if found.chat else "continue"
+    said = f"Both models {how} “{found.prompt}” for {found.tokens} tokens, greedily. One sample measures nothing."
     return Section("sample", "A sample of text", (said,), texts=(("dense", found.dense.strip()), ("pruned", found.pruned.strip())))
 
 

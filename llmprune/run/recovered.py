@@ -149,7 +149,7 @@ def measured_after(job: RecoveryJob, folder: Path) -> tuple[list[Perplexity], Sa
         found = [perplexity_on(written.skeleton, text) for text in (*job.deciding, *job.evaluation)]
     before = job.report.sample
     if isinstance(before, Sample):
-        before = replace(before, pruned=sample.written(written, sample.prompt_for(written, source)))
+        before = replace(before, pruned=sample.written(written, sample.prompt_for(written, source, before.chat)))
     return found, before
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from cli.runner import Cli
 
+import llmprune
 from llmprune.cli.options import flag_of
+from llmprune.methods import KINDS, document, own_names
 from llmprune.recipe.flags import MOST_USED, PANELS
 from llmprune.recipe.named import DEFAULT_QUALITY
 from llmprune.recipe.recipe import Recipe
@@ -33,7 +35,7 @@ COMMANDS = [
     "recipe check",
     "recipe schema",
 ]
-ROW = re.compile(r"^  (--[a-z-]+)(?: (\S+))?(?:  |$)", re.MULTILINE)
+ROW = re.compile(r"^  (?:-h, )?(--[a-z-]+)(?: (\S+))?(?:  |$)", re.MULTILINE)
 
 
 @pytest.fixture
@@ -97,6 +99,54 @@ def test_help_fits_the_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch, colum
         assert (ran.code, ran.err) == (0, ""), command
         assert [line for line in ran.out.splitlines() if len(line) > columns] == [], command
         assert re.findall(r"<(?:str|int|float|bool|list)\b", ran.out) == [], command  # names of Python's types
+
+
+def test_the_program_alone_prints_its_help(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    alone = cli()
+    assert (alone.code, alone.err) == (0, "")
+    assert alone.out == cli("-h").out == cli("--help").out
+    assert {"--version", "--help", "--install-completion", "--show-completion"} == {flag for flag, _ in ROW.findall(alone.out)}
+    assert all(line.endswith(".") for line in alone.out.partition("Commands:")[2].split("\n") if line), "cut off"
+    assert "...\n" not in alone.out.partition("Commands:")[2]
+    assert cli("prune", "-h").out == cli("prune", "--help").out
+    assert cli("--version").out == f"{llmprune.__version__}\n"
+
+
+def test_a_shell_completes_commands_and_options(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_LLMPRUNE_COMPLETE", "complete_bash")
+    for words, place, found in (("llmprune s", 1, "sweep"), ("llmprune prune --spars", 2, "--sparsity")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(place))
+        assert cli().out.split() == [found]
+
+
+def test_methods_are_listed_by_whole_sentences(cli: Cli) -> None:
+    lines = dict(line.split(": ", 1) for line in cli("methods").out.splitlines())
+    for kind in KINDS:
+        for name in own_names(kind):
+            said = lines[f"{kind}/{name}"]
+            assert said.endswith("."), name
+            assert " ".join(document(kind, name).split()).startswith(said), name
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("prune", "folder", "--sparsity", 0.5), "write --model folder"),
+        (("prune", "folder", "--model", "llama"), "see llmprune prune --help"),
+        (("sweep", "folder", "--methods", "wanda", "--output", "out"), "write --model folder"),
+        (("org/name", "--sparsity", 0.5), "llmprune --model org/name"),
+        (("inspect", "llama", "other"), "see llmprune inspect --help"),
+        (("eval", "--modl", "llama"), "see llmprune eval --help"),
+        (("recover", "no-such-folder", "--data", "text.txt"), "give the output folder of a finished run"),
+        (("push", "no-such-folder", "me/name", "--dry-run"), "give the output folder of a finished run"),
+    ],
+)
+def test_a_misplaced_word_gets_a_hint(cli: Cli, words: tuple[object, ...], hint: str) -> None:
+    ran = cli(*words)
+    assert ran.code == 2
+    assert re.search(rf"^error: .*\nhint: .*{re.escape(hint)}", ran.err), ran.err
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -31,6 +31,7 @@ OUTPUTS = {
     "custom-class": {"pattern": "structured", "sparsity": 0.25},
 }
 DENSE = "dense-shaped"
+NOBODY = "http://127.0.0.1:9"  # where nothing listens
 
 
 @pytest.fixture(scope="session")
@@ -279,6 +280,19 @@ def test_tokens(hub: Hub, output, cli, monkeypatch):
     refused = cli("push", output, "me/tiny")
     assert refused.code == 2
     assert refused.err.splitlines()[0] == "error: no Hub token"
+    assert hub.writes == []
+
+
+def test_a_dry_run_needs_neither_token_nor_network(hub: Hub, output, cli, monkeypatch):
+    seen = json.loads(cli("push", output, "me/tiny", "--dry-run", "--json").out)
+    for lost, reason in (("HF_TOKEN", "no Hub token"), ("ENDPOINT", "refused")):
+        with monkeypatch.context() as without:
+            without.delenv("HF_TOKEN") if lost == "HF_TOKEN" else without.setattr("huggingface_hub.constants.ENDPOINT", NOBODY)
+            dry = cli("push", output, "me/tiny", "--dry-run", "--json")
+        assert dry.code == 0, dry.err
+        found = json.loads(dry.out)
+        assert reason in found["unseen"]
+        assert (found["sent"], found["commit"], found["complete"]) == (seen["sent"], None, False)
     assert hub.writes == []
 
 

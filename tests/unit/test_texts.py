@@ -6,10 +6,12 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import close_session
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
@@ -77,11 +79,24 @@ def test_one_column_is_read_of_all_rows(tmp_path: Path) -> None:
 
 def test_a_folder_of_a_data_sets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("c4", "org/texts"):
         Path(name).mkdir(parents=True)
     assert find_source("c4", "calibration").builder == "allenai/c4"
     with pytest.raises(RequestError, match="texts: is a folder"):
         find_source("org/texts", "calibration")
+
+
+def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    close_session()
+    began = perf_counter()
+    with pytest.raises(RequestError, match="data set 'allenai/c4': the Hub cannot be reached") as refused:
+        find_source("c4", "calibration")
+    assert "a file of yours" in refused.value.hint
+    assert perf_counter() - began < 5
+    close_session()
 
 
 def test_identities_follow_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
