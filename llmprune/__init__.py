@@ -15,9 +15,13 @@ __version__ = "0.1.0"
 __all__ = [
     "LlmpruneError",
     "Masks",
+    "PromiseError",
     "RegularisationCallback",
+    "Report",
+    "RequestError",
     "Sparsifier",
     "SparsityCallback",
+    "StoppedError",
     "bench",
     "evaluate",
     "evaluate_tasks",
@@ -27,11 +31,16 @@ __all__ = [
     "push",
     "read_masks",
     "recover",
+    "save",
     "save_trained",
 ]
 ELSEWHERE = {  # than in the api
     "LlmpruneError": "llmprune.errors",
     "Masks": "llmprune.training.masks",
+    "PromiseError": "llmprune.errors",
+    "Report": "llmprune.report.result",
+    "RequestError": "llmprune.errors",
+    "StoppedError": "llmprune.errors",
     "RegularisationCallback": "llmprune.training.regularisation",
     "Sparsifier": "llmprune.training.sparsifier",
     "SparsityCallback": "llmprune.training.callback",
@@ -42,9 +51,10 @@ ELSEWHERE = {  # than in the api
 }
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, evaluate_tasks, load, prune, push, recover
+    from llmprune.api import evaluate, evaluate_tasks, load, prune, push, recover, save
     from llmprune.benchmark.run import bench
-    from llmprune.errors import LlmpruneError
+    from llmprune.errors import LlmpruneError, PromiseError, RequestError, StoppedError
+    from llmprune.report.result import Report
     from llmprune.run.initial import init_mask
     from llmprune.run.trained import save_trained
     from llmprune.training.callback import SparsityCallback
@@ -57,3 +67,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(ELSEWHERE.get(name, "llmprune.api")), name)
     raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
@@ -20,13 +22,16 @@ from llmprune.errors import RequestError
 from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.evaluation.replay import check_replay
-from llmprune.model.wrappers import auto_class
+from llmprune.model.kinds import check_live
+from llmprune.model.wrappers import auto_class, check_text
 from llmprune.publish.hub import check_destination
 from llmprune.publish.hub import push as publish
+from llmprune.recipe.keywords import PruneOptions, documented, of_recipe, plain, recipe_values
 from llmprune.recipe.reading import read_recipe
 from llmprune.report.result import Report
 from llmprune.results import Perplexity, Pushed, TaskResult
-from llmprune.run.live import prune_live
+from llmprune.run.live import as_for_inference, prune_live
+from llmprune.run.live_result import check_place, save_live
 from llmprune.run.preflight import check_ids, check_length
 from llmprune.run.prepare import open_stream, scan
 from llmprune.run.recovered import run_recovery
@@ -34,12 +39,15 @@ from llmprune.run.recovery import prepare_recovery
 from llmprune.run.rounds import prepare_pruning, runner
 from llmprune.run.windows import default_length
 from llmprune.stream.devices import choose_device, choose_dtype
+from llmprune.stream.live import LiveStream
+from llmprune.stream.stream import Stream
 from llmprune.training.request import Request
 from llmprune.types import SILENT, Listener
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
 
+@documented(PruneOptions, *of_recipe())
 def prune(
     model: str | PathLike[str] | nn.Module,
     sparsity: float | None = None,
@@ -52,16 +60,15 @@ def prune(
     public: bool = False,
     existing: bool = False,
     on_progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[PruneOptions],
 ) -> Report:
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
     one; the model itself keeps its shape, with zeros (except for layers and experts; solver refit scales experts in place).
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
-    tokenizer: for a live model that is calibrated on text; its processor for text with pictures. public, existing: of the repository, with
-    ``push="me/name"``. on_progress: called with (step, done, total) as the command line's bars are. options: every
-    other field of a recipe (``llmprune.recipe.recipe.Recipe``); criterion may be a function of (weight_RC, stats), see
-    ``llmprune.recipe.user_methods``.
+    tokenizer: for a live model that is calibrated on text, and saved with it where ``output`` is given; its processor for text with pictures.
+    overwrite, restart: of the output folder. public, existing: of the repository, with ``push="me/name"``. on_progress: called with (step, done,
+    total) as the command line's bars are. criterion may be a function of (weight_RC, stats), see ``llmprune.recipe.user_methods``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
     calibration = as_text(calibration)
@@ -72,15 +79,20 @@ def prune(
     windows = calibration if isinstance(calibration, Tensor) else None
     if tokenizer is not None and (windows is not None or not isinstance(model, nn.Module)):
         raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
-    values = {name: as_text(value) for name, value in options.items()} | {"pattern": pattern, "sparsity": sparsity}
+    values = recipe_values(options) | {"pattern": plain("pattern", pattern), "sparsity": plain("sparsity", sparsity)}
     values |= {"calibration": calibration} if isinstance(calibration, str) else {}
     listen = listener(on_progress)
     if isinstance(model, nn.Module):
-        if overwrite or restart or public or existing:
-            raise RequestError("overwrite, restart, public or existing with a model in memory", "they are about an output folder; omit them")
+        if restart or public or existing:
+            raise RequestError("restart, public or existing with a model in memory", "it is pruned at once, and pushed from its folder; omit them")
         recipe = read_recipe(None, {"model": type(model).__name__} | values)
-        return prune_live(model, recipe, windows, tokenizer, listen)
-    recipe = read_recipe(None, {"model": str(model)} | values)
+        if overwrite and recipe.output is None:
+            raise RequestError("overwrite without output, with a model in memory", "add output=..., or omit it")
+        if recipe.output is not None:
+            check_place(Path(recipe.output).expanduser(), check_live(model), overwrite)
+        report = prune_live(model, recipe, windows, tokenizer, listen)
+        return report if recipe.output is None else replace(save(report, recipe.output, tokenizer, overwrite=overwrite), model=report.model)
+    recipe = read_recipe(None, {"model": named(model)} | values)
     if recipe.push:
         check_destination(recipe.push, public, existing)
     job = prepare_pruning(recipe, windows, overwrite, restart)
@@ -112,6 +124,22 @@ def recover(
     return run_recovery(prepare_recovery(asked, overwrite, restart), listener(on_progress))
 
 
+def named(model: Any) -> str:
+    """Raises RequestError for anything else than a name or a path."""
+    if not isinstance(model, str | PathLike):
+        raise RequestError(f"model: {type(model).__name__}", "give a folder, a Hub id, an alias, or a transformers causal language model")
+    return fspath(model)
+
+
+def save(report: Report, folder: str | PathLike[str], tokenizer: Any = None, *, overwrite: bool = False) -> Report:
+    """Save a model that was pruned in memory, as it is now, as a result: weights, llmprune.json, card, page. Returns the report of the folder.
+
+    report: of ``prune`` with a live model. tokenizer: saved beside it, or a processor. Raises RequestError for another report, and where the output
+    cannot be written; PromiseError where the saved model, loaded again, predicts otherwise.
+    """
+    return save_live(report, folder, tokenizer, overwrite)
+
+
 def as_text(value: Any) -> Any:
     """Paths, also those in a list, as strings; anything else as it is."""
     if isinstance(value, list | tuple):
@@ -124,34 +152,60 @@ def listener(on_progress: Progress | None) -> Listener:
 
 
 def evaluate(
-    model: str | PathLike[str],
+    model: str | PathLike[str] | nn.Module,
     data: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
+    tokenizer: Any = None,
     window: int | None = None,
     samples: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     on_progress: Progress | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of a checkpoint on each data set, one block in memory at a time.
+    """Perplexity of a checkpoint, one block in memory at a time, or of a live model, on each data set.
 
-    window: tokens of a window. samples: the first so many windows instead of all. on_progress: called with (step, done, total).
-    Raises RequestError when something cannot be read.
+    tokenizer: of a live model. window: tokens of a window. samples: the first so many windows instead of all. device, dtype, revision: of a
+    checkpoint. on_progress: called with (step, done, total). Raises RequestError when something cannot be read.
     """
-    source = open_source(str(model), revision)
-    chosen = choose_device(device)
-    stream = open_stream(source, choose_dtype(dtype, chosen, source), chosen)
-    length = window or default_length(str(model), stream.skeleton.config)
+    where, kind = str(plain("device", device)), str(plain("dtype", dtype))
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise RequestError("a live model without its tokenizer", "add tokenizer=...")
+        if (where, kind, revision) != ("auto", "auto", None):
+            raise RequestError("device, dtype or revision with a model in memory", "it is measured as it is; omit them")
+        with as_for_inference(check_live(model)) as live:
+            check_text(live)
+            length = window or default_length("", live.config)
+            check_length(length, live.config)
+            return measured(LiveStream(live), tokenizer, data, length, samples, on_progress)
+    if tokenizer is not None:
+        raise RequestError("a tokenizer with a checkpoint, which has its own", "omit it")
+    source = open_source(named(model), revision)
+    chosen = choose_device(where)
+    stream = open_stream(source, choose_dtype(kind, chosen, source), chosen)
+    length = window or default_length(named(model), stream.skeleton.config)
     check_length(length, stream.skeleton.config)
-    tokenizer = load_tokenizer(source.folder)
     scan(source, stream)
     check_source(source)
+    return measured(stream, load_tokenizer(source.folder), data, length, samples, on_progress)
+
+
+def measured(
+    stream: Stream,
+    tokenizer: Any,
+    data: str | PathLike[str] | Sequence[str | PathLike[str]],
+    length: int,
+    samples: int | None,
+    on_progress: Progress | None,
+) -> list[Perplexity]:
+    """Of the model as the stream holds it. Raises RequestError."""
+    model = stream.walk.model
     found: list[Perplexity] = []
     for spec in [data] if isinstance(data, str | PathLike) else data:
         windows = read_windows(fspath(spec), "evaluation", tokenizer, length, samples)
         windows = windows.first(samples) if samples else windows
-        check_ids(windows, stream.skeleton)
+        check_ids(windows, model)
         if not found:
             check_replay(stream, windows.ids_NL[:1])
         found.append(perplexity(stream, windows, listener(on_progress)))
@@ -164,8 +218,8 @@ def evaluate_tasks(
     *,
     task_dir: str | PathLike[str] | None = None,
     samples: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[TaskResult]:
@@ -175,9 +229,9 @@ def evaluate_tasks(
     """
     names = [tasks] if isinstance(tasks, str) else tasks
     manager = find_tasks(names, None if task_dir is None else Path(task_dir).expanduser())
-    source = open_source(str(model), revision)
-    chosen = choose_device(device)
-    dtype = str(choose_dtype(dtype, chosen, source)).removeprefix("torch.")
+    source = open_source(named(model), revision)
+    chosen = choose_device(plain("device", device))
+    dtype = str(choose_dtype(plain("dtype", dtype), chosen, source)).removeprefix("torch.")
     loaded = load_whole(Task(str(source.folder), dtype, str(chosen), 0, 0, 1, trust_remote_code=trust_remote_code))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     return run_tasks(loaded, tokenizer, manager, names, samples)

@@ -40,13 +40,16 @@ def _in_a_line(text: str) -> str:
 
 
 class LlmpruneError(Exception):
-    """An expected failure: one line of message, one line of hint, and the exit code of the command."""
+    """An expected failure: one line of message, one line of hint, and the exit code of the command. As text it is both."""
 
     exit_code = 3
 
     def __init__(self, message: str, hint: str = "") -> None:
         self.message, self.hint = _in_a_line(message), _in_a_line(hint)
-        super().__init__(self.message)
+        super().__init__(self.message, self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
 class RequestError(LlmpruneError):

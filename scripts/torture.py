@@ -113,7 +113,7 @@ def main() -> None:
         try:
             outcome = row.run(args.quick)
         except Exception as error:  # the next rows are tried all the same
-            outcome = Outcome(f"{type(error).__name__}: {error}"[:300], False, tuple(getattr(error, "__notes__", ())))
+            outcome = Outcome(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], False, tuple(getattr(error, "__notes__", ())))
         word = {True: "reached", False: "short", None: "not tried"}[outcome.reached]
         print(f"{row.name:<16} {word:<9} {time.monotonic() - start:6.0f} s  {outcome.figure}  (asked: {row.asked})", flush=True)
         for fault in outcome.faults[:20]:

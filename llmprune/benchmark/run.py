@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -31,7 +33,7 @@ from llmprune.benchmark.worker import Task
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import DTYPES, Source
 from llmprune.errors import LlmpruneError, RequestError, StoppedError, first_line
-from llmprune.model.kinds import longest_sequence
+from llmprune.model.kinds import check_live, longest_sequence
 from llmprune.model.skeleton import UNBUILDABLE
 from llmprune.stream.devices import choose_device
 
@@ -53,16 +55,16 @@ class Entrant:
 
 
 def bench(
-    model: str | PathLike[str],
-    against: str | PathLike[str] | None = None,
+    model: str | PathLike[str] | nn.Module,
+    against: str | PathLike[str] | nn.Module | None = None,
     *,
     prompt_length: int | None = None,
     new_tokens: int = 64,
     batch: int = 1,
     repeat: int = 5,
     threads: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     compile: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -70,22 +72,35 @@ def bench(
 ) -> Bench:
     """Measure a checkpoint, by turns with ``against`` where given, as plain transformers loads and runs them.
 
-    model, against: alias, folder or Hub id. prompt_length: tokens; by default 512, or as many as the models' positions allow. new_tokens: decoded
-    after the first one. repeat: measured rounds, after one warm-up round (three with compile). threads: torch's default.
+    model, against: alias, folder or Hub id, or a model in memory, which is saved to a temporary folder. prompt_length: tokens; by default 512, or as
+    many as the models' positions allow. new_tokens: decoded after the first one. repeat: measured rounds, after one warm-up round (three with
+    compile). threads: torch's default.
     dtype: the checkpoint's own by default. trust_remote_code: run the model code that comes with the checkpoint.
     Raises RequestError before any load when the request cannot be met, StoppedError when a model fails.
     """
     _check_counts(new_tokens=new_tokens, batch=batch, repeat=repeat, **({"prompt_length": prompt_length} if prompt_length is not None else {}))
     _check_counts(**({"threads": threads} if threads is not None else {}))
+    device, dtype = str(device), str(dtype).removeprefix("torch.")
     if dtype not in DTYPE_NAMES:
         raise RequestError(f"dtype {dtype!r} is unknown", f"one of {', '.join(DTYPE_NAMES)}")
     chosen = choose_device(device)
     notes = _load_note(chosen)
-    named = [(str(against), "dense"), (str(model), "pruned")] if against is not None else [(str(model), "model")]
-    entrants = [_entrant(name, role, dtype, chosen, trust_remote_code, revision, notes) for name, role in named]
-    length = _prompt(prompt_length, new_tokens, entrants)
-    task = Task("", "", str(chosen), length, new_tokens, batch, threads, compile, trust_remote_code)
-    return _run(entrants, task, repeat, notes, progress)
+    with ExitStack() as held:
+        roles = {"model": model} if against is None else {"dense": against, "pruned": model}
+        named = [(_stored(one, held), role) for role, one in roles.items()]
+        entrants = [_entrant(name, role, dtype, chosen, trust_remote_code, revision, notes) for name, role in named]
+        length = _prompt(prompt_length, new_tokens, entrants)
+        task = Task("", "", str(chosen), length, new_tokens, batch, threads, compile, trust_remote_code)
+        return _run(entrants, task, repeat, notes, progress)
+
+
+def _stored(model: str | PathLike[str] | nn.Module, held: ExitStack) -> str:
+    """Where a model is; one in memory is saved. Raises RequestError for one that is no causal language model."""
+    if not isinstance(model, nn.Module):
+        return os.fspath(model)
+    folder = Path(held.enter_context(TemporaryDirectory())) / type(model).__name__
+    check_live(model).save_pretrained(folder)
+    return str(folder)
 
 
 def _run(entrants: list[Entrant], task: Task, repeat: int, notes: list[str], progress: Callable[[str, int, int], None]) -> Bench:

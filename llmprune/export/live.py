@@ -34,12 +34,17 @@ def slice_model(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Seq
 def save_sliced(model: PreTrainedModel, folder: Path, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> Export:
     """Save a smaller model with everything needed to load it; returns the content of its config."""
     smaller, exported = sliced_with_export(model, keeps, kept_layers)
+    write_sliced(smaller, exported, folder)
+    return exported
+
+
+def write_sliced(smaller: PreTrainedModel, exported: Export, folder: Path) -> None:
+    """Save the two values of ``sliced_with_export``."""
     smaller.save_pretrained(folder)
     for name, text in exported.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     if exported.per_layer:
         _as_exported(folder / "config.json", exported)
-    return exported
 
 
 def sliced_with_export(model: PreTrainedModel, keeps: Sequence[Keeps], kept_layers: Sequence[int] | None = None) -> tuple[PreTrainedModel, Export]:

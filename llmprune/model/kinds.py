@@ -1,8 +1,11 @@
-"""What a config describes, where that is not a causal language model."""
+"""What a config, or a model in memory, is where it is not a causal language model with weights of its own."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from llmprune.errors import RequestError
@@ -25,6 +28,27 @@ def check_causal(config: PreTrainedConfig) -> None:
         raise RequestError(f"config.json: {kind!r} with attn_type 'bi' is not a causal language model: every token sees the later ones", CAUSAL)
     if getattr(text, "use_bidirectional_attention", None) is True:
         raise RequestError(f"config.json: {kind!r} with use_bidirectional_attention is not a causal language model", CAUSAL)
+
+
+def check_live(model: nn.Module) -> PreTrainedModel:
+    """The model itself. Raises RequestError for one in memory that is no causal language model of transformers, or whose weights are not plain."""
+    name = type(model).__name__
+    if any(of_peft(module) for module in model.modules()):
+        raise RequestError(f"{name}: has adapters of peft", "merge them first: model = model.merge_and_unload()")
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError(f"{name}: is no model of transformers", "give a causal language model; of a compiled or parallel one the model inside")
+    check_causal(model.config)
+    if model.get_output_embeddings() is None:
+        raise RequestError(f"{name}: has no language model head", "load it by AutoModelForCausalLM")
+    if "quantization_config" in model.config.to_dict():
+        raise RequestError(f"{name}: its weights are quantised", "load it in full precision, or model.dequantize() it")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RequestError(f"{name}: some weights are on the meta device", "load them, without offloading to disk; or prune the checkpoint's folder")
+    return model
+
+
+def of_peft(module: Any) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def values_per_token(config: PreTrainedConfig) -> int:

@@ -158,14 +158,17 @@ def title(recipe: Recipe, report: Report, source: Source) -> str:
         base = "the small Llama that llmprune bundles, a demonstration, not a useful language model"
     else:
         base = f"a checkpoint called `{source.name}`, whose hashes are in `llmprune.json`"
+    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what_is_left(report, recipe)}"
+
+
+def what_is_left(report: Report, recipe: Recipe) -> str:
     share = f"{report.zeros:,} of the {report.weights:,}"
     if report.smaller:
         now, units = report.smaller.parameters, UNITS.get(recipe.pattern, recipe.pattern)
         what = f"{share} parameters of its {units} were removed ({report.sparsity:.2%}), {now:,} of {report.parameters:,} remain."
     else:
         what = f"{share} weights in the pruned matrices are zero ({report.sparsity:.2%}), of {report.parameters:,} parameters in all."
-    apart = f" Of these, {report.source.towers}." if report.source.towers else ""
-    return f"# {recipe.default_output}\n\nPruned from {base}, by llmprune {llmprune.__version__}: {what}{apart}"
+    return f"{what} Of these, {report.source.towers}." if report.source.towers else what
 
 
 def loading(folder: Path, whole: bool) -> str:

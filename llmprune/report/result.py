@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ class Report:
     rounds: tuple[Round, ...] = ()  # that led to this one, and it
     tasks: tuple[TaskResult, ...] = ()  # what ``llmprune eval`` has added
     model: Any = field(default=None, compare=False)  # of a live model and a structured pattern: the smaller model
+    live: Any = field(default=None, compare=False)  # of a live model: what ``save`` needs (llmprune.run.live_result.Unsaved)
     timings: Timings = field(default=Timings(), compare=False)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
@@ -136,12 +138,16 @@ class Report:
         """``llmprune.push`` of this report."""
         return llmprune.push(self, repo, public=public, existing=existing, dry_run=dry_run)
 
+    def save(self, folder: str | PathLike[str], tokenizer: Any = None, *, overwrite: bool = False) -> Report:
+        """``llmprune.save`` of this report."""
+        return llmprune.save(self, folder, tokenizer, overwrite=overwrite)
+
     def to_json(self) -> dict[str, Any]:
         """The content of llmprune.json. ``timings`` is the one field that differs between equal runs."""
-        plain = asdict(replace(self, output=None, model=None))
+        plain = asdict(replace(self, output=None, model=None, live=None))
         for block in plain["blocks"]:
             del block["seconds"]  # they are with the other timings
-        for name in ("output", "model", *(name for name in ("tasks", "recovered", "rounds") if not plain[name])):
+        for name in ("output", "model", "live", *(name for name in ("tasks", "recovered", "rounds") if not plain[name])):
             del plain[name]
         counted = {"asked": plain.pop("asked"), "parameters": plain.pop("parameters")}
         counted |= {"pruned_matrices": self.sparsity, "zeros": self.zeros, "weights": self.weights}

@@ -1,4 +1,4 @@
-"""A run on a model in memory: pruned in place, nothing is written."""
+"""A run on a model in memory: pruned in place."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmprune.data.pictures import is_processor, picture_windows
 from llmprune.data.sources import find_source
 from llmprune.data.windows import RunData, Windows, windows_of
 from llmprune.errors import RequestError
 from llmprune.evaluation.replay import check_replay
-from llmprune.export.live import slice_model
+from llmprune.export.check import MOST_TOKENS
+from llmprune.export.live import sliced_with_export
 from llmprune.export.save import cuts, kept_layers
-from llmprune.model.kinds import check_causal
+from llmprune.model.kinds import check_live
 from llmprune.model.matrices import Selection
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import check_text
@@ -24,6 +26,7 @@ from llmprune.pruners.plan import Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
 from llmprune.results import Origin, Polished
+from llmprune.run.live_result import Unsaved
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
 from llmprune.run.prepare import describe, environment, towers_of
@@ -33,16 +36,16 @@ from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
 
-OF_A_CHECKPOINT = ("output", "push", "eval", "rotate", "device", "dtype", "revision", "rounds")  # options that a model in memory cannot obey
+OF_A_CHECKPOINT = ("push", "eval", "rotate", "device", "dtype", "revision", "rounds")  # options that a model in memory cannot obey
 
 
-def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any, listen: Listener) -> Report:
+def prune_live(model: nn.Module, recipe: Recipe, given: Tensor | None, tokenizer: Any, listen: Listener) -> Report:
     """Prune a transformers model in place. given: calibration token ids [N, L]; tokenizer: of a model that is calibrated on text.
 
     Raises RequestError for options that a model in memory cannot obey, and as the run of a checkpoint does.
     """
     check_options(recipe)
-    check_causal(model.config)
+    model = check_live(model)
     check_text(model)
     with as_for_inference(model):
         stream = LiveStream(model)
@@ -61,9 +64,12 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
             on_polish=lambda done, hashes: polished.append(done),
         )
         blocks, shown = prune_blocks(recipe, work, decision, records, hearing)
-    smaller = None
+    ids_1L = data.text(MOST_TOKENS)
+    unsaved = Unsaved(model, recipe, ids_1L)
     if isinstance(shown, Reshaped):
-        smaller = slice_model(model, cuts(shown.structure, blocks, recipe.pad), kept_layers(shown))
+        kept, structure = kept_layers(shown), shown.structure
+        smaller, exported = sliced_with_export(model, cuts(structure, blocks, recipe.pad), kept)
+        unsaved = Unsaved(smaller, recipe, ids_1L, exported, structure.patterns, tuple(kept))
     return Report(
         recipe=recipe.resolved(),
         source=Origin(type(model).__name__, None, {}, towers=towers_of(stream)),
@@ -71,7 +77,8 @@ def prune_live(model: Any, recipe: Recipe, given: Tensor | None, tokenizer: Any,
         blocks=tuple(blocks),
         perplexity=(),
         parameters=count_parameters(model),
-        model=smaller,
+        model=unsaved.model if unsaved.exported else None,
+        live=unsaved,
         polish=polished[0] if polished else None,
         asked=decision.sparsity,
         reasons=decision.ratios.reasons,
@@ -127,14 +134,14 @@ def text_or_pictures(spec: str, stream: LiveStream, reader: Any, length: int, sa
 
 
 @contextmanager
-def as_for_inference(model: Any) -> Iterator[None]:
+def as_for_inference(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Evaluation mode without gradients, with one product an expert so that each can be watched; all as before afterwards."""
     experts, modes = model.config._experts_implementation, {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     model.set_experts_implementation("eager")
     try:
-        yield
+        yield model
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -28,14 +28,15 @@ EXACT = 1e-9  # of a share: what rounding leaves
 PAGES = 1 << 20  # approximate bytes of the reports, the card and a run's records of its blocks
 
 
-def check_output(output: Path, source: Path, overwrite: bool, result: str = "config.json") -> None:
-    """Check that the output may be written: not the source, not a file, not existing unless it may be replaced, in a writable folder. result: the
-    file that an output to be replaced must contain. Leftovers of a finished output are removed.
+def check_output(output: Path, source: Path | None, overwrite: bool, result: str = "config.json") -> None:
+    """Check that the output may be written: not the source (None: of no folder), not a file, not existing unless it may be replaced, in a writable
+    folder. result: the file that an output to be replaced must contain. Leftovers of a finished output are removed.
     """
     other = "choose another --output"
     if output.name in ("", ".."):
         raise RequestError(f"output {str(output)!r}: is not a name for a new folder", other)
-    check_apart(output, source)
+    if source is not None:
+        check_apart(output, source)
     partial = partial_folder(output)
     for path in (output, partial):
         if os.path.lexists(path) and not path.is_dir():

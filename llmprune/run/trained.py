@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -70,15 +70,26 @@ def save_trained(trained: Pruning, model: PreTrainedModel, output: str | os.Path
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RequestError("a sharded model", "gather it by trainer.save_model, load it in one process, and save it from there")
     name, where = named(model)
-    check_output(folder, where or folder.with_name(f"{folder.name}.source"), overwrite)
+    check_output(folder, where, overwrite)
     trained.masks.check(model)
     recipe = {"model": name, "quality": None, "criterion": None, "solver": None, "allocation": "uniform"} | asdict(trained.asked)
     recipe |= {"steps": trained.done}
+
+    def made(weights: Path) -> Report:
+        write_model(model.save_pretrained, tokenizer, weights)
+        report = report_of(trained, model, weights, recipe, folder)
+        check_written(weights, report)
+        return report
+
+    return published(folder, recipe, made, write_trained_card)
+
+
+def published(folder: Path, recipe: dict[str, Any], made: Callable[[Path], Report], card: Callable[[Path, Report], None]) -> Report:
+    """A result, all or nothing. made: writes the weights into a folder, and has the report; card: writes the card beside them."""
     journal = Journal(folder, {"recipe": recipe}, restart=False)
     try:
-        write_model(model, tokenizer, journal.weights)
-        report = report_of(trained, model, journal.weights, recipe, folder)
-        check_written(journal.weights, report)
+        report = made(journal.weights)
+        card(journal.weights, report)
         publish(journal.weights, report)
         journal.publish()
     finally:
@@ -95,12 +106,12 @@ def named(model: PreTrainedModel) -> tuple[str, Path | None]:
     return (said if ID.fullmatch(said) else where.name) or type(model).__name__, None
 
 
-def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """By transformers, durably, with the mode that the umask allows."""
+def write_model(save: Callable[[Path], Any], tokenizer: Any, folder: Path) -> None:
+    """By transformers, durably, with the mode that the umask allows. save: a model's ``save_pretrained``."""
     if folder.exists():
         remove(folder)
     make_folder(folder)
-    model.save_pretrained(folder)
+    save(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     mode = (folder / "config.json").stat().st_mode
@@ -158,8 +169,7 @@ def check_written(folder: Path, report: Report) -> None:
 
 
 def publish(folder: Path, report: Report) -> None:
-    """Card, llmprune.json and page beside the weights."""
-    write_trained_card(folder, report)
+    """llmprune.json and page beside the weights."""
     written = to_versioned_json(report.to_json())
     write_whole(folder / REPORT, written)
     write_whole(folder / "report.html", page(Report.from_json(json.loads(written))).encode())

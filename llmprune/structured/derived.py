@@ -50,7 +50,7 @@ def without_layers(source: dict[str, Any], model: PreTrainedModel, path: str, ke
         try:
             different = _difference(whole, build_skeleton(plain | changed, model.dtype), path, kept)
         except RequestError as error:
-            different = str(error)
+            different = error.message
         if different is None:
             return changed
         wrong = different
@@ -68,7 +68,7 @@ def inexpressible(model: PreTrainedModel, path: str, kept: Iterable[int]) -> str
     try:
         without_layers(model.config.to_dict(), model, path, sorted(kept))
     except RequestError as error:
-        return str(error)
+        return error.message
     return None
 
 

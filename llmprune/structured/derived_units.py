@@ -92,7 +92,7 @@ def named_spaces(model: PreTrainedModel, path: str, names: Collection[str], own:
             try:
                 found = {space.name for block in derived_spaces(model, path, pattern) for space in block}
             except RequestError as error:
-                why = why or str(error)
+                why = why or error.message
                 continue
             patterns += [pattern] if found & left else []
             left -= found
@@ -139,7 +139,7 @@ class Proof:
         try:
             return build_skeleton(saved, torch.float32)
         except RequestError as error:
-            raise Unproven(f"{units} instead of {self.count.units}: {error}", 2) from None
+            raise Unproven(f"{units} instead of {self.count.units}: {error.message}", 2) from None
 
     def spaces(self) -> list[list[Space]]:
         """The spaces of every block. Raises Unproven where no layout of the units gives a smaller block like the block beside zeros."""

@@ -44,7 +44,7 @@ class Trial:
             (self.hidden, calls), (_, smaller_calls) = (walk.record(ids) for walk in self.walks)
             self.calls = calls, smaller_calls
         except RequestError as error:
-            raise Unproven(str(error), 3) from None
+            raise Unproven(error.message, 3) from None
         if any(call.handed is not None for call in calls):
             raise Unproven("its blocks hand on more than hidden states", 3)
 

@@ -22,11 +22,12 @@ def refused(says: str, **options: Any) -> None:
 
 
 def test_options_of_a_checkpoint_are_refused() -> None:
-    options = {"output": "out", "eval": ["text.txt"], "device": "cpu", "dtype": "float32", "revision": "main", "push": "me/name"}
+    options = {"eval": ["text.txt"], "device": "cpu", "dtype": "float32", "revision": "main", "push": "me/name"}
     for name, value in options.items():
         refused(f"{name} with a model in memory", **{name: value})
-    for name in ("overwrite", "restart", "public", "existing"):
-        refused("are about an output folder|with a model in memory", **{name: True})
+    for name in ("restart", "public", "existing"):
+        refused("with a model in memory", **{name: True})
+    refused("overwrite without output", overwrite=True)
     refused("rotate with a model in memory", pattern="hidden", rotate=True)
 
 
