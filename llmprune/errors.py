@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 
 def at_home(text: object) -> str:
     """A text to print, with the home folder as ~, since its name identifies the user and output is shown to others."""
     home = os.path.expanduser("~")  # noqa: PTH111  it gives an answer where there is no home
-    return str(text).replace(home, "~") if len(home) > 1 else str(text)
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", str(text)) if len(home) > 1 else str(text)
 
 
 # What a mistake in other people's code raises. Anything else keeps its traceback, which points into that code.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -110,6 +111,13 @@ class Row:
         if self.kept is None or not self.units:
             return self.zeros
         return self.parameters // self.units * (self.units - len(self.kept))
+
+    @property
+    def own_zeros(self) -> int:
+        """Zeros that no mask has dropped; where they were not recorded, those above the number asked for."""
+        if self.kept is not None:
+            return 0
+        return max(0, self.zeros - math.ceil(self.asked * self.size)) if self.kept_zeros is None else sum(self.kept_zeros[1::2])
 
     @property
     def sparsity(self) -> float:

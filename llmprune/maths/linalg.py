@@ -75,7 +75,12 @@ def few_tokens(columns: int, tokens: int, ours: bool) -> bool:
     """Whether sums over so many tokens are too uncertain to be used as they are: below TRUSTED tokens for every input; by the papers' own recipes
     (not ``ours``) only where there are fewer tokens than inputs. No tokens at all is handled elsewhere.
     """
-    return 0 < tokens < columns * (TRUSTED if ours else 1)
+    return 0 < tokens < enough_tokens(columns, ours)
+
+
+def enough_tokens(columns: int, ours: bool) -> int:
+    """The least number that is not few for so many inputs."""
+    return columns * (TRUSTED if ours else 1)
 
 
 def shrink(found: Iterable[Stats], ours: bool) -> None:

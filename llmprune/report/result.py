@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MACHINE = {"device": (str, ""), "dtype": (str, ""), "threads": (int, 0), "block_by_block": (bool, True)}  # by type and default
+NUMBERS = re.compile(r"\d[\d.,]*")
 SAID = ("pattern", "method", "quality", "criterion", "solver", "allocation")  # of a recipe: what a report names
 
 
@@ -115,6 +117,11 @@ class Report:
         return sum(row.dropped for row in self.rows)
 
     @property
+    def own_zeros(self) -> int:
+        """Of ``zeros``, those that no mask has dropped."""
+        return sum(row.own_zeros for row in self.rows)
+
+    @property
     def weights(self) -> int:
         """Weights in the pruned matrices; of a structured pattern, all that its units hold."""
         return sum(row.size for row in self.rows)
@@ -132,6 +139,17 @@ class Report:
     @property
     def notes(self) -> list[str]:
         said = [f"{row.matrix}: {note}" for row in self.rows for note in row.notes]
+        return [*(self.smaller.notes if self.smaller else ()), *said]
+
+    @property
+    def joined_notes(self) -> list[str]:
+        """``notes``, with those of several matrices that differ in numbers alone in one line."""
+        alike: dict[str, list[tuple[str, str]]] = {}
+        for row in self.rows:
+            for note in row.notes:
+                alike.setdefault(NUMBERS.sub("0", note), []).append((row.matrix, note))
+        many = (f"{len(found):,} matrices, first " if len(found) > 1 else "" for found in alike.values())
+        said = [f"{how}{matrix}: {note}" for how, ((matrix, note), *_) in zip(many, alike.values(), strict=True)]
         return [*(self.smaller.notes if self.smaller else ()), *said]
 
     def push(self, repo: str, *, public: bool = False, existing: bool = False, dry_run: bool = False) -> Pushed:

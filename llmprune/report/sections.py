@@ -76,7 +76,7 @@ def sections(report: Report, bench: Bench | None = None) -> Iterator[Section]:
         yield recovery(training, n)
     yield sizes(report)
     yield timings(report.timings, report.blocks)
-    notes = report.notes
+    notes = report.joined_notes
     if notes:
         more = len(notes) - MOST_NOTES
         lines = tuple(notes[:MOST_NOTES]) + ((f"and {more:,} more in llmprune.json",) if more > 0 else ())
@@ -103,6 +103,8 @@ def asked_and_got(report: Report) -> Section:
         ("dropped weights", count(report.zeros)),
         ("weights in pruned matrices", count(report.weights)),
     ]
+    if report.own_zeros:
+        rows.insert(-1, ("of them no mask has dropped: zeros of the source's own", count(report.own_zeros)))
     return Section("asked", "Asked and got", table=_pairs(rows))
 
 

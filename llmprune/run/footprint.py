@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune.benchmark.memory import resident
 from llmprune.data.windows import RunData
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
+from llmprune.export.check import fits, need
 from llmprune.methods import trait
 from llmprune.model.kinds import values_per_token
 from llmprune.model.matrices import Matrix
@@ -57,6 +59,7 @@ class Footprint:
     phases: tuple[Phase, ...]
     limit: int
     spilled: int  # bytes of hidden states and the like that are kept in files
+    apart: str  # what is not in the phases
 
     @property
     def peak(self) -> Phase:
@@ -65,7 +68,8 @@ class Footprint:
     def __str__(self) -> str:
         spilled = f"; {in_units(self.spilled)} are kept in files" if self.spilled else ""
         return (
-            f"memory: {in_units(self.peak.total)} at most, while it {self.peak.name} ({self.peak.largest(3)}); {in_units(self.limit)} free{spilled}"
+            f"memory: {in_units(self.peak.total)} at most, while it {self.peak.name} ({self.peak.largest(3)}); {in_units(self.limit)} free{spilled}; "
+            f"not counted: {self.apart}"
         )
 
     def check(self) -> None:
@@ -104,7 +108,13 @@ class _Estimate:
             held = {what: count * size for what, (count, size) in waiting.items() if 4 * size < self.limit}  # as stream.place_hidden decides
             spilled = max(spilled, sum(count * size for count, size in waiting.values()) - sum(held.values()))
             phases.append(Phase(name, steady | terms | held))
-        return Footprint(tuple(phases), self.limit, spilled)
+        return Footprint(tuple(phases), self.limit, spilled, self.apart())
+
+    def apart(self) -> str:
+        """What this process holds already, and what the process takes that loads the result, where it is loaded."""
+        libraries = f"Python and its libraries ({in_units(resident())} now)"
+        parameters, dtype = count_parameters(self.stream.walk.model), self.stream.walk.model.dtype
+        return f"{libraries}, and a process that loads the result ({in_units(need(parameters, dtype))})" if fits(parameters, dtype) else libraries
 
     def phases(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[int, int]]]]:
         """(name, what has to be in memory, what may be kept in files as (count, size)) of every phase."""

@@ -19,10 +19,11 @@ from llmprune.checkpoint.journal import partial_folder
 from llmprune.checkpoint.loader import listed
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
-from llmprune.checkpoint.source import Source
+from llmprune.checkpoint.source import SIZES, Source
 from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
+from llmprune.maths.linalg import enough_tokens, few_tokens
 from llmprune.model.matrices import Matrix, Selection, unrecognised
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import is_wrapper
@@ -102,9 +103,9 @@ class Job:
             f"{self.source.name}: {structure.described if structure else f'{len(matrices)} matrices'} in {len(self.stream.names)} blocks{head}, "
             f"{weights:,} weights, {weights / in_places:.1%} of theirs{'' if structure else self.stays_dense()}; "
             f"{recipe['pattern']} at {goal}{f' ({rounded})' if rounded else ''} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
-            f"{self.describe_data()}\n"
+            f"{self.describe_data()}\n{self.few_tokens()}"
             f"{self.footprint}\n"
-            f"output: {self.output} ({self.source.bytes:,} bytes), {self.stream.device}, {dtype}"
+            f"output: {self.output} ({self.describe_size()}), {self.stream.device}, {dtype}"
             + (f"; without {', '.join(left)}, larger than {LARGEST:,} bytes" if left else "")
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
@@ -113,6 +114,27 @@ class Job:
         """The parameters of blocks that no pattern sees, because they are not recognised as matrices; those of every block once."""
         others = sorted({key for block in self.stream.walk.blocks for key in unrecognised(block)})
         return f", {listed(others)} not among them" if others else ""
+
+    def few_tokens(self) -> str:
+        """A line about matrices that will rest on few tokens, where there are any."""
+        count, length = self.data.calibration.ids_NL.shape
+        ours, matrices = self.plan.ours, [m for ms in self.matrices.values() for m in ms]
+        few = [m.columns for m in matrices if few_tokens(m.columns, count * length, ours)]
+        if not few or not self.plan.needs & {"gram", "input_sq"}:
+            return ""
+        enough = -(-enough_tokens(max(few), ours) // length)
+        whose = f"{len(few):,} of {len(matrices):,} matrices, of up to {max(few):,} inputs"
+        return f"few tokens: {count * length:,} for {whose}, whose statistics are trusted less; enough: --samples {enough:,}\n"
+
+    def describe_size(self) -> str:
+        """Of the weights that will be written."""
+        dense, structure, plan = self.source.bytes, self.plan.structure, self.plan
+        if structure is None:
+            return f"{dense:,} bytes"
+        if self.recipe.max_ppl_increase or self.recipe.target_latency_ratio or self.recipe.pad:
+            return f"at most {dense:,} bytes, the source's"
+        each = max(SIZES[entry.dtype] for entry in self.source.tensors.values())
+        return f"about {dense - round(plan.sparsity * structure.weights) * each:,} bytes of the source's {dense:,}"
 
     def describe_data(self) -> str:
         calibration = self.data.calibration

@@ -91,6 +91,18 @@ def test_dry_run_writes_nothing(cli):
     assert not list(Path().iterdir())
 
 
+def test_the_plan_says_what_can_be_known_before(cli, small):
+    words = ("--model", "llama", *small, "--dry-run")
+    plan = cli(*words, "--pattern", "2:4").out
+    assert "few tokens: 512 for 56 of 56 matrices, of up to 384 inputs, whose statistics are trusted less; enough: --samples 384\n" in plan
+    assert "; not counted: Python and its libraries (" in plan
+    assert "(3,682,304 bytes)" in plan
+    assert "few tokens" not in cli(*words, "--pattern", "2:4", "--samples", 100, "--method", "wanda").out
+    assert "few tokens" not in cli(*words, "--pattern", "2:4", "--method", "magnitude").out
+    smaller = cli(*words, "--pattern", "channels", "--sparsity", 0.25, "--uniform").out
+    assert "(about 3,092,480 bytes of the source's 3,682,304)" in smaller
+
+
 def test_json_is_one_document(cli, small):
     ran = cli("--model", "llama", "--sparsity", 0.5, "--method", "magnitude", "--json", *small)
     assert ran.code == 0

@@ -89,7 +89,7 @@ def test_the_record_tells_kept_zeros_from_dropped_ones(family: str, tmp_path: Pa
     for name in planted:
         model.get_parameter(name).data[..., :8, :8] = 0  # along either dimension
     model.save_pretrained(tmp_path / "dense")
-    llmprune.prune(tmp_path / "dense", pattern="2:4", method="magnitude", calibration=IDS_NL, output=str(tmp_path / "out"))
+    report = llmprune.prune(tmp_path / "dense", pattern="2:4", method="magnitude", calibration=IDS_NL, output=str(tmp_path / "out"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     masks = read_masks(tmp_path / "out", pruned)
     assert masks.unrecorded == ()
@@ -104,6 +104,7 @@ def test_the_record_tells_kept_zeros_from_dropped_ones(family: str, tmp_path: Pa
     zeros = Masks.of_zeros(pruned)
     kept = {name: int((masks.keep[name] & ~zeros.keep[name]).sum()) for name in masks.keep}
     assert all(kept[name] for name in planted)
+    assert report.own_zeros == sum(kept.values())
     assert masks.sparsity == 0.5 < zeros.sparsity
     masks.check(pruned)
 
