@@ -94,3 +94,14 @@ def test_what_is_made_from_the_code_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))
     for page in made["PAGES"]:
         assert page.read_text() == made["fresh"](page.read_text()), "python scripts/make_docs.py"
+
+
+def test_troubleshooting_quotes_what_the_code_says() -> None:
+    """Each piece of each message in its first column is in the code."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "llmprune").rglob("*.py"))
+    rows = [
+        line.split(" | ")[0] for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
+    pieces = [piece.strip() for row in rows for quoted in re.findall(r"`([^`]+)`", row) for piece in quoted.split("…")]
+    assert len(rows) > 20
+    assert [piece for piece in pieces if piece not in code] == []
