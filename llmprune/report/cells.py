@@ -1,10 +1,12 @@
-"""The tables of a page: cells that show a rounded text and carry the number itself."""
+"""The parts of a page: sections, and their tables, whose cells show a rounded text and carry the number itself."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from llmprune.results import Divergence, Perplexity
+
+NUMBERS = "the numbers"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,31 @@ class PageTable:
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number that counts."""
+
+    label: str
+    cell: Cell
+    said: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """``picture`` is trusted markup; everything else is text. ``texts``: heads and texts side by side. ``folds``: stands for the table until that is
+    opened.
+    """
+
+    id: str
+    title: str
+    said: tuple[str, ...] = ()
+    picture: str = ""
+    table: PageTable | None = None
+    texts: tuple[tuple[str, str], ...] = ()
+    lines: tuple[str, ...] = ()
+    folds: str = ""
 
 
 def say(value: object) -> Cell:

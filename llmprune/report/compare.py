@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmprune.report.cells import Cell, PageTable, count, definition, number, percent, say
+from llmprune.report.cells import NUMBERS, Cell, PageTable, Section, count, definition, number, percent, say
 from llmprune.report.frontier import SweepReport
 from llmprune.report.grid import grid_of, short_blocks
 from llmprune.report.pictures import curves
 from llmprune.report.result import Report
-from llmprune.report.sections import Section
 from llmprune.report.stored import read_any
 from llmprune.report.summary import named
 from llmprune.results import Divergence, Perplexity, Sample
+
+SAME = 1.001  # greatest ratio of perplexities of one model on one text, on other machines
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,20 @@ def best(found: Sequence[Result], by: str) -> set[str]:
     return {name for name, left, p in points if not any(t <= left and q <= p and (t, q) != (left, p) for _, t, q in points)}
 
 
+def shared_text(found: Sequence[Result]) -> str | None:
+    """The first definition by which all results were measured. Results of one source have the same dense perplexity, or else their texts only share
+    a name.
+    """
+    return next((name for name in definitions(found) if all(name in result.found for result in found) and _dense_agrees(found, name)), None)
+
+
+def _dense_agrees(found: Sequence[Result], name: str) -> bool:
+    dense: dict[object, list[float]] = {}
+    for result in found:
+        dense.setdefault(result.source, []).append(result.dense.get(name, math.nan))
+    return not any(max(values) > SAME * min(values) for values in dense.values())
+
+
 def _all_counted(found: Sequence[Result]) -> bool:
     return all(result.left is not None for result in found)
 
@@ -109,18 +125,19 @@ def compared(found: Sequence[Result]) -> PageTable:
     """One row per result; for each definition the perplexity, the mean KL, the share of equal likeliest tokens."""
     names = definitions(found)
     marks = ["" if len(names) == 1 else f" [{number}]" for number in range(1, len(names) + 1)]
-    front = best(found, names[0]) if names else set()
+    text = shared_text(found)
+    front = best(found, text) if text else set()
     heads = ["result", "method", "pattern", "sparsity", "left"]
     for mark in marks:
         heads += [f"perplexity{mark}", f"mean KL{mark}", f"top-1{mark}"]
-    rows = [_dense_row(found, names)] if len({result.source for result in found}) == 1 else []
+    rows = [_dense_row(found, names)[: None if text else -1]] if len({result.source for result in found}) == 1 else []
     for result in found:
         cells = [say(result.name), say(result.method), say(result.pattern), percent(result.sparsity), count(result.left)]
         for name in names:
             value = result.found.get(name)
             cells += [number(value.perplexity), number(value.kl), share(value.top1)] if value else [Cell("")] * 3
-        rows.append((*cells, say("yes" if result.name in front else "")))
-    return PageTable((*heads, "best"), tuple(rows))
+        rows.append((*cells, *([say("yes" if result.name in front else "")] if text else [])))
+    return PageTable((*heads, "best") if text else tuple(heads), tuple(rows))
 
 
 def share(value: float | None) -> Cell:
@@ -139,9 +156,13 @@ def remarks(found: Sequence[Result]) -> list[str]:
     said = [f"perplexity{f' [{n}]' if len(names) > 1 else ''}: {name}" for n, name in enumerate(names, 1)]
     if len({result.source for result in found}) > 1:
         said.append("These are results of different models: " + ", ".join(sorted({result.source[0] for result in found})) + ".")
-    if names:
+    text = shared_text(found)
+    if text:
         how = "has as few remaining parameters" if _all_counted(found) else "is as sparse"
-        said.append(f"Best: no other result {how} and predicts as well, and is better in one of the two" + (", by [1]." if len(names) > 1 else "."))
+        by = f", by [{names.index(text) + 1}]" if len(names) > 1 else ""
+        said.append(f"Best: no other result {how} and predicts as well, and is better in one of the two{by}.")
+    else:
+        said.append("None is called best: not all results were measured on the same text.")
     said.append("Mean KL(dense || pruned) in nats; top-1: the share of predictions whose likeliest token is the dense model's.")
     said.append("Left: parameters of the whole model that are neither zero nor removed.")
     said.append("Sparsity: the dropped share of the pruned matrices; for a structured pattern, of its units' parameters.")
@@ -150,8 +171,9 @@ def remarks(found: Sequence[Result]) -> list[str]:
 
 def sections(found: Sequence[Result]) -> Iterator[Section]:
     yield Section("comparison", "Side by side", table=compared(found), lines=tuple(remarks(found)))
+    shares = [result.sparsity for result in found if result.found]
     for n, name in enumerate(definitions(found), 1):
-        yield _curve(found, name, n)
+        yield _curve(found, name, n, (min(shares), max(shares)))
     runs = [(result.name, result.report) for result in found if result.report]
     if runs:
         yield from _errors(runs)
@@ -164,7 +186,8 @@ def sections(found: Sequence[Result]) -> Iterator[Section]:
         yield Section("sample", "A sample of text", (said,), texts=texts)
 
 
-def _curve(found: Sequence[Result], name: str, n: int) -> Section:
+def _curve(found: Sequence[Result], name: str, n: int, reach: tuple[float, float]) -> Section:
+    """reach: of the sparsities of all such charts, which have the same axis."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in found:
         if name in result.found:
@@ -172,9 +195,10 @@ def _curve(found: Sequence[Result], name: str, n: int) -> Section:
     points = {key: sorted(value) for key, value in lines.items()}
     dense = {result.dense[name] for result in found if name in result.dense}
     level = ("dense", next(iter(dense))) if len(dense) == 1 else None
-    picture = curves(f"frontier{n}", "Perplexity by sparsity", points, ("sparsity", "perplexity"), level=level)
+    picture = curves(f"frontier{n}", "Perplexity by sparsity", points, ("sparsity", "perplexity"), level=level, percent="x", reach=reach)
     rows = [(say(key), percent(s), number(p)) for key, value in points.items() for s, p in value]
-    return Section(f"frontier{n}", "Perplexity by sparsity", (name,), picture, PageTable(("method, pattern", "sparsity", "perplexity"), tuple(rows)))
+    table = PageTable(("method, pattern", "sparsity", "perplexity"), tuple(rows))
+    return Section(f"frontier{n}", "Perplexity by sparsity", (name,), picture, table, folds=NUMBERS)
 
 
 def _errors(runs: Sequence[tuple[str, Report]]) -> Iterator[Section]:
@@ -183,7 +207,8 @@ def _errors(runs: Sequence[tuple[str, Report]]) -> Iterator[Section]:
     lines = {name: points for name, points in measured.items() if points}
     if lines:
         picture = curves("errors", "Relative output error by block", lines, ("block", "relative error"), whole=True)
-        yield Section("errors", "Error by block", ("Relative squared error of each block's output.",), picture, _by_block(runs))
+        said = "Relative squared error of each block's output."
+        yield Section("errors", "Error by block", (said,), picture, _by_block(runs), folds=NUMBERS)
 
 
 def _by_block(runs: Sequence[tuple[str, Report]]) -> PageTable:
@@ -202,5 +227,5 @@ def _sparsities(runs: Sequence[tuple[str, Report]]) -> Section:
             points.append((float(n), share))
             rows.append((say(name), say(short_blocks((block,))[0]), percent(share)))
         lines[name] = points
-    picture = curves("sparsities", "Sparsity by block", lines, ("block", "sparsity"), whole=True)
-    return Section("sparsities", "Sparsity by block", picture=picture, table=PageTable(("result", "block", "sparsity"), tuple(rows)))
+    picture = curves("sparsities", "Sparsity by block", lines, ("block", "sparsity"), whole=True, percent="y")
+    return Section("sparsities", "Sparsity by block", picture=picture, table=PageTable(("result", "block", "sparsity"), tuple(rows)), folds=NUMBERS)

@@ -36,8 +36,6 @@ STYLE: Any = {
     "ytick.color": LINE,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
@@ -84,23 +82,32 @@ def curves(
     axes: tuple[str, str],
     level: tuple[str, float] | None = None,
     whole: bool = False,
+    percent: str = "",
+    reach: tuple[float, float] | None = None,
 ) -> str:
-    """One line per name. level: a horizontal line, such as the dense model's value. whole: x is a count. Values of very different size get a
-    logarithmic axis.
+    """One line per name, and below them their key. level: a horizontal line, such as the dense model's value. whole: x is a count. percent: the axes
+    of shares, of "xy". reach: ends of the x axis, where several pictures have the same. Values of very different size get a logarithmic axis.
     """
     values = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
-    log = min(values) > 0 and max(values) >= FAR * min(values)
+    log = "y" not in percent and min(values) > 0 and max(values) >= FAR * min(values)
 
     def paint(axis: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-        for number, (said, points) in enumerate(lines.items()):
-            axis.plot(
-                *zip(*points, strict=True), color=SERIES[number % len(SERIES)], marker=MARKERS[number // len(SERIES) % len(MARKERS)], label=said
-            )
+        for number, points in enumerate(lines.values()):
+            axis.plot(*zip(*points, strict=True), color=SERIES[number % len(SERIES)], marker=MARKERS[number // len(SERIES) % len(MARKERS)][0])
         if level is not None:
-            axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label=level[0])
-        axis.set(xlabel=axes[0], ylabel=axes[1], yscale="log" if log else "linear")
+            axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.set(xlabel=axes[0], ylabel=f"{axes[1]}, logarithmic" if log else axes[1], yscale="log" if log else "linear")
+        if reach is not None:
+            room = max(0.02, (reach[1] - reach[0]) / 20)
+            axis.set_xlim(reach[0] - room, reach[1] + room)
+        for name in percent:
+            shares = {"x": axis.xaxis, "y": axis.yaxis}[name]
+            shares.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+            shares.set_major_formatter(PercentFormatter(1, decimals=None))
+        if "y" in percent:
+            axis.set_ylim(min(0, *values), max(values) * 1.05 or 1)
         if log:  # by default matplotlib writes powers as mathematics
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -108,11 +115,17 @@ def curves(
         if whole:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, axis="y")
-        if len(lines) > 1 or level is not None:
-            axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
-    rows = -(-(len(lines) + (level is not None)) // 3) if len(lines) > 1 or level else 0
-    return draw(name, label, 200 + 14 * rows, paint)
+    return draw(name, label, 200, paint) + (key([*lines], level[0] if level else "") if len(lines) > 1 or level else "")
+
+
+def key(names: Sequence[str], level: str = "") -> str:
+    """What the marks of some curves mean: a list outside the picture, so that its names wrap like text. level: the name of the dashed line."""
+    from html import escape
+
+    marks = [(MARKERS[n // len(SERIES) % len(MARKERS)][1], f' style="color: var(--c{n % len(SERIES)})"', name) for n, name in enumerate(names)]
+    marks += [("╌", "", level)] if level else []
+    return f'<ul class="key">{"".join(f"<li><span{colour}>{mark}</span> {escape(name)}</li>" for mark, colour, name in marks)}</ul>'
 
 
 def bars(name: str, label: str, values: dict[str, float], unit: str) -> str:
@@ -128,7 +141,7 @@ def bars(name: str, label: str, values: dict[str, float], unit: str) -> str:
     return draw(name, label, 52 + 22 * len(values), paint)
 
 
-MARKERS = ("o", "s", "^")
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"))  # as matplotlib has them, and as text does
 
 
 def draw(name: str, label: str, height: int, paint: Any) -> str:

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from llmprune.benchmark.laps import Spread
 from llmprune.benchmark.result import Bench
-from llmprune.report.cells import Cell, PageTable, count, definition, number, percent, ratio, say, seconds, size
+from llmprune.report.cells import NUMBERS, Cell, PageTable, Section, Tile, count, definition, number, percent, say, seconds, size
 from llmprune.report.grid import Grid, grid_of, short, short_blocks
 from llmprune.report.pictures import bars, curves, heat_map
 from llmprune.report.recovered import Recovered, text_of
 from llmprune.report.result import Report
+from llmprune.report.speeds import speeds
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Round, Sample, Step, TaskResult, Timings, Trial
 
 MOST_NOTES = 200
+ALIKE = 0.0005  # shares that differ by less are written the same
 BROKEN = 50.0  # nats: no curve has room for such a loss
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number that counts."""
-
-    label: str
-    cell: Cell
-    said: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """``picture`` is trusted SVG; everything else is text. A table behind a picture is folded away. ``texts``: heads and texts side by side."""
-
-    id: str
-    title: str
-    said: tuple[str, ...] = ()
-    picture: str = ""
-    table: PageTable | None = None
-    texts: tuple[tuple[str, str], ...] = ()
-    lines: tuple[str, ...] = ()
 
 
 def tiles(report: Report) -> Iterator[Tile]:
@@ -141,10 +119,14 @@ def tasks(found: Sequence[TaskResult]) -> Section:
 
 
 def sparsity(grid: Grid) -> Section:
+    """A heat map, or one sentence where all shares are equal."""
     values = [[_share(grid, block, kind) for kind in grid.kinds] for block in grid.blocks]
-    picture = heat_map("heat", "Dropped share by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
     low, high = (end(v for row in values for v in row if v is not None) for end in (min, max))
-    said = f"Dropped share of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
+    if high - low < ALIKE:
+        picture, said = "", f"Every matrix of every block has lost {low:.1%} of its weights."
+    else:
+        picture = heat_map("heat", "Dropped share by block and matrix", short_blocks(grid.blocks), short(grid.kinds), values)
+        said = f"Dropped share of each matrix, in per cent: blocks down, kinds of matrices across; from {low:.1%} to {high:.1%}."
     heads = ("block", "matrices", "count", "weights", "dropped", "sparsity", "asked", "squared error")
     rows = tuple(
         (
@@ -160,7 +142,7 @@ def sparsity(grid: Grid) -> Section:
         for g in grid.groups.values()
     )
     note = "Squared error: what was added to the outputs, summed over outputs and calibration tokens."
-    return Section("sparsity", "Sparsity by layer", (said,), picture, PageTable(heads, rows, note))
+    return Section("sparsity", "Sparsity by layer", (said,), picture, PageTable(heads, rows, note), folds=NUMBERS)
 
 
 def errors(blocks: Sequence[BlockReport]) -> Section:
@@ -168,7 +150,7 @@ def errors(blocks: Sequence[BlockReport]) -> Section:
     picture = curves("errors", "Relative output error by block", {"error": points}, ("block", "relative error"), whole=True)
     said = "Squared error of each block's output over its squared norm on the calibration windows, with all blocks before it pruned too."
     rows = tuple((say(b.block), number(b.output_error), say(", ".join(b.changed))) for b in blocks)
-    return Section("errors", "Error by block", (said,), picture, PageTable(("block", "relative output error", "also changed"), rows))
+    return Section("errors", "Error by block", (said,), picture, PageTable(("block", "relative output error", "also changed"), rows), folds=NUMBERS)
 
 
 def ratios(report: Report, grid: Grid) -> Iterator[Section]:
@@ -179,12 +161,12 @@ def ratios(report: Report, grid: Grid) -> Iterator[Section]:
     for kind, name in zip(grid.kinds, short(grid.kinds), strict=True):
         found = ((n, grid.groups.get((block, kind))) for n, block in enumerate(grid.blocks))
         lines[name] = [(float(n), sum(g.asked) / 2) for n, g in found if g]
-    picture = curves("ratios", "Ratio by block and matrix", lines, ("block", "ratio"), whole=True)
+    picture = curves("ratios", "Ratio by block and matrix", lines, ("block", "ratio"), whole=True, percent="y")
     name = report.recipe["allocation"]
     said = f"What the allocation {name!r} asked of each matrix" + ("; of several experts, the middle of the range." if _several(grid) else ".")
     rows = tuple((say(row.matrix), percent(row.asked), number(report.reasons.get(row.matrix))) for row in report.rows if not _several(grid))
     table = PageTable(("matrix", "ratio", "rests on"), rows, "The number that a ratio is based on is the allocation's own measure.") if rows else None
-    yield Section("ratios", "Ratios", (said,), picture, table)
+    yield Section("ratios", "Ratios", (said,), picture, table, folds=NUMBERS)
 
 
 def tried(found: Sequence[Trial]) -> Section:
@@ -196,10 +178,10 @@ def tried(found: Sequence[Trial]) -> Section:
 def frontier(found: Sequence[Step]) -> Section:
     steps = sorted(found, key=lambda step: step.sparsity)
     points = [(step.sparsity, step.perplexity) for step in steps]
-    picture = curves("frontier", "Perplexity by sparsity", {"tried": points}, ("sparsity", "perplexity"))
+    picture = curves("frontier", "Perplexity by sparsity", {"tried": points}, ("sparsity", "perplexity"), percent="x")
     rows = tuple((percent(step.sparsity), number(step.perplexity), percent(step.increase)) for step in steps)
     said = "Sparsities that were tried to meet the allowed increase, on held-back calibration windows."
-    return Section("frontier", "Frontier", (said,), picture, PageTable(("sparsity", "perplexity", "increase over dense"), rows))
+    return Section("frontier", "Frontier", (said,), picture, PageTable(("sparsity", "perplexity", "increase over dense"), rows), folds=NUMBERS)
 
 
 def polish(found: Polished) -> Section:
@@ -237,7 +219,7 @@ def recovery(found: Recovered, n: int) -> Section:
     measured = tuple(f"Measured on {definition(one.after)}." for one in found.measured)
     heads = ("perplexity on", "dense", "before", "after")
     said = (f"{found.said[:1].upper()}{found.said[1:]}; every zero has stayed.", *measured)
-    return Section(f"recovery{n}", "Recovery", said, picture, PageTable(heads, rows), lines=found.notes)
+    return Section(f"recovery{n}", "Recovery", said, picture, PageTable(heads, rows), lines=found.notes, folds=NUMBERS)
 
 
 def sample(found: Sample | NoSample) -> Section:
@@ -270,39 +252,13 @@ def sizes(report: Report) -> Section:
     return Section("sizes", "Sizes", (said, *checked), table=_pairs(rows))
 
 
-def speeds(bench: Bench) -> Section:
-    """Medians of a ``llmprune bench --json``, with the ratios to its first model."""
-    models, found, setting = bench.models, bench.ratios, bench.setting
-    heads = ("", *(f"{m.role}: {m.name}" for m in models), *(f"{r.role} over {models[0].role}" for r in found))
-    rows = []
-    for label, field, written in MEASURES:
-        values = [written(_median(getattr(m, field))) for m in models]
-        over = [Cell("") if value is None else ratio(value) for value in (_median(getattr(r, field)) for r in found)]
-        rows.append((say(label), *values, *over))
-    said = (
-        f"Medians of {setting.repeat} rounds by turns; prompt {setting.prompt_length}, {setting.new_tokens} new tokens, "
-        f"batch {setting.batch}, {setting.device} ({setting.card}), {setting.threads} threads."
-    )
-    return Section("speeds", "Measured speed", (said,), table=PageTable(heads, tuple(rows)), lines=bench.notes)
-
-
-MEASURES: tuple[tuple[str, str, Callable[..., Cell]], ...] = (
-    ("prefill, tokens/s", "prefill", number),
-    ("decode, tokens/s", "decode", number),
-    ("time to first token", "first_token", seconds),
-    ("peak memory", "peak_memory", size),
-    ("key-value cache", "kv_cache", size),
-    ("on disk", "disk", size),
-)
-
-
 def provenance(report: Report) -> Section:
     rows = [("source", say(report.source.name)), ("revision", say(report.source.revision))]
     rows += [(f"sha256 of {file}", say(digest)) for file, digest in report.source.files.items()]
     rows += [("sha256 of the calibration tokens", say(report.calibration.sha256))] if report.calibration else []
     rows += [(f"recipe: {key}", say(_written(value))) for key, value in report.recipe.items() if value not in (None, False, [], {})]
     rows += [(key.replace("_", " "), say(value)) for key, value in sorted(report.environment.to_json().items())]
-    return Section("provenance", "Where it comes from", table=_pairs(rows))
+    return Section("provenance", "Where it comes from", table=_pairs(rows), folds="source, recipe, versions")
 
 
 def timings(found: Timings, blocks: Sequence[BlockReport]) -> Section:
@@ -321,7 +277,7 @@ def timings(found: Timings, blocks: Sequence[BlockReport]) -> Section:
     rows += [("planned for the run, libraries not included", size(found.planned_memory))] if found.planned_memory else []
     picture = bars("time", "Seconds by part of the work", parts, "seconds") if parts else ""
     said = "Work on the blocks by part; the rest is gradients, ratios, perplexities, samples, copying."
-    return Section("timings", "Time and memory", (said,), picture=picture, table=_pairs(rows))
+    return Section("timings", "Time and memory", (said,), picture=picture, table=_pairs(rows), folds=NUMBERS)
 
 
 def _pairs(rows: list[tuple[str, Cell]]) -> PageTable:
@@ -339,10 +295,6 @@ def _range(ends: tuple[float, float]) -> Cell:
 
 def _several(grid: Grid) -> bool:
     return any(group.matrices > 1 for group in grid.groups.values())
-
-
-def _median(value: Spread | float | None) -> float | None:
-    return value.median if isinstance(value, Spread) else value
 
 
 def _written(value: object) -> str:

@@ -25,6 +25,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+LONG = "a_result_folder_whose_name_has_no_place_where_a_browser_would_break_it_and_is_longer_than_a_card"
 pytestmark = [
     pytest.mark.usefixtures("pictures"),
     pytest.mark.browser,
@@ -33,6 +34,10 @@ pytestmark = [
 ]
 WIDEST = """return [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1)
     .map(e => e.tagName + ' ' + e.className)"""
+
+BROKEN = "return [...document.querySelectorAll('data')].filter(e => e.getClientRects().length > 1).map(e => e.textContent)"  # over two lines
+LEFT = """return [...document.querySelectorAll('section, .tile')].flatMap(card => [...card.querySelectorAll('h2, h3, p, li, svg text, .tile > *')]
+    .filter(e => e.getBoundingClientRect().right > card.getBoundingClientRect().right).map(e => e.textContent))"""
 
 
 @pytest.fixture
@@ -74,8 +79,8 @@ def luminance(driver: Any, element: str, what: str) -> float:
 
 def test_the_report_opens_clean_on_every_screen(cli: Cli, small: tuple[object, ...], chromium: Any) -> None:
     assert cli("--model", "llama", "--sparsity", 0.5, "--output", "out", *small).code == 0
-    assert cli("--model", "llama", "--pattern", "2:4", "--method", "wanda", "--output", "other", *small).code == 0
-    assert cli("compare", "out", "other", "--html", "both.html").code == 0
+    assert cli("--model", "llama", "--pattern", "2:4", "--method", "wanda", "--output", LONG, *small).code == 0
+    assert cli("compare", "out", LONG, "--html", "both.html").code == 0
     for page, picture in ((Path("out/report.html"), "#sparsity"), (Path("both.html"), "#sparsities")):
         for width in (390, 1280):
             for scheme in ("light", "dark"):
@@ -84,6 +89,8 @@ def test_the_report_opens_clean_on_every_screen(cli: Cli, small: tuple[object, .
                 assert [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
                 assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
                 assert chromium.execute_script(WIDEST) == []
+                assert chromium.execute_script(BROKEN) == []
+                assert chromium.execute_script(LEFT) == []
                 assert chromium.execute_script(f"return document.querySelector('{picture} svg').getBoundingClientRect().height") > 100
                 ink, paper = luminance(chromium, f"{picture} svg text", "fill"), luminance(chromium, "section", "backgroundColor")
                 assert (ink < 90 and paper > 200) if scheme == "light" else (ink > 180 and paper < 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from pages import read_page, rounds_to
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
+from llmprune.report.compare import Found, Result, compared, remarks
 from llmprune.report.page import page
 from llmprune.report.result import Report
+from llmprune.report.sections import sections
 
 pytestmark = pytest.mark.usefixtures("pictures")
 BALANCED = ("--model", "llama", "--sparsity", 0.5)
@@ -172,6 +175,32 @@ def test_results_side_by_side(cli: Cli, small: tuple[object, ...]) -> None:
         assert rounds_to(value, text)
     rows = [said for tag, said in found.texts if tag in ("th", "td")]
     assert rows.count("yes") == 2  # wanda at 30 % and at 50 %: magnitude is beaten
+
+
+def result(name: str, sparsity: float, texts: dict[str, tuple[float, float]]) -> Result:
+    """texts: the perplexities of the pruned and the dense model, by definition."""
+    found = {text: Found(pruned, 0.1, 0.9) for text, (pruned, _) in texts.items()}
+    return Result(name, ("m", ""), "wanda", "2:4", sparsity, None, found, {text: dense for text, (_, dense) in texts.items()})
+
+
+def test_nothing_is_best_among_results_of_different_texts() -> None:
+    one, both = result("one", 0.5, {"a": (70.0, 40.0)}), result("both", 0.4, {"b": (30.0, 20.0), "a": (60.0, 40.001)})
+    second, renamed = result("second", 0.3, {"b": (25.0, 20.0)}), result("renamed", 0.3, {"a": (25.0, 20.0)})
+    table = compared([both, one])
+    assert [row[-1].text for row in table.rows] == ["", "yes", "yes"]
+    assert "Best: no other result is as sparse and predicts as well, and is better in one of the two, by [2]." in remarks([both, one])
+    for found in ([one, second], [one, both, second], [one, renamed]):
+        assert "best" not in compared(found).heads
+        assert {len(row) for row in compared(found).rows} == {len(compared(found).heads)}
+        assert "None is called best: not all results were measured on the same text." in remarks(found)
+
+
+def test_a_uniform_heat_map_is_one_sentence(ran: dict[str, Any]) -> None:
+    report = Report.from_json(ran)
+    equal = [replace(block, rows=tuple(replace(row, zeros=row.size // 4, kept=None) for row in block.rows)) for block in report.blocks]
+    (said,) = (s for s in sections(replace(report, blocks=tuple(equal))) if s.id == "sparsity")
+    assert (said.picture, said.said) == ("", ("Every matrix of every block has lost 25.0% of its weights.",))
+    assert said.table is not None
 
 
 def test_a_sweep_has_its_frontier(cli: Cli, small: tuple[object, ...]) -> None:
