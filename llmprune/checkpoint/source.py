@@ -8,7 +8,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,8 +140,9 @@ class Source:
         finally:
             os.close(handle)
 
-    def scan(self, unbounded: Container[str] = ()) -> None:
+    def scan(self, unbounded: Container[str] = (), heard: Callable[[int], None] | None = None) -> None:
         """One pass over all weights before anything is computed: file hashes, and every float finite; those in ``unbounded`` may be infinite.
+        heard: is called with the number of bytes read.
 
         Raises RequestError naming the tensors that hold NaN or infinity.
         """
@@ -149,10 +150,14 @@ class Source:
             self.hashes = self.decoder.scan()
             return
         bad: dict[str, int] = {}
+        read = 0
         for file in self.headers:
             digest = hashlib.sha256(self.headers[file])
             for name, entry, data in self.pieces(file):
                 digest.update(data)
+                read += len(data)
+                if heard is not None:
+                    heard(read)
                 dtype = DTYPES.get(entry.dtype)
                 if dtype is not None and dtype.is_floating_point:
                     values = torch.frombuffer(data, dtype=dtype)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.checkpoint.files import output_folder
-from llmprune.cli.console import Count, Text, announce, err, out, progress_bars
+from llmprune.cli.console import Count, Text, announce, err, out
+from llmprune.cli.progress import progress_shown
 from llmprune.errors import PromiseError, RequestError, at_home
 
 
@@ -75,7 +76,7 @@ def eval(
     # tasks come first: a name that lm-eval does not know is refused before any work
     answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
     sets = data or ([] if tasks else ["bundled-evaluation"])
-    with progress_bars() as progress:
+    with progress_shown() as progress:
         found = evaluate(model, sets, window=window, on_progress=progress, **shared) if sets else []
     if as_json:
         values = [asdict(p) for p in found]
@@ -166,7 +167,7 @@ def bench(
     from llmprune.benchmark.run import bench as measure
     from llmprune.report.tables import print_bench
 
-    with progress_bars() as progress:
+    with progress_shown() as progress:
         found = measure(
             model,
             against,

@@ -1,10 +1,8 @@
-"""What all commands share: the application, the two consoles, the first line of output, progress bars."""
+"""What all commands share: the application, the two consoles, the first line of output."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -64,20 +62,3 @@ def announce(model: str, as_json: bool) -> None:
             "for another give --model FOLDER, a Hub id such as org/name, or an alias (llmprune methods)",
             soft_wrap=True,
         )
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per step, with the time left, on standard error."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(step: str, done: int, total: int) -> None:
-            if step not in tasks or (bars.tasks[tasks[step]].finished and done < total):
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
-
-        yield progress

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llmprune.cli.console import Text, announce, err, out, progress_bars
+from llmprune.cli.console import Text, announce, err, out
 from llmprune.cli.options import takes_recipe
+from llmprune.cli.progress import progress_shown
 from llmprune.errors import RequestError, at_home
 from llmprune.recipe.flags import HOW, HUB, OUTPUT, WHAT
 from llmprune.recipe.reading import read_recipe, recipes_of_sweep
@@ -43,13 +44,14 @@ def prune(
     announce(request.model, as_json)
     from llmprune.publish.hub import check_destination
     from llmprune.report.tables import print_report
-    from llmprune.run.rounds import prepare_pruning, runner
+    from llmprune.run.rounds import phases_of, prepare_pruning, runner
     from llmprune.stream import heap
     from llmprune.types import Listener
 
     if request.push:
         check_destination(request.push, public, existing)
-    job = prepare_pruning(request, overwrite=overwrite, restart=restart)
+    with progress_shown(passing=True) as progress:
+        job = prepare_pruning(request, overwrite=overwrite, restart=restart, listen=Listener(progress=progress))
     if not as_json:
         out.print(at_home(job), soft_wrap=True, markup=False)
     if dry_run:
@@ -57,7 +59,7 @@ def prune(
             print(json.dumps({"recipe": job.recipe.resolved(), "matrices": sum(map(len, job.matrices.values()))}))
         return
     heap.steady()
-    with progress_bars() as progress:
+    with progress_shown(phases_of(job)) as progress:
         report = runner(job)(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_report(report, out)
     if request.push:
@@ -90,14 +92,15 @@ def sweep(
     asked = recipes_of_sweep(Path(recipe) if recipe else None, given, listed(methods), listed(sparsities), listed(patterns))
     announce(asked[0].model, as_json)
     from llmprune.report.tables import print_sweep
-    from llmprune.run.sweep import prepare_sweep, run_sweep
+    from llmprune.run.sweep import phases_of_sweep, prepare_sweep, run_sweep
     from llmprune.stream import heap
     from llmprune.types import Listener
 
-    prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick)
+    with progress_shown(passing=True) as progress:
+        prepared = prepare_sweep(asked, Path(output).expanduser(), overwrite, restart, quick=quick, listen=Listener(progress=progress))
     if not as_json:
         out.print(at_home(prepared), soft_wrap=True, markup=False)
     heap.steady()
-    with progress_bars() as progress:
+    with progress_shown(phases_of_sweep(prepared)) as progress:
         report = run_sweep(prepared, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_sweep(report, out)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.checkpoint.files import output_folder
-from llmprune.cli.console import Count, Text, out, progress_bars
+from llmprune.cli.console import Count, Text, out
+from llmprune.cli.progress import progress_shown
 from llmprune.errors import at_home
 from llmprune.recipe.flags import DATA, HOW, MACHINE, OUTPUT
 
@@ -75,6 +76,6 @@ def run(given: dict[str, Any], overwrite: bool, restart: bool, dry_run: bool, as
         if as_json:
             print(json.dumps(job.resolved))
         return
-    with progress_bars() as progress:
+    with progress_shown() as progress:
         report = run_recovery(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_recovery(report, out)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.data.windows import Windows
-from llmprune.evaluation.divergence import after_blocks, kl
+from llmprune.evaluation.divergence import Pass, after_blocks, kl
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
 from llmprune.model.pictures import IGNORED
 from llmprune.results import Divergence, Perplexity
@@ -47,13 +47,14 @@ def dense_passes(stream: Stream, evaluation: Sequence[Windows], prunes_head: boo
 @torch.no_grad()
 def dense_pass(stream: Stream, windows: Windows, prunes_head: bool, known: Perplexity | None, listen: Listener) -> Dense:
     """Before anything is pruned. known: the perplexity, if an earlier process has measured it."""
-    flow = after_blocks(stream, windows.ids_NL, listen, "perplexity, dense")
+    heard = Pass("dense evaluation", listen)
+    flow = after_blocks(stream, windows.ids_NL, heard)
     flow.rest()
     head_VD = None
     if prunes_head:
         with stream.outer():
             head_VD = _head(stream).data.clone()
-    return Dense(windows, known or perplexity_of(flow, windows), flow, head_VD)
+    return Dense(windows, known or perplexity_of(flow, windows, heard), flow, head_VD)
 
 
 @torch.no_grad()
@@ -62,11 +63,12 @@ def pruned_pass(dense: Dense, stream: Stream, listen: Listener = SILENT) -> tupl
     stream.
     """
     windows = dense.windows
-    flow = after_blocks(stream, windows.ids_NL, listen, "perplexity, pruned")
+    heard = Pass("pruned evaluation", listen, heads=2)
+    flow = after_blocks(stream, windows.ids_NL, heard)
     lost, apart, same = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     tokens, dtype, walk = 0, "", dense.flow.stream.walk
     with stream.outer(), nullcontext() if walk is stream.walk else dense.flow.stream.outer():
-        for (ids_1L, ours_1LD), (_, theirs_1LD) in zip(flow.windows(), dense.flow.windows(), strict=True):
+        for number, ((ids_1L, ours_1LD), (_, theirs_1LD)) in enumerate(zip(flow.windows(), dense.flow.windows(), strict=True), 1):
             ours_LV = stream.walk.logits(ids_1L, ours_1LD)[0]
             with _head_of(dense):
                 theirs_LV = walk.logits(ids_1L, theirs_1LD)[0]
@@ -78,6 +80,7 @@ def pruned_pass(dense: Dense, stream: Stream, listen: Listener = SILENT) -> tupl
             for theirs_TV, ours_TV, counted_T in zip(*(t.split(TARGETS_AT_ONCE) for t in (theirs_LV[:-1], ours_LV[:-1], counted_L)), strict=True):
                 apart += (kl(theirs_TV, ours_TV) * counted_T).sum(dtype=torch.float64).cpu()
                 same += ((theirs_TV.argmax(-1) == ours_TV.argmax(-1)) & counted_T).sum().cpu()
+            heard.after_window(stream, number, len(windows.ids_NL))
     value = defined(lost, tokens, windows, dtype)
     definition = (value.dataset, value.split, value.window, value.windows, value.tokens, value.dtype)
     return value, Divergence(float(apart) / value.tokens, float(same) / value.tokens, *definition)

@@ -6,6 +6,7 @@ Shapes: N = windows, L = tokens of a window, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +16,38 @@ from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, Listener
 
 
-def after_blocks(stream: Stream, ids_NL: Tensor, listen: Listener = SILENT, step: str = "perplexity") -> Flow:
+@dataclass(frozen=True)
+class Pass:
+    """Who hears how far a pass over the blocks and the logits has come, as ``name``. heads: how many logits are made of each window."""
+
+    name: str = "evaluation"
+    listen: Listener = SILENT
+    heads: int = 1
+
+    def after_block(self, stream: Stream, done: int) -> None:
+        self.listen.progress(self.name, done, len(stream.names) + self._logits(stream))
+
+    def after_window(self, stream: Stream, done: int, windows: int) -> None:
+        logits = self._logits(stream)
+        self.listen.progress(self.name, len(stream.names) + logits * done // windows, len(stream.names) + logits)
+
+    def _logits(self, stream: Stream) -> int:
+        """The work of the logits, in blocks."""
+        head, blocks = (sum(p.numel() for p in part.parameters()) for part in (stream.walk.head, stream.walk.blocks))
+        return max(1, round(self.heads * len(stream.names) * head / max(1, blocks)))
+
+
+UNHEARD = Pass()
+
+
+def after_blocks(stream: Stream, ids_NL: Tensor, heard: Pass = UNHEARD) -> Flow:
     """Windows that have passed through every block of the model as the stream holds it now."""
     flow = Flow(stream, ids_NL)
+    heard.after_block(stream, 0)
     for index in range(len(stream.names)):
         with stream.block(index) as block:
             flow.through(index, block)
-        listen.progress(step, index + 1, len(stream.names))
+        heard.after_block(stream, index + 1)
     return flow
 
 

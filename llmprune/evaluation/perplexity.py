@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.data.windows import Windows
-from llmprune.evaluation.divergence import after_blocks
+from llmprune.evaluation.divergence import UNHEARD, Pass, after_blocks
 from llmprune.model.pictures import IGNORED
 from llmprune.results import Perplexity
 from llmprune.stream.flow import Flow
@@ -25,18 +25,20 @@ TARGETS_AT_ONCE = 512  # bounds the float32 copy of the logits
 @torch.no_grad()
 def perplexity(stream: Stream, windows: Windows, listen: Listener = SILENT) -> Perplexity:
     """Perplexity of the model as the stream holds it now, one block in memory at a time."""
-    return perplexity_of(after_blocks(stream, windows.ids_NL, listen), windows)
+    heard = Pass(listen=listen)
+    return perplexity_of(after_blocks(stream, windows.ids_NL, heard), windows, heard)
 
 
-def perplexity_of(flow: Flow, windows: Windows) -> Perplexity:
+def perplexity_of(flow: Flow, windows: Windows, heard: Pass = UNHEARD) -> Perplexity:
     """Perplexity of windows that have passed through every block; their losses are accumulated in float64."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     dtype, pictures = "", flow.stream.walk.pictures
-    for ids_1L, logits_1LV in flow.logits():
+    for number, (ids_1L, logits_1LV) in enumerate(flow.logits(), 1):
         targets_L = pictures.targets(ids_1L[0])
         dtype = name_of(logits_1LV)
         total += surprise(logits_1LV[0], targets_L)
         tokens += int((targets_L != IGNORED).sum())
+        heard.after_window(flow.stream, number, len(windows.ids_NL))
     return defined(total, tokens, windows, dtype)
 
 

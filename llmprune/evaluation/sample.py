@@ -24,10 +24,12 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
+from llmprune.types import SILENT, Listener
 
 PROMPT = "The first thing to know about a river is"  # from no data set: the report may be published
 TOKENS = 32
 A_DATE = "26 Jul 2024"  # for templates that write today's date if none is given
+TOO_LONG = "it would have taken more than a twentieth of the run; --write-sample asks for one"
 MOST_BYTES = 600_000_000  # of weights; a fixed bound, so that a resumed run decides equally
 
 
@@ -74,21 +76,23 @@ def ids_of(tokenizer: Any, chat: bool) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def written(stream: Stream, prompt: Prompt | str) -> str:
+def written(stream: Stream, prompt: Prompt | str, listen: Listener = SILENT) -> str:
     """The continuation by the model as the stream holds it now; empty without a prompt. One forward per token, without a cache, which every
     model supports.
     """
     if isinstance(prompt, str):
         return ""
     ids_1L = torch.tensor([prompt.ids])
-    with ExitStack() as places:
+    listen.progress("sample", 0, TOKENS)
+    with stream.outer(), ExitStack() as places:
         blocks = [places.enter_context(stream.block(index)) for index in range(len(stream.names))]
-        for _ in range(TOKENS):
+        for number in range(TOKENS):
             flow = Flow(stream, ids_1L)
             for index, block in enumerate(blocks):
                 flow.through(index, block)
             ((_, logits_1LV),) = flow.logits()
             ids_1L = torch.cat([ids_1L, logits_1LV[:, -1:].argmax(-1).cpu()], 1)
+            listen.progress("sample", number + 1, TOKENS)
     return prompt.tokenizer.decode(ids_1L[0, len(prompt.ids) :].tolist(), skip_special_tokens=True)
 
 

@@ -143,6 +143,9 @@ class Recipe(BaseModel):
     eval: Annotated[list[str], Flag(DATA, "PATH|ID", "bundled text for llama, else windows held back of the calibration")] = Field(
         default_factory=list, description="data to measure the perplexity on, before and after"
     )
+    write_sample: Annotated[bool, Flag(DATA)] = Field(
+        False, description="continue a prompt by both models, though that takes more than a twentieth of the run"
+    )
     accept_damage: Annotated[bool, Flag(HOW)] = Field(False, description="continue when a block's output is destroyed")
     output: Annotated[str | None, Flag(MOST_USED, "PATH", "./<model>-<pattern>-<sparsity>")] = Field(None, description="folder of the result")
     push: Annotated[str | None, Flag(HUB, "ID")] = Field(

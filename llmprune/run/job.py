@@ -31,6 +31,7 @@ from llmprune.ratios.trials import Decision
 from llmprune.report.page import page
 from llmprune.report.result import Report
 from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Reloaded, Sample, Smaller, Timings
+from llmprune.run.phases import has_sample
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_still
 from llmprune.run.prepare import Job, asked_windows, describe, described
@@ -41,6 +42,7 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, Listener
 
+WRITES = 3  # steps of writing: the files, their hashes, the check of the result and the report
 SMALL = 100_000_000  # parameters of a model whose perplexity is measured sooner than a process has imported transformers
 
 
@@ -63,17 +65,18 @@ def run(job: Job, listen: Listener = SILENT) -> Report:
             sink = Sink(journal.weights, turned.source, journal.polished if job.writes_again else None)
             sink.lay_out()
             dense = dense_passes(job.stream, data.evaluation, len(job.stream.names) in job.matrices, journal, listen)
-            prompt = sample.prompt_for(job.stream, job.source)
-            dense_text = sample.written(job.stream, prompt)
+            prompt = sample.prompt_for(job.stream, job.source) if has_sample(job) else sample.TOO_LONG
+            dense_text = sample.written(job.stream, prompt, listen)
             done = prune_job(turned, journal, sink, listen)
             if loads_whole:
                 reloader.start()  # it imports meanwhile
             found = tuple(Evaluation(d.perplexity, *pruned_pass(d, done.now, listen)) for d in dense)
-            written = sample.beside(prompt, dense_text, sample.written(done.now, prompt))
-            result = saved(turned, journal, sink, done, reloader)
+            written = sample.beside(prompt, dense_text, sample.written(done.now, prompt, listen))
+            result = saved(turned, journal, sink, done, reloader, listen)
             report = report_of(job, done, found, result, written, perf_counter() - began)
             publish(result.folder, report, job)
             journal.publish(result.folder)
+            listen.progress("write", WRITES, WRITES)
             return report
         finally:
             journal.close()
@@ -190,9 +193,10 @@ class Saved:
     reloaded: Reloaded
 
 
-def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader) -> Saved:
+def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader, listen: Listener) -> Saved:
     """Write the checkpoint, and load it again. job: of the rotated model, if it is one; reloader: with the source as it was given."""
     ids_1L = job.data.text(MOST_TOKENS)
+    listen.progress("write", 0, WRITES)
     wanted_1LV = predictions(done.now, ids_1L)
     dropped = any(row.dropped for block in done.blocks for row in block.rows)
     if dropped and isinstance(done.now, Reshaped) and isinstance(job.stream, CheckpointStream):
@@ -204,6 +208,8 @@ def saved(job: Job, journal: Journal, sink: Sink, done: Done, reloader: Reloader
         folder, smaller, dtype = journal.weights, None, job.stream.dtype
     parameters = smaller.parameters if smaller else count_parameters(job.stream.skeleton)
     reloader.ask(folder, ids_1L)  # it is loaded while its bytes are hashed
+    listen.progress("write", 1, WRITES)
     manifest = manifest_of(folder)
+    listen.progress("write", 2, WRITES)
     reloaded = check_result(job.stream, folder, wanted_1LV, ids_1L, parameters, dtype, smaller is not None, reloader)
     return Saved(folder, manifest, smaller, reloaded)

@@ -36,7 +36,7 @@ from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
 
-OF_A_CHECKPOINT = ("push", "eval", "rotate", "device", "dtype", "revision", "rounds")  # options that a model in memory cannot obey
+OF_A_CHECKPOINT = ("push", "eval", "write_sample", "rotate", "device", "dtype", "revision", "rounds")  # options that a model in memory cannot obey
 
 
 def prune_live(model: nn.Module, recipe: Recipe, given: Tensor | None, tokenizer: Any, listen: Listener) -> Report:

@@ -38,6 +38,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.live import LiveStream
 from llmprune.stream.whole import WholeStream
+from llmprune.types import SILENT, Listener
 
 
 @dataclass
@@ -152,7 +153,14 @@ def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, 
     return Environment(versions, str(device), str(dtype).removeprefix("torch."), torch.get_num_threads(), block_by_block)
 
 
-def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, result: str = "config.json") -> Job:
+def prepare(
+    recipe: Recipe,
+    windows: Tensor | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    result: str = "config.json",
+    listen: Listener = SILENT,
+) -> Job:
     """Check a request against the model, its data and the disk. No forward is run, and nothing is written; leftovers of a crash beside a
     finished output are removed.
 
@@ -179,7 +187,7 @@ def prepare(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = Fal
     copies = 1 + recipe.structured + recipe.rotate + job.writes_again
     check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
     memory.check()
-    scan(source, stream)
+    scan(source, stream, listen)
     check_source(source)
     return job
 
@@ -199,9 +207,10 @@ def open_stream(source: Source, dtype: torch.dtype, device: torch.device) -> Che
         return WholeStream(source, dtype, device)
 
 
-def scan(source: Source, stream: CheckpointStream | WholeStream) -> None:
+def scan(source: Source, stream: CheckpointStream | WholeStream, listen: Listener = SILENT) -> None:
     """Hashes, and damage: infinite bounds in a buffer, or in a part that this model does not have, are none."""
-    source.scan(stream.loader.not_weights if isinstance(stream, CheckpointStream) else ())
+    total = sum(entry.end - entry.start for entry in source.tensors.values())
+    source.scan(stream.loader.not_weights if isinstance(stream, CheckpointStream) else (), lambda read: listen.progress("read", read, total))
 
 
 def towers_of(stream: CheckpointStream | LiveStream) -> Towers | None:

@@ -32,6 +32,7 @@ from llmprune.evaluation import sample
 from llmprune.evaluation.beside import dense_pass, pruned_pass
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.model.matrices import Matrix
+from llmprune.model.skeleton import count_parameters
 from llmprune.recipe.levels import levels
 from llmprune.recipe.recipe import RECOVER_STEPS, Recipe
 from llmprune.report.fields import typed
@@ -39,6 +40,7 @@ from llmprune.report.result import Report
 from llmprune.report.stored import read_run
 from llmprune.results import Evaluation, Round
 from llmprune.run import job as single
+from llmprune.run.phases import Phases, dense_evaluation, has_sample, phases, pruned_evaluation, pruning, writing
 from llmprune.run.preflight import check_still
 from llmprune.run.prepare import Job, describe, described, open_stream, prepare
 from llmprune.run.recovered import run_recovery
@@ -47,7 +49,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.live import LiveStream
 from llmprune.stream.stream import Stream
 from llmprune.training.masks import placed
-from llmprune.training.request import Request
+from llmprune.training.request import BATCH, Request
 from llmprune.types import SILENT, Listener
 
 NO_ROUNDS: dict[str, None] = dict.fromkeys(("rounds", "schedule", "recover_steps", "recover_data", "rewind", "max_ppl_increase", "push"))
@@ -86,9 +88,11 @@ class Rounds:
         return f"{self.whole}\n{len(steps)} rounds: {goals}; {recovery}{back}"
 
 
-def prepare_pruning(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False) -> Job | Rounds:
+def prepare_pruning(
+    recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, listen: Listener = SILENT
+) -> Job | Rounds:
     """As ``prepare``, for one round or several."""
-    return (prepare_rounds if recipe.rounds else prepare)(recipe, windows, overwrite, restart)
+    return (prepare_rounds if recipe.rounds else prepare)(recipe, windows, overwrite, restart, listen=listen)
 
 
 def runner(job: Job | Rounds) -> Callable[[Any, Listener], Report]:
@@ -96,11 +100,23 @@ def runner(job: Job | Rounds) -> Callable[[Any, Listener], Report]:
     return run_rounds if isinstance(job, Rounds) else single.run
 
 
-def prepare_rounds(recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False) -> Rounds:
+def phases_of(job: Job | Rounds) -> Phases:
+    """As ``phases``, of one round or several: each round prunes, writes and recovers."""
+    if isinstance(job, Job):
+        return phases(job)
+    whole, length = job.whole, job.whole.data.calibration.ids_NL.shape[1]
+    training = 8.0 * job.steps * BATCH * length * count_parameters(whole.stream.skeleton)
+    each = [*pruning(whole), writing(whole), *([("recover", training)] if job.steps else [])]
+    return [*each * len(levels(job.recipe)), *dense_evaluation(whole), *pruned_evaluation(whole)]
+
+
+def prepare_rounds(
+    recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, listen: Listener = SILENT
+) -> Rounds:
     """Check a request as ``prepare`` does, and what its rounds need. Raises RequestError."""
     if windows is not None and recipe.recover_data is None and recipe.recover_steps != 0:
         raise RequestError("rounds with token ids, and no data to recover on", "give recover_data=..., or recover_steps=0")
-    rounds = Rounds(prepare(recipe, windows, overwrite, restart), open_source(recipe.rewind) if recipe.rewind else None)
+    rounds = Rounds(prepare(recipe, windows, overwrite, restart, listen=listen), open_source(recipe.rewind) if recipe.rewind else None)
     if rounds.steps:
         check_trainable(rounds.whole.stream)
         find_source(rounds.data, "calibration")
@@ -267,8 +283,8 @@ def report_of(rounds: Rounds, last: Report, done: tuple[Round, ...], folder: Pat
     """The report of the last good round, about the whole: its request, its source, and the result beside the dense model."""
     whole = rounds.whole
     now: Stream = stream_of(rounds, folder)
-    prompt = sample.prompt_for(whole.stream, whole.source)
-    text = sample.beside(prompt, sample.written(whole.stream, prompt), sample.written(now, prompt))
+    prompt = sample.prompt_for(whole.stream, whole.source) if has_sample(whole) else sample.TOO_LONG
+    text = sample.beside(prompt, sample.written(whole.stream, prompt, listen), sample.written(now, prompt, listen))
     return replace(
         last,
         recipe=whole.recipe.resolved(),

@@ -34,6 +34,7 @@ from llmprune.report.fields import typed
 from llmprune.report.frontier import SWEEP, SweepReport, SweepRow, draw, markdown
 from llmprune.results import Origin, Row
 from llmprune.run.job import check_first_window
+from llmprune.run.phases import Phases, dense_evaluation, pruned_evaluation, pruning
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, prepare
 from llmprune.statistics.gradients import LossGradients
@@ -55,13 +56,19 @@ class Sweep:
 
 
 def prepare_sweep(
-    asked: list[Recipe], output: Path, overwrite: bool = False, restart: bool = False, windows: Tensor | None = None, quick: bool = False
+    asked: list[Recipe],
+    output: Path,
+    overwrite: bool = False,
+    restart: bool = False,
+    windows: Tensor | None = None,
+    quick: bool = False,
+    listen: Listener = SILENT,
 ) -> Sweep:
     """Check every row against the model. Nothing is written and no forward is run. windows: as ``prepare`` takes them. Raises RequestError."""
     smaller = [recipe.pattern for recipe in asked if recipe.structured]
     if smaller:
         raise RequestError(f"a sweep with pattern {smaller[0]}", "prune with structured patterns one at a time")
-    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result=SWEEP)
+    job = prepare(asked[0].model_copy(update={"output": str(output)}), windows, overwrite, restart, result=SWEEP, listen=listen)
     rows = []
     for recipe in asked:
         plan = replace(recipe.plan(), accept_damage=True)  # a destroyed block is a point of the curve too
@@ -85,6 +92,13 @@ def check_quick(job: Job, rows: list[tuple[Recipe, Plan]]) -> None:
         raise RequestError("quick sweep of a model that cannot be loaded block by block", "leave --quick out")
     if len(job.stream.names) in job.matrices:
         raise RequestError("quick sweep with a pruned head", "exclude the head with --skip, or omit --quick")
+
+
+def phases_of_sweep(sweep: Sweep) -> Phases:
+    """As ``phases``; its rows are one of them."""
+    each = [cost for name, cost in (*pruning(sweep.job), *pruned_evaluation(sweep.job)) if name != "gradients"]
+    gradients = [(name, cost) for name, cost in pruning(sweep.job) if name == "gradients"]
+    return [*dense_evaluation(sweep.job), *gradients, ("sweep", sum(each) * len(sweep.rows))]
 
 
 def run_sweep(sweep: Sweep, listen: Listener = SILENT) -> SweepReport:

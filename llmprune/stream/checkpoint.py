@@ -37,6 +37,7 @@ class CheckpointStream:
         self.loader = Loader(source, self.skeleton, self.walk.path, len(self.names), towers(self.skeleton))
         self.scratch: Path | None = None
         self._heap = Heap()
+        self._outside: bool | None = None  # what is outside of the blocks is in place; True: with the towers
         for module in self.skeleton.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -73,11 +74,16 @@ class CheckpointStream:
 
     @contextmanager
     def outer(self, towers: bool = False) -> Iterator[None]:
+        if self._outside is not None and self._outside >= towers:  # in place already
+            yield
+            return
         self._heap = Heap()  # a pass starts with the embeddings and ends with the head
         try:
             self.loader.load_outer(self.device, towers)
+            before, self._outside = self._outside, towers
             yield
         finally:
+            self._outside = before
             self.loader.free_outer()
 
     @contextmanager

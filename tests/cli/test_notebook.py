@@ -75,12 +75,12 @@ def test_progress_is_that_of_the_bars(asked: dict[str, Any]) -> None:
     steps = Steps()
     llmprune.prune("llama", 0.5, method="wanda", on_progress=steps, **asked)
     assert steps.of("prune") == [(done, 8) for done in range(9)]
-    for step in ("perplexity, dense", "perplexity, pruned"):
+    for step in ("dense evaluation", "pruned evaluation"):
         (*_, (done, total)) = steps.of(step)
         assert done == total > 0
     measured = Steps()
     (value,) = llmprune.evaluate(asked["output"], asked["eval"], window=64, on_progress=measured)
-    assert measured.of("perplexity")[-1][0] == measured.of("perplexity")[-1][1] > 0
+    assert measured.of("evaluation")[-1][0] == measured.of("evaluation")[-1][1] > 0
     assert value.windows > 0
 
 

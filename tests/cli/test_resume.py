@@ -68,7 +68,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_resumed_equals_uninterrupted(here, case):
     named = RESUMED[case]
     llmprune.prune(**{**ASK, **named, "output": "whole"})
-    stops = [("perplexity, dense", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("perplexity, pruned", 4)]
+    stops = [("dense evaluation", 3), ("prune", 1), ("prune", 5), ("prune", 8), ("pruned evaluation", 4)]
     if named is MAX:
         stops[-1:-1] = [("polish", 2), ("polish", 3)]
     if "max_ppl_increase" in named:
