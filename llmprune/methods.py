@@ -35,7 +35,7 @@ DEFAULTS = MappingProxyType(
         "by_slab": False,  # asks the pattern about some columns at a time
         "repairs": True,  # changes the kept weights
         "fits_blocks": False,  # goes over a block once all its matrices have their masks (BlockSolver)
-        "work": (56, 44),  # bytes held at the peak for every C^2, and for every weight; by default the most of any built-in one
+        "work": (56, 60),  # bytes held at the peak for every C^2, and for every weight; by default the most of any built-in one
         # of patterns
         "parse": lambda text: {},  # the fields that a spelling stands for; raises RequestError
         "fixes_ratio": False,  # has a fixed ratio, its ``sparsity``

@@ -52,6 +52,7 @@ class Stats:
     grad_RC: Tensor | None = field(default=None, metadata=LOSS_SUM)  # dL/dW, summed over windows
     grad_sq_RC: Tensor | None = field(default=None, metadata=WINDOW_SUM)  # sum over windows of (dL_n/dW) ** 2
     grad_out_sq_R: Tensor | None = field(default=None, metadata=LOSS_SUM)  # sum over tokens of (dL/dy_r) ** 2, y = W x
+    grad_out_gram_BQQ: Tensor | None = field(default=None, metadata=LOSS_SUM)  # sum over tokens of g g^T, g = dL/dy, in B blocks of Q rows
     first_grad_RC: Tensor | None = field(default=None, metadata=OF_WINDOW)  # dL/dW of the first window alone
     grad_tokens: int = field(default=0, metadata=SUM)  # tokens in these sums; 0: none reached the matrix
     grad_windows: int = field(default=0, metadata=SUM)  # windows in these sums

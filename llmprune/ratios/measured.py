@@ -18,7 +18,7 @@ from llmprune.pruners.matrix import solve_at
 from llmprune.pruners.plan import Plan, Work
 from llmprune.ratios.dropped_experts import expert_errors
 from llmprune.results import Trial
-from llmprune.statistics.gradient_taps import PER_WEIGHT
+from llmprune.statistics.gradient_taps import LARGE, PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.statistics.stages import at_head, at_once
 from llmprune.stream.clock import Clock
@@ -65,7 +65,7 @@ def dense_gradients(
     needs &= GRADIENTS
     if not needs or not any(matrices.values()):
         return None
-    return loss_gradients(stream, windows_NL if needs & PER_WEIGHT else windows_NL[:FISHER_WINDOWS], matrices, needs, listen)
+    return loss_gradients(stream, windows_NL if needs & LARGE else windows_NL[:FISHER_WINDOWS], matrices, needs, listen)
 
 
 @torch.no_grad()

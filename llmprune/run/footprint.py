@@ -7,6 +7,7 @@ Shapes: N = windows, L = tokens of a window, B = windows of a micro-batch, D = h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,20 +17,22 @@ from llmprune.data.windows import RunData
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
 from llmprune.export.check import fits, need
+from llmprune.maths.coupled_rows import rows_together
 from llmprune.methods import trait
 from llmprune.model.kinds import values_per_token
 from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
 from llmprune.pruners.plan import Plan
-from llmprune.statistics.gradient_taps import PER_WEIGHT
-from llmprune.statistics.gradients import GRADIENTS
+from llmprune.statistics.gradient_taps import LARGE
+from llmprune.statistics.gradients import GRADIENTS, shape_at
 from llmprune.statistics.stages import GRAM_SHARE
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import TOKENS_PER_BATCH
 from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.stream import Stream
 from llmprune.stream.whole import WholeStream
+from llmprune.types import STATISTICS
 
 FLOAT = 4
 STEADY = 60 << 20  # threads, buffers of the libraries' products, the run's own small objects
@@ -197,8 +200,8 @@ class _Estimate:
 
     def gradients(self) -> int:
         """Of the weights of one block; those of the others are kept in a file."""
-        widest = max((sum(m.rows * m.columns for m in ms) for ms in self.matrices.values()), default=0)
-        return len(self.plan.needs & PER_WEIGHT) * FLOAT * widest
+        asked = [STATISTICS[stat].name for stat in self.plan.needs & LARGE]
+        return FLOAT * max((sum(math.prod(shape_at(name, m)) for m in ms for name in asked) for ms in self.matrices.values()), default=0)
 
     # statistics and solving -------------------------------------------------------------------------------------------------------------------
 
@@ -229,7 +232,8 @@ class _Estimate:
         """What the criterion and the solver hold of one matrix beside its Gram matrix."""
         a_square, a_weight = trait(self.plan.solver, "work")
         weights = matrix.rows * matrix.columns * a_weight
-        return max(a_square * matrix.columns**2, KEPT_FACTOR * matrix.columns**2 * (a_square > 0) + weights)
+        side = max(matrix.columns, rows_together(matrix.rows)) if "grad_out_gram" in self.plan.needs else matrix.columns
+        return max(a_square * side**2, KEPT_FACTOR * side**2 * (a_square > 0) + weights)
 
 
 KEPT_FACTOR = 8  # bytes for every C^2 that are kept of a factorisation

@@ -2,5 +2,5 @@
 
 Words: watch (sums what enters matrices), product (a use of a matrix, seen as torch computes it), stage (matrices that do not feed each other),
 straight block (each matrix used once, in a fixed order), tap (sums gradients in a backward pass), partner (what a product is added to).
-Imports: model, stream.
+Imports: maths, model, stream.
 """

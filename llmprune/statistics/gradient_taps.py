@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import StoppedError
+from llmprune.maths.coupled_rows import gram_of_rows
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.products import Products, Use
 from llmprune.types import STATISTICS, Stat, accumulate, shape_of, statistics_of
 
+LARGE = frozenset(stat for stat in statistics_of("loss", "window losses") if shape_of(STATISTICS[stat].name) != "R")  # kept in a file
 PER_WEIGHT = frozenset(stat for stat in statistics_of("loss", "window losses") if shape_of(STATISTICS[stat].name) == "RC")
 
 
@@ -58,6 +60,8 @@ class Taps(TorchFunctionMode):
         self.tokens[name] += gradient_TR.shape[0]
         if "grad_out_sq" in self._needs:
             accumulate(self.sums, ("grad_out_sq", name), gradient_TR.square().sum(0))
+        if "grad_out_gram" in self._needs:
+            accumulate(self.sums, ("grad_out_gram", name), gram_of_rows(gradient_TR))
         if self._per_weight:
             self._multiply(name, gradient_TR, use.value.detach().reshape(-1, use.matrix.columns).float())
         self._awaited[name] -= 1

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmprune.maths.coupled_rows import rows_together
 from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
-from llmprune.statistics.gradient_taps import PER_WEIGHT, Taps
+from llmprune.statistics.gradient_taps import LARGE, Taps
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
-from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, statistics_of
+from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, shape_of, statistics_of
 
 GRADIENTS = statistics_of("loss", "window losses")
 
@@ -56,10 +57,10 @@ class LossGradients:
         if (index, stat, name) in self._held:
             return self._place(stat)[index, stat, name]
         matrix = self._matrices[index, name]
-        return torch.zeros(matrix.rows, matrix.columns) if stat in PER_WEIGHT else torch.zeros(matrix.rows)
+        return torch.zeros(shape_at(STATISTICS[stat].name, matrix))
 
     def _place(self, stat: Stat) -> MemoryHidden | FileHidden:
-        return self._weights if stat in PER_WEIGHT else self._vectors
+        return self._weights if stat in LARGE else self._vectors
 
     def add_to(self, index: int, statistics: dict[str, Stats]) -> None:
         """Give the statistics of a block's matrices, or of some of them, their gradients.
@@ -69,6 +70,13 @@ class LossGradients:
         """
         for name, stats in statistics.items():
             statistics[name] = replace(stats, **self.fields(index, name))
+
+
+def shape_at(name: str, matrix: Matrix) -> tuple[int, ...]:
+    """The shape of a sum for one matrix."""
+    together = rows_together(matrix.rows)
+    sizes = {"R": matrix.rows, "C": matrix.columns, "B": matrix.rows // together, "Q": together}
+    return tuple(sizes[letter] for letter in shape_of(name))
 
 
 @torch.no_grad()
@@ -82,9 +90,9 @@ def loss_gradients(
     """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
     been pruned yet (a stream that has a sink reads finished blocks from there).
 
-    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R]; types.Stats defines each. ``listen`` hears of (blocks done, twice the number of
-    blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and the inputs of the blocks
-    unless they are kept in a file.
+    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R], grad_out_gram of [B, Q, Q]; types.Stats defines each. ``listen`` hears of
+    (blocks done, twice the number of blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and
+    the inputs of the blocks unless they are kept in a file.
     Raises StoppedError when a gradient is not finite.
     """
     needs &= GRADIENTS

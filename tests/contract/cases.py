@@ -190,7 +190,7 @@ def make_stats(needs: frozenset[str], value_TC: Tensor, dtype: torch.dtype = tor
 
 def made_up(name: str, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A statistic that does not have to go with the others: positive, of the shape that its name ends in."""
-    sizes = {"R": 1, "C": columns}
+    sizes = {"R": 1, "C": columns, "B": 1, "Q": 1}
     value = 0.1 + torch.rand([sizes[letter] for letter in shape_of(name)], generator=generator(3), dtype=torch.float64)
     return {name: (value @ value.T if shape_of(name) == "CC" else value).to(dtype)}
 

@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import StoppedError
+from llmprune.maths import coupled_rows
+from llmprune.maths.coupled_rows import rows_together
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.statistics.gradient_taps import Taps
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
@@ -119,24 +121,31 @@ def test_gradients_are_those_of_plain_autograd(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gpt_neox", "gemma2", "phi3", "bloom"])
-def test_output_gradients_are_those_of_hooks(family: str) -> None:
+def test_output_gradients_are_those_of_hooks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = live(family)
     stream = LiveStream(model)
     sums: Counter[str] = Counter()
+    grams: Counter[str] = Counter()
     twin = deepcopy(model)
     for name, module in twin.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
 
             def watch(module: nn.Module, args: Any, out: Tensor, name: str = f"{name}.weight") -> None:
                 out.register_hook(lambda g, name=name: sums.update({name: g.double().square().flatten(0, -2).sum(0)}))
+                out.register_hook(lambda g, name=name: grams.update({name: g.double().flatten(0, -2).T @ g.double().flatten(0, -2)}))
 
             module.register_forward_hook(watch)
     for ids_L in WINDOWS_NL:
         window_loss(twin, ids_L).backward()
-    got = gradients(stream, "grad_out_sq")
+    monkeypatch.setattr(coupled_rows, "MOST_ROWS", 48)  # some matrices have several blocks of rows
+    got = gradients(stream, "grad_out_sq", "grad_out_gram")
     for index, ms in selected(stream, EVERYTHING).items():
         for m in ms:
             fields = got.fields(index, m.name)
+            size = rows_together(m.rows)
+            gram_RR = grams[f"{stream.path_of(index)}.{m.name}"]
+            blocks_BQQ = torch.stack([gram_RR[a : a + size, a : a + size] for a in range(0, m.rows, size)])
+            check_close(fields["grad_out_gram_BQQ"], blocks_BQQ, m.name)
             check_close(fields["grad_out_sq_R"], sums[f"{stream.path_of(index)}.{m.name}"], m.name)
             assert fields["grad_tokens"] == WINDOWS_NL.numel()
 

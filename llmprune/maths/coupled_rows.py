@@ -1,0 +1,98 @@
+"""Rows of a matrix that are coupled by the loss: G = sum over tokens of g g^T, g = dL/dy of the outputs y = W x, in blocks of rows.
+
+What one row loses another one may make up for, in the directions of the output that the loss feels. G of few tokens is trusted less: it is mixed with
+the identity, G_d = (1 - d) G / mean(diag G) + d I, where d = 1 / (1 + TRUST * tokens / rows), and at least ``least``.
+
+Shapes: R = rows, C = columns, B = blocks of rows, Q = rows of a block (R = B * Q).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.maths.linalg import masked_refit
+
+MOST_ROWS = 2048  # of a block
+TRUST = 0.2
+
+
+def rows_together(rows: int) -> int:
+    """Q: the largest divisor of the number of rows that is not above ``MOST_ROWS``."""
+    return next(size for size in range(min(rows, MOST_ROWS), 0, -1) if rows % size == 0)
+
+
+def gram_of_rows(gradient_TR: Tensor) -> Tensor:
+    """[B, Q, Q]: G of the tokens of a micro-batch."""
+    tokens, rows = gradient_TR.shape
+    blocks_BQT = gradient_TR.T.reshape(rows // rows_together(rows), -1, tokens)
+    return blocks_BQT @ blocks_BQT.mT
+
+
+@dataclass(frozen=True)
+class Rows:
+    """G_d brought to a unit diagonal, T^-1 G_d T^-1 with T = diag(scale), and its eigenbasis."""
+
+    matrix_BQQ: Tensor
+    scale_R1: Tensor
+    values_R1: Tensor
+    vectors_BQQ: Tensor
+
+    def times(self, value_RC: Tensor) -> Tensor:
+        return in_blocks(self.matrix_BQQ, value_RC)
+
+    def turned(self, value_RC: Tensor) -> Tensor:
+        """Into the eigenbasis."""
+        return in_blocks(self.vectors_BQQ.mT, value_RC)
+
+    def turned_back(self, value_RC: Tensor) -> Tensor:
+        return in_blocks(self.vectors_BQQ, value_RC)
+
+
+def uncoupled(weight_RC: Tensor) -> Rows:
+    """Every row by itself."""
+    ones_R1 = torch.ones_like(weight_RC[:, :1])
+    return Rows(ones_R1.unsqueeze(-1), ones_R1, ones_R1, ones_R1.unsqueeze(-1))
+
+
+def in_blocks(matrix_BQQ: Tensor, value_RC: Tensor) -> Tensor:
+    blocks, size, _ = matrix_BQQ.shape
+    return (matrix_BQQ @ value_RC.view(blocks, size, -1)).view_as(value_RC)
+
+
+def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> Rows:
+    """tokens: whose gradients are summed in G. least: share of the identity; 1 leaves rows uncoupled."""
+    blocks, size, _ = gram_BQQ.shape
+    diagonal_BQ = gram_BQQ.diagonal(dim1=-2, dim2=-1).double()
+    share = max(least, 1 / (1 + TRUST * tokens / size))
+    mixed_BQQ = gram_BQQ.double() * ((1 - share) / diagonal_BQ.mean())
+    mixed_BQQ.diagonal(dim1=-2, dim2=-1).add_(share)
+    scale_BQ = mixed_BQQ.diagonal(dim1=-2, dim2=-1).sqrt()
+    matrix_BQQ = mixed_BQQ / scale_BQ.unsqueeze(-1) / scale_BQ.unsqueeze(-2)
+    values_BQ, vectors_BQQ = torch.linalg.eigh(matrix_BQQ)
+    column = (blocks * size, 1)
+    return Rows(matrix_BQQ.to(dtype), scale_BQ.to(dtype).view(column), values_BQ.clamp_(min=0).to(dtype).view(column), vectors_BQQ.to(dtype))
+
+
+def coupled_refit(rows: Rows, target_RC: Tensor, matrix_CC: Tensor, keep_RC: Tensor, start_RC: Tensor, steps: int) -> Tensor:
+    """min over V inside the mask of tr G (V - target) A (V - target)^T, by ``steps`` of conjugate gradients from ``start``, on the whole matrix; row
+    by row where rows are not coupled.
+    """
+    if rows.matrix_BQQ.shape[-1] == 1:
+        return masked_refit(target_RC, matrix_CC, keep_RC, start_RC, steps)
+    value_RC = start_RC * keep_RC
+    residual_RC = rows.times((target_RC - value_RC) @ matrix_CC) * keep_RC
+    direction_RC, size = residual_RC, residual_RC.square().sum()
+    small = size * 1e-12
+    for _ in range(steps):
+        if size <= small:
+            break
+        image_RC = rows.times(direction_RC @ matrix_CC) * keep_RC
+        step = size / (direction_RC * image_RC).sum().clamp_min(1e-30)
+        value_RC = value_RC + step * direction_RC
+        residual_RC = residual_RC - step * image_RC
+        before, size = size, residual_RC.square().sum()
+        direction_RC = residual_RC + size / before.clamp_min(1e-30) * direction_RC
+    return value_RC
