@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
@@ -16,20 +16,25 @@ from llmprune.benchmark.worker import Task
 from llmprune.benchmark.worker import load as load_whole
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
+from llmprune.data.given import in_memory, taken
+from llmprune.data.reading import windows_of
+from llmprune.data.sources import TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import read_windows
+from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
+from llmprune.evaluation.answers import TaskResult
 from llmprune.evaluation.harness import find_tasks, run_tasks
 from llmprune.evaluation.perplexity import perplexity
 from llmprune.evaluation.replay import check_replay
-from llmprune.model.kinds import check_live
+from llmprune.model.kinds import begins_with_bos, check_live
 from llmprune.model.wrappers import auto_class, check_text
 from llmprune.publish.hub import check_destination
 from llmprune.publish.hub import push as publish
 from llmprune.recipe.keywords import PruneOptions, documented, of_recipe, plain, recipe_values
 from llmprune.recipe.reading import read_recipe
+from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
-from llmprune.results import Perplexity, Pushed, TaskResult
+from llmprune.results import Perplexity, Pushed
 from llmprune.run.live import as_for_inference, prune_live
 from llmprune.run.live_result import check_place, save_live
 from llmprune.run.preflight import check_ids, check_length
@@ -37,10 +42,11 @@ from llmprune.run.prepare import open_stream, scan
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import prepare_recovery
 from llmprune.run.rounds import prepare_pruning, runner
-from llmprune.run.windows import default_length
+from llmprune.run.windows import DEFAULT_SAMPLES, HELD_BACK, Given, default_length
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.live import LiveStream
 from llmprune.stream.stream import Stream
+from llmprune.training.data import HELD_BACK as DECIDING
 from llmprune.training.request import Request
 from llmprune.types import SILENT, Listener
 
@@ -53,7 +59,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     *,
-    calibration: str | PathLike[str] | Tensor | None = None,
+    calibration: Any = None,
     tokenizer: Any = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -65,46 +71,58 @@ def prune(
     """Prune a checkpoint into a folder, or a live model in place. Of a live model and a structured pattern the report's ``model`` is the smaller
     one; the model itself keeps its shape, with zeros (except for layers and experts; solver refit scales experts in place).
 
-    model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or token ids [N, L].
+    model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or in memory: a list of texts or
+    dialogues, a ``datasets`` data set, an iterator of either, token ids [N, L] as tensor or array, or a DataLoader of them; eval likewise, or a list.
     tokenizer: for a live model that is calibrated on text, and saved with it where ``output`` is given; its processor for text with pictures.
     overwrite, restart: of the output folder. public, existing: of the repository, with ``push="me/name"``. on_progress: called with (step, done,
     total) as the command line's bars are. criterion may be a function of (weight_RC, stats), see ``llmprune.recipe.user_methods``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
-    calibration = as_text(calibration)
-    if not isinstance(calibration, str | Tensor | None):
-        raise RequestError(
-            f"calibration: {type(calibration).__name__}", "give the name of a data set or file, or a tensor of token ids [windows, length]"
-        )
-    windows = calibration if isinstance(calibration, Tensor) else None
-    if tokenizer is not None and (windows is not None or not isinstance(model, nn.Module)):
-        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
+    measured, listen = in_memory(as_text(options.pop("eval", None))), listener(on_progress)
     values = recipe_values(options) | {"pattern": plain("pattern", pattern), "sparsity": plain("sparsity", sparsity)}
-    values |= {"calibration": calibration} if isinstance(calibration, str) else {}
-    listen = listener(on_progress)
+    calibration, live = as_text(calibration), isinstance(model, nn.Module)
+    named_data = calibration is None or isinstance(calibration, str)
+    values |= {"eval": [one for one in measured if isinstance(one, str)]} | ({"calibration": calibration} if named_data else {})
+    others = [one for one in measured if not isinstance(one, str)]
+    recipe = read_recipe(None, {"model": type(model).__name__ if live else named(model)} | values)
+    windows = None if named_data else taken(calibration, "calibration", streamed(recipe), recipe.shuffle)
+    if tokenizer is not None and (isinstance(windows, Tensor) or not live):
+        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
     if isinstance(model, nn.Module):
         if restart or public or existing:
             raise RequestError("restart, public or existing with a model in memory", "it is pruned at once, and pushed from its folder; omit them")
-        recipe = read_recipe(None, {"model": type(model).__name__} | values)
-        if overwrite and recipe.output is None:
-            raise RequestError("overwrite without output, with a model in memory", "add output=..., or omit it")
-        if recipe.output is not None:
-            check_place(Path(recipe.output).expanduser(), check_live(model), overwrite)
-        report = prune_live(model, recipe, windows, tokenizer, listen)
-        return report if recipe.output is None else replace(save(report, recipe.output, tokenizer, overwrite=overwrite), model=report.model)
-    recipe = read_recipe(None, {"model": named(model)} | values)
+        if others:
+            raise RequestError("eval with a model in memory", "omit eval, or prune the model's checkpoint, with output=...")
+        return in_place(model, recipe, windows, tokenizer, overwrite, listen)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    job = prepare_pruning(recipe, windows, overwrite, restart)
+    job = prepare_pruning(recipe, windows, overwrite, restart, tuple(taken(one, "eval", streamed(recipe, recipe.eval_samples)) for one in others))
     report = runner(job)(job, listen)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report
 
 
+def in_place(model: nn.Module, recipe: Recipe, windows: Given, tokenizer: Any, overwrite: bool, listen: Listener) -> Report:
+    """Prune a model in memory, and save it where the recipe has an output. Raises RequestError."""
+    if overwrite and recipe.output is None:
+        raise RequestError("overwrite without output, with a model in memory", "add output=..., or omit it")
+    if recipe.output is not None:
+        check_place(Path(recipe.output).expanduser(), check_live(model), overwrite)
+    report = prune_live(model, recipe, windows, tokenizer, listen)
+    return report if recipe.output is None else replace(save(report, recipe.output, tokenizer, overwrite=overwrite), model=report.model)
+
+
+def streamed(recipe: Recipe, asked: int | str | None = None) -> int | None:
+    """How many windows are taken of a stream of token ids; None: all. asked: a number, or "all", instead of as many as a calibration takes."""
+    if asked is not None:
+        return asked if isinstance(asked, int) else None
+    return (recipe.samples or DEFAULT_SAMPLES) + (HELD_BACK if recipe.makes_trials else 0)
+
+
 def recover(
     folder: str | PathLike[str],
-    data: str | PathLike[str],
+    data: Any,
     *,
     overwrite: bool = False,
     restart: bool = False,
@@ -113,14 +131,17 @@ def recover(
 ) -> Report:
     """Train the kept weights of a result, whose zeros stay; the report's ``recovered`` says what that did.
 
-    folder: output of a run. data: a text, dialogues or a data set to train on. options: every other field of ``llmprune.training.request.Request``,
-    the command line's options by the same names, and arguments={...} and callbacks=[...] of transformers' Trainer.
+    folder: output of a run. data: texts, dialogues or a data set to train on, by name or in memory as ``prune`` takes them. options: every other
+    field of ``llmprune.training.request.Request``, the command line's options by the same names, and arguments={...} and callbacks=[...] of
+    transformers' Trainer.
     Raises RequestError before any training when the request cannot be met, StoppedError when it has to stop.
     """
     unknown = [name for name in options if name not in Request.__dataclass_fields__]
     if unknown:
         raise RequestError(f"recover takes no {unknown[0]!r}", f"there are: {', '.join(Request.__dataclass_fields__)}")
     asked = Request(fspath(folder), as_text(data), **{name: as_text(value) for name, value in options.items()})
+    if not isinstance(asked.data, str):
+        asked = replace(asked, data=taken(asked.data, "data", asked.steps * asked.batch + DECIDING))
     return run_recovery(prepare_recovery(asked, overwrite, restart), listener(on_progress))
 
 
@@ -153,11 +174,14 @@ def listener(on_progress: Progress | None) -> Listener:
 
 def evaluate(
     model: str | PathLike[str] | nn.Module,
-    data: str | PathLike[str] | Sequence[str | PathLike[str]],
+    data: Any,
     *,
     tokenizer: Any = None,
     window: int | None = None,
     samples: int | None = None,
+    column: str | None = None,
+    split: str | None = None,
+    bos: bool | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
@@ -165,10 +189,13 @@ def evaluate(
 ) -> list[Perplexity]:
     """Perplexity of a checkpoint, one block in memory at a time, or of a live model, on each data set.
 
-    tokenizer: of a live model. window: tokens of a window. samples: the first so many windows instead of all. device, dtype, revision: of a
-    checkpoint. on_progress: called with (step, done, total). Raises RequestError when something cannot be read.
+    data: as on the command line, or in memory as ``prune`` takes them; or a list of such. tokenizer: of a live model. window: tokens of a window.
+    samples: the first so many windows instead of all. column, split: of the data sets. bos: whether windows begin with BOS; by default as the model
+    was trained. device, dtype, revision: of a checkpoint. on_progress: called with (step, done, total). Raises RequestError when something cannot be
+    read.
     """
     where, kind = str(plain("device", device)), str(plain("dtype", dtype))
+    listen = listener(on_progress)
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise RequestError("a live model without its tokenizer", "add tokenizer=...")
@@ -176,39 +203,54 @@ def evaluate(
             raise RequestError("device, dtype or revision with a model in memory", "it is measured as it is; omit them")
         with as_for_inference(check_live(model)) as live:
             check_text(live)
-            length = window or default_length("", live.config)
-            check_length(length, live.config)
-            return measured(LiveStream(live), tokenizer, data, length, samples, on_progress)
+            return measured_on(LiveStream(live), "", Measured(tokenizer, data, window, samples, column, split, bos), listen)
     if tokenizer is not None:
         raise RequestError("a tokenizer with a checkpoint, which has its own", "omit it")
     source = open_source(named(model), revision)
     chosen = choose_device(where)
     stream = open_stream(source, choose_dtype(kind, chosen, source), chosen)
-    length = window or default_length(named(model), stream.skeleton.config)
-    check_length(length, stream.skeleton.config)
+    asked = Measured(load_tokenizer(source.folder), data, window, samples, column, split, bos)
+    check_length(window or default_length(named(model), stream.skeleton.config), stream.skeleton.config)
     scan(source, stream)
     check_source(source)
-    return measured(stream, load_tokenizer(source.folder), data, length, samples, on_progress)
+    return measured_on(stream, named(model), asked, listen)
 
 
-def measured(
-    stream: Stream,
-    tokenizer: Any,
-    data: str | PathLike[str] | Sequence[str | PathLike[str]],
-    length: int,
-    samples: int | None,
-    on_progress: Progress | None,
-) -> list[Perplexity]:
+@dataclass(frozen=True)
+class Measured:
+    """What a perplexity is measured on."""
+
+    tokenizer: Any
+    data: Any
+    window: int | None
+    samples: int | None
+    column: str | None
+    split: str | None
+    bos: bool | None
+
+    def windows(self, name: str, config: Any) -> Iterator[Windows]:
+        """Those of each data set. name: of the model. Raises RequestError."""
+        length = self.window or default_length(name, config)
+        begins = begins_with_bos(config) if self.bos is None else self.bos
+        for one in in_memory(as_text(self.data)):
+            text = find_source(one, "evaluation", self.column, self.split) if isinstance(one, str) else taken(one, "data", self.samples)
+            if isinstance(text, TextSource):
+                found = windows_of(text, self.tokenizer, length, self.samples, bos=begins)
+            else:
+                found = Windows(text, "given token ids", "all")
+            check_length(found.ids_NL.shape[1], config)
+            yield found.first(self.samples) if self.samples else found
+
+
+def measured_on(stream: Stream, name: str, asked: Measured, listen: Listener) -> list[Perplexity]:
     """Of the model as the stream holds it. Raises RequestError."""
     model = stream.walk.model
     found: list[Perplexity] = []
-    for spec in [data] if isinstance(data, str | PathLike) else data:
-        windows = read_windows(fspath(spec), "evaluation", tokenizer, length, samples)
-        windows = windows.first(samples) if samples else windows
+    for windows in asked.windows(name, model.config):
         check_ids(windows, model)
         if not found:
             check_replay(stream, windows.ids_NL[:1])
-        found.append(perplexity(stream, windows, listener(on_progress)))
+        found.append(perplexity(stream, windows, listen))
     return found
 
 

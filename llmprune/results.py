@@ -55,12 +55,24 @@ class Calibration:
     drawn_from: str = ""  # among how many they were drawn, by which seed; empty for the first windows
     pictures: int = 0  # in all windows
     left_out: int = 0  # rows with pictures that fit into no window, or whose window has the tokens of another one
+    bos: bool = False  # whether each window begins with BOS
+    skipped: int = 0  # rows without text
+    template: str = ""  # the columns of dialogues that the chat template has written out; empty for texts
+    documents: int = 0  # dialogues that begin in the windows
+    truncated: float = 0.0  # share of them that go on beyond the window where they begin
 
     @property
     def seen(self) -> str:
-        """What is seen with the windows, in words."""
+        """What the windows hold, in words."""
         left = f" ({self.left_out} rows left out that fit into no window, or repeat another one's tokens)" if self.left_out else ""
-        return f" with {self.pictures} pictures{left}" if self.pictures else ""
+        found = f" with {self.pictures} pictures{left}" if self.pictures else ""
+        made = f"({self.template} by the chat template, {self.truncated:.0%} cut at a window's end)"
+        return found + (f" with {self.documents:,} dialogues {made}" if self.template else "")
+
+    @property
+    def aside(self) -> str:
+        """What else is to be known of them, in words."""
+        return (", each window begins with BOS" if self.bos else "") + (f", {self.skipped:,} rows without text skipped" if self.skipped else "")
 
     def to_json(self) -> dict[str, Any]:
         return _without_defaults(self)
@@ -258,11 +270,13 @@ class Perplexity:
     windows: int
     tokens: int  # number of predicted targets
     dtype: str
+    made: str = ""  # how the windows are made, where it is not of plain text alone
 
     @property
     def definition(self) -> str:
         """Its definition, besides the data set."""
-        return f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
+        said = f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
+        return ", ".join([said, self.made] if self.made else [said])
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.dataset}, {self.split}, {self.definition})"
@@ -296,30 +310,6 @@ class Evaluation:
     dense: Perplexity
     pruned: Perplexity
     divergence: Divergence
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """lm-eval's results for one task (or group of tasks): metrics by its names, such as ``acc,none`` and ``acc_stderr,none``."""
-
-    task: str
-    metrics: dict[str, float]
-    samples: int | None  # questions that counted
-    shots: int | None
-    task_version: str | None
-    lm_eval: str
-    dtype: str
-
-    def __str__(self) -> str:
-        said = []
-        for name, value in self.metrics.items():
-            metric, _, kept = name.partition(",")
-            error = self.metrics.get(f"{metric}_stderr,{kept}")
-            if not metric.endswith("_stderr"):
-                said.append(f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}") + ("" if kept in ("", "none") else f" ({kept})"))
-        how = [f"{self.samples} samples" if self.samples else "", "" if self.shots is None else f"{self.shots}-shot"]
-        how += [f"task version {self.task_version}" if self.task_version else "", self.dtype, f"lm-eval {self.lm_eval}"]
-        return f"{self.task}: {', '.join(said)} ({', '.join(h for h in how if h)})"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
-from llmprune.data.windows import read_windows
+from llmprune.data.reading import read_windows
 
 WINDOW, BATCH = 128, 8
 SOURCE = BUNDLED / "llama"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.checkpoint.files import output_folder
-from llmprune.cli.console import Count, Text, announce, err, out
+from llmprune.cli.console import Bos, Count, Text, announce, err, out
 from llmprune.cli.progress import progress_shown
 from llmprune.errors import PromiseError, RequestError, at_home
 
@@ -41,10 +41,13 @@ def eval(
     model: Annotated[str, typer.Argument(help="folder, Hub id or alias", metavar="PATH|ID")],
     data: Annotated[
         Optional[list[str]],
-        typer.Option(help="wikitext2, c4, a Hub data set or a file; may be repeated [default: bundled-evaluation for llama]", metavar="PATH|ID"),
+        typer.Option(help="wikitext2, c4, a Hub data set, file, folder; may be repeated [default: bundled-evaluation for llama]", metavar="PATH|ID"),
     ] = None,
     tasks: Annotated[Text, typer.Option(help="tasks of lm-eval, such as piqa,arc_easy; needs pip install llmprune[eval]", metavar="NAME,...")] = None,
     task_dir: Annotated[Text, typer.Option(help="folder of your own task files, which are then the only ones", metavar="PATH")] = None,
+    column: Annotated[Text, typer.Option(help="the data's column of texts or messages", metavar="NAME")] = None,
+    split: Annotated[Text, typer.Option(help="split of the data set [default: test]", metavar="NAME")] = None,
+    bos: Bos = None,
     window: Annotated[Count, typer.Option(help="tokens of a window [default: 2048, or the model's positions; llama: 256]", metavar="INT")] = None,
     samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task [default: all]", metavar="INT")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
@@ -60,10 +63,7 @@ def eval(
     The perplexity is measured with one block in memory at a time; tasks are with the whole model in memory, and are added to the llmprune.json of a
     result.
     """
-    if task_dir and not tasks:
-        raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
-    if not data and not tasks and model != "llama":
-        raise RequestError("no data", "add --data wikitext2, c4, or a file; or --tasks")
+    check_data(model, data, tasks, task_dir, column or split or (tasks and bos is not None))
     announce(model, as_json)
     from dataclasses import asdict
 
@@ -77,16 +77,30 @@ def eval(
     answers = evaluate_tasks(model, listed(tasks), task_dir=task_dir, trust_remote_code=trust_remote_code, **shared) if tasks else []
     sets = data or ([] if tasks else ["bundled-evaluation"])
     with progress_shown() as progress:
-        found = evaluate(model, sets, window=window, on_progress=progress, **shared) if sets else []
+        found = evaluate(model, sets, window=window, column=column, split=split, bos=bos, on_progress=progress, **shared) if sets else []
     if as_json:
         values = [asdict(p) for p in found]
         print(json.dumps({"perplexity": values, "tasks": [asdict(a) for a in answers]} if tasks else values, indent=1))
     else:
-        for said in (*(f"perplexity: {value}" for value in found), *map(str, answers)):
-            out.print(said, markup=False, soft_wrap=True)
+        show([*(f"perplexity: {value}" for value in found), *map(str, answers)])
     if result:
         add_tasks(result, answers)
         err.print(f"added to {model}/llmprune.json; llmprune report {model} adds it to the page", markup=False, soft_wrap=True)
+
+
+def check_data(model: str, data: list[str] | None, tasks: str | None, task_dir: str | None, about_data: Any) -> None:
+    """Raises RequestError where there is nothing to measure on, or an option is about data or tasks that are not there."""
+    if task_dir and not tasks:
+        raise RequestError("--task-dir without --tasks", "name the tasks: --tasks a,b")
+    if not data and about_data:
+        raise RequestError("--column, --split or --bos without --data", "add --data")
+    if not data and not tasks and model != "llama":
+        raise RequestError("no data", "add --data wikitext2, c4, or a file; or --tasks")
+
+
+def show(lines: list[str]) -> None:
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def inspect(

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from llmprune.errors import RequestError
+from llmprune.recipe.flags import DATA
 
 WIDEST = 120  # of a help text, on a terminal that has so many columns
 
@@ -37,6 +38,10 @@ err = Console(stderr=True, highlight=False)
 
 Text = Optional[str]
 Count = Optional[int]
+Bos = Annotated[
+    Optional[bool],
+    typer.Option("--bos/--no-bos", help="whether every window begins with BOS [default: as the model was trained]", rich_help_panel=DATA),
+]
 
 
 def _show_version(wanted: bool) -> None:

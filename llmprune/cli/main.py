@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would hide the one line that matters
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it says of a broken file is in that line
     try:
         code = app(words, prog_name="llmprune", standalone_mode=False) or 0
     except LlmpruneError as error:

@@ -21,6 +21,7 @@ from llmprune.recipe.recipe import Recipe
 Command = Callable[..., None]
 ARGUMENTS = "Arguments"
 Several = Optional[list[str]]
+Switch = Optional[bool]  # on, off, or as it is by default
 
 
 def takes_recipe(names: Iterable[str]) -> Callable[[Command], Command]:
@@ -45,9 +46,13 @@ def takes_recipe(names: Iterable[str]) -> Callable[[Command], Command]:
 
 def given_values(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that were given on the command line, from the values of all options. Raises RequestError for an entry without a value."""
-    given = {name: value for name, value in values.items() if value is not None and value is not False and value not in ([], ())}
+    given = {name: value for name, value in values.items() if value not in (None, [], ()) and (value is not False or _kind_of(name) is Switch)}
     tables = [name for name in given if _is_table(Recipe.model_fields[name])]
     return given | {name: _table(name, given[name]) for name in tables}
+
+
+def _kind_of(name: str) -> Any:
+    return _kind(Recipe.model_fields[name])
 
 
 def flag_of(name: str) -> Flag:
@@ -86,10 +91,11 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     words = f"{field.description}; may be repeated" if kind is Several else field.description
     default = flag.default or ("" if kind is bool or field.is_required() else field.get_default(call_default_factory=True))
     shown = f"{words} [default: {default}]" if default not in (None, "", [], {}) else f"{words}"
+    spelled = (flag.name or name).replace("_", "-")
     info = typer.Option(
-        f"--{(flag.name or name).replace('_', '-')}",
+        f"--{spelled}/--no-{spelled}" if kind is Switch else f"--{spelled}",
         help=shown,
-        metavar=None if kind is bool else flag.value or ("INT" if kind is Count else "TEXT"),
+        metavar=None if kind in (bool, Switch) else flag.value or ("INT" if kind is Count else "TEXT"),
         rich_help_panel=flag.panel,
     )
     unset = False if kind is bool else None
@@ -99,8 +105,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 def _kind(field: FieldInfo) -> Any:
     """The type of an option: a number only where the field accepts no other spelling of it."""
     plain = [kind for kind in get_args(field.annotation) if kind is not type(None)] if get_origin(field.annotation) else []
-    if field.annotation is bool:
-        return bool
+    if field.annotation in (bool, Switch):
+        return bool if field.annotation is bool else Switch
     if _is_table(field) or get_origin(field.annotation) is list:
         return Several
     return Count if field.annotation is int or plain == [int] else Text

@@ -20,6 +20,7 @@ from llmprune.recipe.values import listed
 # what all rows of a sweep share; the other fields are varied by it, or belong to a checkpoint
 SHARED_BY_ROWS = (
     *("model", "revision", "allocation", "calibration", "samples", "sequence_length", "eval"),
+    *("column", "split", "bos", "eval_samples"),
     *("device", "dtype", "skip", "only", "accept_damage"),
 )
 

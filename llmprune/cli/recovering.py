@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.checkpoint.files import output_folder
-from llmprune.cli.console import Count, Text, out
+from llmprune.cli.console import Bos, Count, Text, out
 from llmprune.cli.progress import progress_shown
 from llmprune.errors import at_home
 from llmprune.recipe.flags import DATA, HOW, MACHINE, OUTPUT
@@ -27,7 +27,7 @@ def _switch(flag: str, text: str) -> Any:
 
 def recover(
     folder: Annotated[str, typer.Argument(help="output of a finished run", metavar="DIR")],
-    data: Annotated[str, _said("text, dialogues (.jsonl with messages) or a data set to train on", "PATH|ID")],
+    data: Annotated[str, _said("texts or dialogues to train on: a file, a data set or a mixture", "PATH|ID")],
     output: Annotated[Text, _said("folder of the result [default: ./<DIR>-recovered]", "PATH")] = None,
     steps: Annotated[int, _said("optimizer steps, at most", "INT")] = 300,
     parameters: Annotated[str, _said("all, norms (with biases), or lora (adapters that keep the zeros)", "NAME")] = "all",
@@ -35,6 +35,9 @@ def recover(
     dense: Annotated[Text, _said("the dense model [default: the source, where it can be found]", "PATH|ID", DATA)] = None,
     held_out: Annotated[Text, _said("text that chooses the best step [default: a slice of the data]", "PATH|ID", DATA)] = None,
     eval: Annotated[Optional[list[str]], _said("text to measure before and after; may be repeated", "PATH|ID", DATA)] = None,
+    column: Annotated[Text, _said("the data's column of texts or messages", "NAME", DATA)] = None,
+    split: Annotated[Text, _said("split of the data set [default: train]", "NAME", DATA)] = None,
+    bos: Bos = None,
     sequence_length: Annotated[Count, _said("tokens of a window [default: as it was calibrated]", "INT", DATA)] = None,
     batch: Annotated[int, _said("windows of a step", "INT", HOW)] = 8,
     learning_rate: Annotated[Number, _said("at its peak [default: by the parameters and the model's width]", "FLOAT", HOW)] = None,

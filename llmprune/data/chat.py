@@ -1,64 +1,100 @@
-"""Dialogues as token windows: rows of ``messages``, written out by the tokenizer's own chat template and packed; the tokens of the assistant's turns,
-with what ends them, are the ones to learn.
+"""Dialogues as token windows: written out by the tokenizer's own chat template and packed; the tokens of the assistant's turns, with what ends them,
+are the ones that a recovery learns.
 
 Shapes: N = windows, L = tokens of a window.
 """
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.data.sources import TextSource, rows
+from llmprune.data.documents import Dialogue, Form, dialogues
+from llmprune.data.rows import BUFFER
+from llmprune.data.sources import TextSource
 from llmprune.data.tokenizer import UNRENDERED
-from llmprune.data.windows import Windows
+from llmprune.data.windows import Documents, Windows, bos_of, filled, places
 from llmprune.errors import RequestError, mistake
 
-MESSAGES = "messages"
 LEARNED = "assistant"
 
 
-def is_chat(source: TextSource) -> bool:
-    """Whether the first row holds a list of messages. Raises RequestError when it cannot be read."""
-    first = next(iter(rows(source)), {}) if source.builder != "text" else {}
-    return isinstance(first.get(MESSAGES), list)
-
-
-def chat_windows(source: TextSource, tokenizer: Any, length: int, wanted: int | None = None) -> tuple[Windows, Tensor]:
+def chat_windows(
+    source: TextSource,
+    form: Form,
+    tokenizer: Any,
+    length: int,
+    wanted: int | None = None,
+    *,
+    draw: int | None = None,
+    bos: bool = False,
+    learns: bool = False,
+) -> tuple[Windows, Tensor | None]:
     """(windows, bool [N, L]: the tokens to learn); as many as there are, or ``wanted``. Dialogues follow each other, and an incomplete last window is
-    dropped.
+    dropped. draw: a seed by which rows are shuffled in a buffer. learns: whether there is something to learn, in each dialogue.
 
     Raises RequestError for a tokenizer without a chat template, a row that the template does not take, or less than one window.
     """
     if not tokenizer.chat_template:
-        raise RequestError(f"{source.dataset}: holds dialogues, and the tokenizer has no chat template", "give plain text, or add a chat template")
-    ids: list[int] = []
-    learn: list[bool] = []
-    for number, row in enumerate(rows(source), 1):
-        name = f"{source.dataset}, row {number}"
-        more_ids, more_learn = tokens_of(checked(row.get(MESSAGES), name), tokenizer, name)
-        ids += more_ids
-        learn += more_learn
+        raise RequestError(
+            f"{source.dataset}: holds dialogues ({form}), and the tokenizer has no chat template",
+            "give plain text, name a column of text by --column, or add a chat template to the tokenizer",
+        )
+    ids, learn, ends, skipped = array("q"), bytearray(), [0], 0
+    for name, dialogue in dialogues(source, form, draw):
+        if dialogue is None:
+            skipped += 1
+            continue
+        more, kept = tokens_of(dialogue, tokenizer, name) if learns else (ids_of(dialogue, tokenizer, name), [])
+        ids.extend(more)
+        learn.extend(kept)
+        ends.append(len(ids))
         if wanted is not None and len(ids) >= wanted * length:
             break
-    count = len(ids) // length
-    if not count:
-        raise RequestError(f"{source.dataset}: {len(ids)} tokens, less than one window of {length}", "give more, or a smaller --sequence-length")
-    ids_NL, learn_NL = (torch.tensor(all_[: count * length]).view(count, length) for all_ in (ids, learn))
-    return Windows(ids_NL, source.dataset, source.split), learn_NL
+    first = bos_of(tokenizer) if bos else None
+    places_NL = places(ids, length, first)
+    if not len(places_NL):
+        raise RequestError(
+            f"{source.dataset}: {len(ids)} tokens in {len(ends) - 1} dialogues, less than one window of {length}",
+            "give more, or a smaller --sequence-length",
+        )
+    said = "" if draw is None else f"rows shuffled in a buffer of {BUFFER:,}, seed {draw}"
+    packed = _packed(form, places_NL, torch.tensor(ends))
+    windows = Windows(filled(ids, places_NL, first), source.dataset, source.split, said, bos=bos, skipped=skipped, documents=packed)
+    return windows, (torch.tensor(learn, dtype=torch.bool)[places_NL] & (places_NL >= 0)) if learns else None
 
 
-def tokens_of(messages: list[dict[str, str]], tokenizer: Any, name: str) -> tuple[list[int], list[bool]]:
+def _packed(form: Form, places_NL: Tensor, ends: Tensor) -> Documents:
+    """Where dialogues begin and end; ends: the number of tokens before each one, and of all."""
+    after_N = places_NL[:, -1] + 1
+    begins, ends = ends[:-1], ends[1:]
+    inside = begins < after_N[-1]
+    window = torch.searchsorted(after_N, begins[inside], right=True)
+    begun_N = torch.bincount(window, minlength=len(after_N))
+    cut_N = torch.bincount(window[ends[inside] > after_N[window]], minlength=len(after_N))
+    return Documents(str(form), tuple(begun_N.tolist()), tuple(cut_N.tolist()))
+
+
+def ids_of(dialogue: Dialogue, tokenizer: Any, name: str) -> list[int]:
+    """The token ids of one dialogue. The template writes what begins and ends it, so that the tokenizer adds nothing."""
+    found: list[int] = tokenizer(rendered(dialogue, tokenizer, name), add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def tokens_of(messages: Dialogue, tokenizer: Any, name: str) -> tuple[list[int], list[bool]]:
     """(token ids, which of them to learn) of one dialogue. A token is learned if it begins inside of an assistant's turn."""
+    if all(message["role"] != LEARNED for message in messages):
+        raise RequestError(f"{name}: no turn of the {LEARNED}, so there is nothing to learn", "leave such rows out")
     text, spans = written(messages, tokenizer, name)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     learn = [any(a <= begin < b for a, b in spans) and end > begin for begin, end in encoded["offset_mapping"]]
     return encoded["input_ids"], learn
 
 
-def written(messages: list[dict[str, str]], tokenizer: Any, name: str) -> tuple[str, list[tuple[int, int]]]:
+def written(messages: Dialogue, tokenizer: Any, name: str) -> tuple[str, list[tuple[int, int]]]:
     """(the dialogue's text, the characters [begin, end) of each assistant's turn): what the template adds to the text before the turn with the
     prompt for it. Raises RequestError for a template that writes earlier turns otherwise once later ones follow.
     """
@@ -74,19 +110,9 @@ def written(messages: list[dict[str, str]], tokenizer: Any, name: str) -> tuple[
     return text, spans
 
 
-def rendered(messages: list[dict[str, str]], tokenizer: Any, name: str, prompt: bool = False, **more: str) -> str:
+def rendered(messages: Dialogue, tokenizer: Any, name: str, prompt: bool = False, **more: str) -> str:
     """more: what the template may read beside the messages. Raises RequestError for messages that it does not take."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
     except UNRENDERED as error:
         raise RequestError(f"{name}: the chat template does not take it ({mistake(error)})", "leave such rows out") from None
-
-
-def checked(messages: Any, name: str) -> list[dict[str, str]]:
-    """Raises RequestError for anything else than messages with a role and a text, one of the assistant's among them."""
-    sound = isinstance(messages, list) and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
-    if not sound or not messages:
-        raise RequestError(f"{name}: {MESSAGES!r} is no list of messages with role and content", "leave such rows out")
-    if all(message["role"] != LEARNED for message in messages):
-        raise RequestError(f"{name}: no turn of the {LEARNED}, so there is nothing to learn", "leave such rows out")
-    return messages

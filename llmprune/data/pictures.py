@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.data.sources import TextSource, column_of, rows
+from llmprune.data.rows import rows
+from llmprune.data.sources import TextSource
 from llmprune.data.tokenizer import UNRENDERED
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError, first_line
@@ -34,7 +35,9 @@ HINT_ROWS = "give rows with images (or image) and messages (or text)"
 
 def has_pictures(source: TextSource) -> bool:
     """Whether the first row of a data set has a column of pictures."""
-    return source.builder != "text" and not {*PICTURES}.isdisjoint(next(rows(source), {}))
+    if source.parts:
+        return any(has_pictures(part) for _, part in source.parts)
+    return not source.plain and not {*PICTURES}.isdisjoint(next(rows(source), {}))
 
 
 def load_processor(folder: Path) -> Any:
@@ -126,7 +129,7 @@ class Reader:
         self.left_out = 0
 
     def rows(self, length: int, draw: int | None) -> Iterator[Row]:
-        folder = self.source.file.parent if self.source.file else None
+        folder = self.source.files[0].parent if self.source.files else None
         for number, row in enumerate(rows(self.source, draw, BUFFER), 1):
             try:
                 counted = self.counted(self.read(row, folder))
@@ -146,7 +149,7 @@ class Reader:
                 raise ValueError("its messages need a chat template, which this processor does not have")
             turns = [{"role": turn["role"], "content": parts_of(turn["content"])} for turn in row[MESSAGES]]
         else:
-            said = row.get(column_of(row, self.source.dataset))
+            said = row.get(self.source.column or _column_of(row))
             if not isinstance(said, str):
                 raise ValueError("holds no text")
             if not self.templated or self.processor.image_token in said:
@@ -194,6 +197,14 @@ class Reader:
         ids_1L: Tensor = made.pop("input_ids")
         made.pop("attention_mask", None)  # all ones
         return ids_1L[0], torch.isin(ids_1L[0], torch.tensor(self.processor.image_token_ids)), dict(made)
+
+
+def _column_of(row: dict[str, Any]) -> str:
+    """The column of text: ``text``, or the only one of strings. Raises ValueError when there is none."""
+    columns = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row or len(columns) == 1:
+        return "text" if "text" in row else columns[0]
+    raise ValueError(f"no column 'text' among {', '.join(row)}")
 
 
 def opened(picture: Any, folder: Path | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llmprune.checkpoint.files import write_whole
-from llmprune.data.windows import RunData, Windows
+from llmprune.data.windows import Documents, RunData, Windows
 from llmprune.model.pictures import Seen
 
 NAME = "windows.safetensors"
@@ -23,7 +24,7 @@ def save_windows(folder: Path, data: RunData, asked: str) -> None:
     """Write all windows of a run, unless they are there already. asked: identifies the request that they are for."""
     if load_windows(folder, asked, data.identities) is None:
         every = data.all()
-        names = [[w.dataset, w.split, w.drawn_from, w.left_out, w.sha256] for w in every]
+        names = [[about(w), w.sha256] for w in every]
         said = {"names": names, "held": data.held is not None, "asked": asked, "identities": data.identities}
         write_whole(folder / NAME, save(tensors_of(every), {"windows": json.dumps(said)}))
 
@@ -35,7 +36,7 @@ def load_windows(folder: Path, asked: str, identities: dict[str, str | None]) ->
     try:
         with safe_open(folder / NAME, "pt") as file:
             said = json.loads(file.metadata()["windows"])
-            every = [restored(file, i, *name[:-1]) for i, name in enumerate(said["names"])]
+            every = [restored(file, i, **name[0]) for i, name in enumerate(said["names"])]
         sound = said["asked"] == asked and [w.sha256 for w in every] == [name[-1] for name in said["names"]]
         then = said["identities"]
         sound = sound and then.keys() == identities.keys() and all(then[name] == now or None in (then[name], now) for name, now in identities.items())
@@ -45,6 +46,12 @@ def load_windows(folder: Path, asked: str, identities: dict[str, str | None]) ->
         return None
     held = every.pop() if said["held"] else None
     return RunData(every[0], tuple(every[1:]), held, then)
+
+
+def about(windows: Windows) -> dict[str, Any]:
+    """What is known of windows besides their tokens and what is seen with them, as JSON."""
+    names = ("dataset", "split", "drawn_from", "left_out", "bos", "skipped")
+    return {name: getattr(windows, name) for name in names} | {"documents": windows.documents and asdict(windows.documents)}
 
 
 def tensors_of(every: Sequence[Windows]) -> dict[str, Tensor]:
@@ -58,7 +65,7 @@ def tensors_of(every: Sequence[Windows]) -> dict[str, Tensor]:
     return found
 
 
-def restored(file: Any, number: int, dataset: str, split: str, drawn_from: str, left_out: int) -> Windows:
+def restored(file: Any, number: int, documents: dict[str, Any] | None, **about: Any) -> Windows:
     """The windows of one number, from an opened file of ``tensors_of``."""
     ids_NL = file.get_tensor(str(number)).clone()
     inputs: dict[int, dict[str, Tensor]] = {}
@@ -67,7 +74,8 @@ def restored(file: Any, number: int, dataset: str, split: str, drawn_from: str, 
         if place and int(at) == number:
             inputs.setdefault(int(place[0]), {})[place[1]] = file.get_tensor(key).clone()
     seen = tuple(_seen(inputs[n]) if n in inputs else None for n in range(len(ids_NL)))
-    return Windows(ids_NL, dataset, split, drawn_from, seen if inputs else (), left_out)
+    packed = documents and Documents(documents["form"], tuple(documents["begun"]), tuple(documents["cut"]))
+    return Windows(ids_NL, seen=seen if inputs else (), documents=packed or None, **about)
 
 
 def _seen(tensors: dict[str, Tensor]) -> Seen:

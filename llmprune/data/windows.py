@@ -1,4 +1,4 @@
-"""Token windows: one tokenisation of the whole text, cut without overlap, an incomplete last window dropped.
+"""Token windows, and how token ids are cut into them: without overlap, an incomplete last window dropped.
 
 Shapes: N = windows, L = tokens of a window.
 """
@@ -6,24 +6,36 @@ Shapes: N = windows, L = tokens of a window.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.data.sources import BUFFER, Text, TextSource, find_source, pieces, read_text
 from llmprune.errors import RequestError
 from llmprune.model.pictures import Pictures, Seen
 
-WHOLE = 16 << 20  # bytes; a larger file is drawn from piece by piece
-PIECE = 4 << 20  # characters
+
+@dataclass(frozen=True)
+class Documents:
+    """Dialogues packed into windows. form: the columns that they are read from; begun, cut: how many begin in each window, and how many of those go
+    on in the next one.
+    """
+
+    form: str
+    begun: tuple[int, ...]
+    cut: tuple[int, ...]
+
+    def taken(self, order: Sequence[int]) -> Documents:
+        return replace(self, begun=tuple(self.begun[n] for n in order), cut=tuple(self.cut[n] for n in order))
 
 
 @dataclass(frozen=True)
 class Windows:
     """Token ids [N, L] with the name of their text. drawn_from: among how many, by which seed; empty for the first windows. seen: the pictures of
-    each window, empty for text alone; left_out: rows with pictures that are in no window.
+    each window, empty for text alone; left_out: rows with pictures that are in no window. bos: whether each begins with BOS. skipped: rows without
+    text. documents: of dialogues.
     """
 
     ids_NL: Tensor
@@ -32,22 +44,39 @@ class Windows:
     drawn_from: str = ""
     seen: tuple[Seen | None, ...] = ()
     left_out: int = 0
+    bos: bool = False
+    skipped: int = 0
+    documents: Documents | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids_NL)
+
+    def taken(self, order: Sequence[int]) -> Windows:
+        """The windows of these numbers."""
+        seen = tuple(self.seen[n] for n in order) if self.seen else ()
+        return replace(self, ids_NL=self.ids_NL[list(order)], seen=seen, documents=self.documents and self.documents.taken(order))
 
     def first(self, count: int) -> Windows:
-        return replace(self, ids_NL=self.ids_NL[:count], seen=self.seen[:count])
+        return self.taken(range(min(count, len(self))))
 
     def after(self, count: int) -> Windows:
-        return replace(self, ids_NL=self.ids_NL[count:], seen=self.seen[count:], split=f"{self.split}, held back")
+        return replace(self.taken(range(count, len(self))), split=f"{self.split}, held back")
 
     def held_back(self, most: int) -> tuple[Windows, Windows | None]:
         """(all but the last, the last ones: an eighth, or ``most``); a single window is not divided."""
-        count = min(most, max(1, len(self.ids_NL) // 8))
-        rest = len(self.ids_NL) - count
+        count = min(most, max(1, len(self) // 8))
+        rest = len(self) - count
         return (self.first(rest), self.after(rest)) if rest else (self, None)
 
     def shuffled(self, seed: int) -> Windows:
-        order = torch.randperm(len(self.ids_NL), generator=torch.Generator().manual_seed(seed))
-        return replace(self, ids_NL=self.ids_NL[order], drawn_from=f"{len(order):,} windows, seed {seed}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        return replace(self.taken(order), drawn_from=f"{len(order):,} windows, seed {seed}")
+
+    @property
+    def made(self) -> str:
+        """How they are made, where it is not of plain text alone."""
+        parts = [f"{self.documents.form} by the chat template"] if self.documents else []
+        return ", ".join([*parts, *(["BOS first"] if self.bos else [])])
 
     @property
     def sha256(self) -> str:
@@ -89,55 +118,32 @@ class RunData:
         return ids_L.masked_fill(self.pictures.stands_in(ids_L), int(ids_L[-1]))[None, :most]
 
 
-def cut(text: Text, tokenizer: Any, length: int) -> Windows:
-    """Tokenise a whole text by the tokenizer's default call and cut it into windows of ``length``."""
-    ids = tokenizer(text.text, verbose=False)["input_ids"]
-    count = len(ids) // length
-    return Windows(torch.tensor(ids[: count * length], dtype=torch.long).view(count, length), text.dataset, text.split)
+def bos_of(tokenizer: Any) -> int:
+    """Raises RequestError for a tokenizer without a token that begins a text."""
+    found: int | None = tokenizer.bos_token_id
+    if found is None:
+        raise RequestError("bos: the tokenizer has no BOS token", "omit it, or give --no-bos")
+    return found
 
 
-def read_windows(spec: str, purpose: str, tokenizer: Any, length: int, wanted: int | None, *, draw: int | None = None) -> Windows:
-    """``windows_of`` what a spec names."""
-    return windows_of(find_source(spec, purpose), tokenizer, length, wanted, draw=draw)
-
-
-def windows_of(source: TextSource, tokenizer: Any, length: int, wanted: int | None, *, draw: int | None = None) -> Windows:
-    """All windows of a text, or enough of a large source for ``wanted``. draw: a seed by which they are drawn from all of the source, of a stream
-    through a buffer; else they are the first.
-
-    Raises RequestError when the source cannot be read, or its text is shorter than one window.
-    """
-    if draw is not None and wanted is not None and source.file is not None and source.file.stat().st_size > WHOLE:
-        return drawn(source, tokenizer, length, wanted, draw)
-    characters = 8 * length * wanted if wanted and (draw is None or source.file is None) else None
-    while True:
-        text = read_text(source, characters, draw)
-        windows = cut(text, tokenizer, length)
-        if text.complete or wanted is None or len(windows.ids_NL) >= wanted:
+def places(ids: Sequence[int], length: int, bos: int | None = None) -> Tensor:
+    """[N, L]: the number of the token id that stands in each place of the windows. bos: a token that each is to begin with; -1 where it is added."""
+    if bos is None:
+        count = len(ids) // length
+        return torch.arange(count * length).view(count, length)
+    found: list[Tensor] = []
+    begin = 0
+    while begin < len(ids):
+        added = ids[begin] != bos
+        end = begin + length - added
+        if end > len(ids):
             break
-        assert characters is not None
-        characters *= 2
-    if not len(windows.ids_NL):
-        tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
-        raise RequestError(f"{text.dataset}: {tokens} tokens, less than one window of {length}", "give more text, or a smaller --sequence-length")
-    if draw is None:
-        return windows
-    windows = windows.shuffled(draw)
-    return windows if source.file else replace(windows, drawn_from=f"a stream shuffled in a buffer of {BUFFER:,} rows, seed {draw}")
+        found.append(torch.cat([torch.full((int(added),), -1), torch.arange(begin, end)]))
+        begin = end
+    return torch.stack(found) if found else torch.empty(0, length, dtype=torch.long)
 
 
-def drawn(source: TextSource, tokenizer: Any, length: int, wanted: int, seed: int) -> Windows:
-    """``wanted`` windows drawn uniformly from all of a large file, in random order: those with the smallest of random keys. Only they and one
-    piece are in memory. An incomplete last window of every piece is dropped. Raises RequestError.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids_NL, keys_N, count = torch.empty(0, length, dtype=torch.long), torch.empty(0, dtype=torch.float64), 0
-    for text in pieces(source, PIECE):
-        new_NL = cut(text, tokenizer, length).ids_NL
-        count += len(new_NL)
-        keys_N = torch.cat([keys_N, torch.rand(len(new_NL), generator=generator, dtype=torch.float64)])
-        order_N = keys_N.argsort()[:wanted]
-        ids_NL, keys_N = torch.cat([ids_NL, new_NL])[order_N], keys_N[order_N]
-    if not count:
-        raise RequestError(f"{source.dataset}: less than one window of {length}", "give a smaller --sequence-length")
-    return Windows(ids_NL, source.dataset, source.split, f"{count:,} windows, seed {seed}")
+def filled(ids: Sequence[int], places_NL: Tensor, bos: int | None = None) -> Tensor:
+    """The token ids [N, L] of ``places``."""
+    ids_NL = torch.tensor(ids, dtype=torch.long)[places_NL]
+    return ids_NL if bos is None else ids_NL.masked_fill(places_NL < 0, bos)

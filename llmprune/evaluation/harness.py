@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import RequestError
-from llmprune.results import TaskResult
+from llmprune.evaluation.answers import TaskResult
 
 
 def check_installed() -> None:

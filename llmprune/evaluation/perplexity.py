@@ -56,7 +56,7 @@ def defined(total: Tensor, tokens: int, windows: Windows, dtype: str) -> Perplex
     count, length = windows.ids_NL.shape
     mean = float(total) / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, windows.dataset, windows.split, length, count, tokens, dtype)
+    return Perplexity(value, windows.dataset, windows.split, length, count, tokens, dtype, windows.made)
 
 
 def name_of(logits: Tensor) -> str:

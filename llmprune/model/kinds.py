@@ -58,6 +58,11 @@ def values_per_token(config: PreTrainedConfig) -> int:
     return width * (getattr(text, "altup_num_inputs", None) or 1)
 
 
+def begins_with_bos(config: PreTrainedConfig) -> bool:
+    """Whether texts of a family all begin with BOS, and its predictions break without it: Gemma."""
+    return "gemma" in config.get_text_config(decoder=True).model_type
+
+
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """Returns how many tokens a window may have; None where the config names no limit, or where it says so by -1 (xlnet)."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

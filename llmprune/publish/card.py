@@ -209,7 +209,7 @@ def making(report: Report, recipe: Recipe) -> str:
     if report.rounds:
         shares = ", ".join(f"{one.sparsity:.4g}" for one in report.rounds)
         lines.append(f"- in {len(report.rounds)} rounds of pruning and recovery, at sparsities {shares}")
-    lines += [f"- calibration: {data.windows} windows of {data.window} tokens{data.seen} of {data.dataset}, {data.split}"] if data else []
+    lines += [f"- calibration: {data.windows} windows of {data.window} tokens{data.seen} of {data.dataset}, {data.split}{data.aside}"] if data else []
     lines += [f"- {note}" for note in (report.smaller.notes if report.smaller else ())]
     toml = "\n".join(as_toml(given(recipe, report)))
     fold = f"<details><summary>Recipe</summary>\n\n````toml\n{toml}\n````\n\n</details>"

@@ -51,6 +51,9 @@ class PruneOptions(TypedDict, total=False):
     allocation: str
     ratios: dict[str, float]
     options: dict[str, float | int | str | bool]
+    column: str
+    split: str
+    bos: bool
     samples: int
     sequence_length: int
     shuffle: bool
@@ -60,6 +63,8 @@ class PruneOptions(TypedDict, total=False):
     skip: str | Sequence[str]
     only: str | Sequence[str]
     eval: Any
+    eval_samples: int | Literal["all"]
+    write_sample: bool
     accept_damage: bool
     output: Name
     push: str

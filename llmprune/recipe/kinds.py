@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
@@ -39,11 +39,20 @@ def _method(value: Any) -> Any:
     raise ValueError("is not a name")
 
 
+def _windows(value: Any) -> Any:
+    """A number of windows, or "all"."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value == "all" or (isinstance(number, int) and not isinstance(number, bool) and number > 0):
+        return number
+    raise ValueError("is neither a whole number above 0 nor all")
+
+
 SHARE = BeforeValidator(read_share, json_schema_input_type=float | str)
 Sparsity = Annotated[float, AfterValidator(_sparsity), SHARE]
 Increase = Annotated[float, AfterValidator(_increase), SHARE]
 Between = Annotated[float, Field(gt=0, lt=1), SHARE]
 Count = Annotated[int, Field(gt=0), BeforeValidator(read_count, json_schema_input_type=int | str)]
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_input_type=int | str)]
+Windows = Annotated[int | str, PlainValidator(_windows, int | Literal["all"])]
 Regex = Annotated[str, AfterValidator(_regex)]
 MethodName = PlainValidator(_method, str | None)

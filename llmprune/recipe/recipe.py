@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmprune.data.specs import last_name, shown
 from llmprune.methods import trait
 from llmprune.pruners.coarse import COARSE
 from llmprune.recipe.flags import BUDGET, DATA, HOW, HUB, MACHINE, MOST_USED, ROUNDS, SMALLER, WHAT, Flag
-from llmprune.recipe.kinds import Between, Bytes, Count, Increase, MethodName, Regex, Sparsity
+from llmprune.recipe.kinds import Between, Bytes, Count, Increase, MethodName, Regex, Sparsity, Windows
 from llmprune.recipe.named import (
     DEFAULT_QUALITY,
     METHODS,
@@ -126,7 +127,16 @@ class Recipe(BaseModel):
         default_factory=dict, description="options of the methods, such as damping=0.02 or solver.damping=0.02; llmprune methods NAME shows them"
     )
     calibration: Annotated[str | None, Flag(MOST_USED, "PATH|ID", "bundled text for llama, else c4")] = Field(
-        None, description="c4, wikitext2, a Hub data set (org/name[:config][@revision]), or a .txt, .jsonl, .parquet file"
+        None,
+        description="texts or dialogues: c4, wikitext2, a Hub data set (org/name[:config][@revision]), a .txt, .jsonl, .json, .csv or .parquet file "
+        "(also .gz, .xz, .zst), a folder, or a mixture, a.jsonl*0.7,b.txt*0.3",
+    )
+    column: Annotated[str | None, Flag(DATA, "NAME", "messages, conversations, text, ...")] = Field(
+        None, description="the calibration's column of texts or messages"
+    )
+    split: Annotated[str | None, Flag(DATA, "NAME", "train")] = Field(None, description="the split of the data set that is calibrated on")
+    bos: Annotated[bool | None, Flag(DATA, default="as the model was trained: Gemma needs it")] = Field(
+        None, description="whether every window of calibration and evaluation begins with BOS"
     )
     samples: Annotated[int | None, Flag(DATA, default="128")] = Field(None, ge=1, description="calibration windows")
     sequence_length: Annotated[int | None, Flag(DATA, default="2048, or the model's positions where fewer; 256 for llama")] = Field(
@@ -142,6 +152,9 @@ class Recipe(BaseModel):
     only: Annotated[Regex | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
     eval: Annotated[list[str], Flag(DATA, "PATH|ID", "bundled text for llama, else windows held back of the calibration")] = Field(
         default_factory=list, description="data to measure the perplexity on, before and after"
+    )
+    eval_samples: Annotated[Windows | None, Flag(DATA, "INT|all", "as many as the calibration has")] = Field(
+        None, description="windows of each --eval that are measured, the first ones, or all"
     )
     write_sample: Annotated[bool, Flag(DATA)] = Field(
         False, description="continue a prompt by both models, though that takes more than a twentieth of the run"
@@ -310,8 +323,7 @@ class Recipe(BaseModel):
         value["allocation"] = parts.allocation
         value["polish"], value["polish_steps"] = ("kd" if parts.polish_steps else None), parts.polish_steps or None
         value["group"] = parts.group if self.takes_group else None
-        for key in ("model", "calibration", "recover_data", "rewind"):
-            if value[key] is not None and Path(value[key]).expanduser().exists():
-                value[key] = Path(value[key]).expanduser().resolve().name
-        value["eval"] = [Path(e).name if Path(e).expanduser().exists() else e for e in self.eval]
+        for key, say in {"model": last_name, "rewind": last_name, "calibration": shown, "recover_data": shown}.items():
+            value[key] = value[key] and say(value[key])
+        value["eval"] = [shown(name) for name in self.eval]
         return value

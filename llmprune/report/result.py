@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 
 import llmprune
 from llmprune.checkpoint.files import FORMAT, REPORT
+from llmprune.evaluation.answers import TaskResult
 from llmprune.report import summary
 from llmprune.report.cells import count, number, percent, seconds, size
 from llmprune.report.fields import Fields
@@ -32,7 +33,6 @@ from llmprune.results import (
     Sample,
     Smaller,
     Step,
-    TaskResult,
     Timings,
     Trial,
 )

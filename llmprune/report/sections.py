@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 
 from llmprune.benchmark.result import Bench
+from llmprune.evaluation.answers import TaskResult
 from llmprune.report.cells import NUMBERS, Cell, PageTable, Section, Tile, count, definition, number, percent, say, seconds, size
 from llmprune.report.grid import Grid, grid_of, short, short_blocks
 from llmprune.report.pictures import bars, curves, heat_map
 from llmprune.report.recovered import Recovered, text_of
 from llmprune.report.result import Report
 from llmprune.report.speeds import speeds
-from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Round, Sample, Step, TaskResult, Timings, Trial
+from llmprune.results import BlockReport, Evaluation, NoSample, Polished, Round, Sample, Step, Timings, Trial
 
 MOST_NOTES = 200
 ALIKE = 0.0005  # shares that differ by less are written the same
@@ -70,7 +71,9 @@ def asked_and_got(report: Report) -> Section:
     recipe, data = report.recipe, report.calibration
     parts = " + ".join(p for p in (recipe["criterion"], recipe["solver"]) if p)
     how = ": ".join(p for p in (recipe["method"] or recipe["quality"], parts) if p)
-    windows = f"{data.windows} windows of {data.window}{data.seen} from {data.dataset} ({data.split})" if data else "none: masked in training"
+    windows = "none: masked in training"
+    if data:
+        windows = f"{data.windows} windows of {data.window}{data.seen} from {data.dataset} ({data.split}){data.aside}"
     rows = [
         ("pattern", say(recipe["pattern"])),
         ("method", say(how)),

@@ -13,10 +13,10 @@ from llmprune.benchmark.result import Bench, Compared, Figures, Setting
 from llmprune.checkpoint.files import REPORT, to_versioned_json, write_whole
 from llmprune.checkpoint.resolve import is_bundled
 from llmprune.errors import RequestError
+from llmprune.evaluation.answers import TaskResult
 from llmprune.report.fields import Fields
 from llmprune.report.frontier import SWEEP, SweepReport
 from llmprune.report.result import Report
-from llmprune.results import TaskResult
 
 
 def read_run(path: Path) -> Report:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from llmprune.checkpoint.companions import WEIGHTS, matches, tokenizer_files
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import Source
+from llmprune.data.reading import read_windows
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import Windows, read_windows
+from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.methods import check_name
 from llmprune.model.skeleton import build_skeleton

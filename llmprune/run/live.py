@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.data.pictures import is_processor, picture_windows
-from llmprune.data.sources import find_source
-from llmprune.data.windows import RunData, Windows, windows_of
+from llmprune.data.reading import windows_of
+from llmprune.data.sources import TextSource
+from llmprune.data.windows import RunData, Windows
 from llmprune.errors import RequestError
 from llmprune.evaluation.replay import check_replay
 from llmprune.export.check import MOST_TOKENS
@@ -31,16 +32,29 @@ from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
 from llmprune.run.prepare import describe, environment, towers_of
 from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
-from llmprune.run.windows import DEFAULT_SAMPLES, check_given, default_length, divided, given_windows, shows_pictures
+from llmprune.run.windows import (
+    DEFAULT_SAMPLES,
+    Given,
+    calibration_source,
+    check_given,
+    default_length,
+    divided,
+    given_windows,
+    refuse_columns,
+    shows_pictures,
+    starts_with_bos,
+)
 from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
 
-OF_A_CHECKPOINT = ("push", "eval", "write_sample", "rotate", "device", "dtype", "revision", "rounds")  # options that a model in memory cannot obey
+# options that a model in memory cannot obey
+OF_A_CHECKPOINT = ("push", "eval", "eval_samples", "write_sample", "rotate", "device", "dtype", "revision", "rounds")
 
 
-def prune_live(model: nn.Module, recipe: Recipe, given: Tensor | None, tokenizer: Any, listen: Listener) -> Report:
-    """Prune a transformers model in place. given: calibration token ids [N, L]; tokenizer: of a model that is calibrated on text.
+def prune_live(model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, listen: Listener) -> Report:
+    """Prune a transformers model in place. given: texts in memory, or token ids [N, L]; tokenizer: of a model that is calibrated on
+    text.
 
     Raises RequestError for options that a model in memory cannot obey, and as the run of a checkpoint does.
     """
@@ -95,37 +109,45 @@ def check_options(recipe: Recipe) -> None:
         raise RequestError(f"{asked[0]} with a model in memory", f"omit {asked[0]}, or prune the model's checkpoint, with output=...")
 
 
-def live_windows(stream: LiveStream, recipe: Recipe, given: Tensor | None, tokenizer: Any) -> RunData:
-    """The calibration windows: token ids as given, or cut from a text. tokenizer: or the processor of a model that sees pictures."""
+def live_windows(stream: LiveStream, recipe: Recipe, given: Given, tokenizer: Any) -> RunData:
+    """The calibration windows: token ids as given, or cut from texts. tokenizer: or the processor of a model that sees pictures."""
     model = stream.model
-    if given is not None:
+    if isinstance(given, Tensor):
+        refuse_columns(recipe, "token ids")
+        if recipe.bos is not None:
+            raise RequestError("bos with token ids", "put it into the token ids, or omit it")
         check_given(recipe, given)
-    length = given.shape[1] if given is not None else recipe.sequence_length or default_length("", model.config)
-    check_length(length, model.config)
-    if given is not None:
+        check_length(given.shape[1], model.config)
         data = given_windows(recipe, given)
     else:
-        if tokenizer is None or recipe.calibration is None:
-            raise RequestError(
-                "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
-            )
-        samples = recipe.samples or DEFAULT_SAMPLES
-        draw = recipe.seed if recipe.shuffle else None
-        windows = text_or_pictures(recipe.calibration, stream, tokenizer, length, samples, draw).first(samples)
-        have = len(windows.ids_NL)
-        if recipe.samples and have < recipe.samples:
-            raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
-        windows, held = divided(recipe, windows)
-        data = RunData(windows, (), held)
+        data = read_live(stream, recipe, given, tokenizer)
     check_ids(data.calibration, model)
     return data
 
 
-def text_or_pictures(spec: str, stream: LiveStream, reader: Any, length: int, samples: int, draw: int | None) -> Windows:
-    """What a spec names, read by a tokenizer or, with its pictures, by a processor."""
-    source = find_source(spec, "calibration")
+def read_live(stream: LiveStream, recipe: Recipe, given: TextSource | None, tokenizer: Any) -> RunData:
+    """Windows of the texts that are given, or that the recipe names."""
+    if tokenizer is None or (recipe.calibration is None and given is None):
+        raise RequestError(
+            "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
+        )
+    length = recipe.sequence_length or default_length("", stream.model.config)
+    check_length(length, stream.model.config)
+    samples, draw = recipe.samples or DEFAULT_SAMPLES, recipe.seed if recipe.shuffle else None
+    source = calibration_source(recipe, given)
+    bos = starts_with_bos(recipe, stream.model.config)
+    windows = text_or_pictures(source, stream, tokenizer, length, samples, draw, bos).first(samples)
+    have = len(windows)
+    if recipe.samples and have < recipe.samples:
+        raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
+    windows, held = divided(recipe, windows)
+    return RunData(windows, (), held)
+
+
+def text_or_pictures(source: TextSource, stream: LiveStream, reader: Any, length: int, samples: int, draw: int | None, bos: bool) -> Windows:
+    """A source read by a tokenizer or, with its pictures, by a processor."""
     if not shows_pictures(source, stream):
-        return windows_of(source, reader.tokenizer if is_processor(reader) else reader, length, samples, draw=draw)
+        return windows_of(source, reader.tokenizer if is_processor(reader) else reader, length, samples, draw=draw, bos=bos)
     if not is_processor(reader):
         raise RequestError(
             f"{source.dataset}: has pictures, and tokenizer is a {type(reader).__name__}", "give the model's processor as tokenizer=..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llmprune.checkpoint.loader import listed
 from llmprune.checkpoint.manifest import check_source
 from llmprune.checkpoint.resolve import open_source
 from llmprune.checkpoint.source import SIZES, Source
+from llmprune.data.sources import TextSource
 from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
@@ -33,7 +34,7 @@ from llmprune.results import Calibration, Environment, Origin, Towers
 from llmprune.run.footprint import Footprint, footprint
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_output, check_plan, check_space
-from llmprune.run.windows import find_texts, gather_windows
+from llmprune.run.windows import Given, find_texts, gather_windows
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device, choose_dtype
 from llmprune.stream.live import LiveStream
@@ -142,8 +143,8 @@ class Job:
         count, length = calibration.ids_NL.shape
         held = f", {len(self.data.held.ids_NL)} more held back for trials" if self.data.held else ""
         drawn = f", drawn from {calibration.drawn_from}" if calibration.drawn_from else ""
-        seen = describe(calibration).seen
-        return f"calibration: {count} windows of {length}{seen} from {calibration.dataset} ({calibration.split}){drawn}{held}"
+        said = describe(calibration)
+        return f"calibration: {count} windows of {length}{said.seen} from {said.dataset} ({said.split}){drawn}{said.aside}{held}"
 
 
 def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, *reads: str) -> Environment:
@@ -155,17 +156,18 @@ def environment(device: torch.device, dtype: torch.dtype, block_by_block: bool, 
 
 def prepare(
     recipe: Recipe,
-    windows: Tensor | None = None,
+    windows: Given = None,
     overwrite: bool = False,
     restart: bool = False,
     result: str = "config.json",
     listen: Listener = SILENT,
+    measured: tuple[TextSource | Tensor, ...] = (),
 ) -> Job:
     """Check a request against the model, its data and the disk. No forward is run, and nothing is written; leftovers of a crash beside a
     finished output are removed.
 
-    windows: calibration token ids [N, L] instead of a text. result: a file that an output to be replaced must contain. Raises
-    RequestError.
+    windows: what is in memory to calibrate on, texts or token ids [N, L]. measured: to evaluate on, besides what the recipe names. result: a file
+    that an output to be replaced must contain. Raises RequestError.
     """
     source = open_source(recipe.model, recipe.revision)
     output = Path(recipe.output or recipe.default_output).expanduser()
@@ -176,9 +178,9 @@ def prepare(
     plan, matrices = planned(recipe, stream, selection)
     plan = with_budget(recipe, plan, stream, matrices, source)
     check_plan(plan, stream, matrices, stream.dtype)
-    texts = find_texts(recipe, source.folder, windows)
-    stored = None if restart or windows is not None else load_windows(partial_folder(output), asked_windows(recipe), texts.identities)
-    data = stored or gather_windows(recipe, source, stream, texts, windows)
+    texts = find_texts(recipe, source.folder, windows, measured)
+    stored = None if restart or not texts.stored else load_windows(partial_folder(output), asked_windows(recipe), texts.identities)
+    data = stored or gather_windows(recipe, source, stream, texts)
     stream.walk.pictures = data.pictures
     for part in data.all():
         check_ids(part, stream.skeleton)
@@ -229,5 +231,10 @@ def described(source: Source, stream: CheckpointStream | WholeStream) -> Origin:
 
 def describe(windows: Windows) -> Calibration:
     count, length = windows.ids_NL.shape
-    seen = (windows.pictures, windows.left_out)
-    return Calibration(windows.dataset, windows.split, count, length, count * length, windows.sha256, windows.drawn_from, *seen)
+    found = Calibration(windows.dataset, windows.split, count, length, count * length, windows.sha256, windows.drawn_from, windows.pictures)
+    found = replace(found, left_out=windows.left_out, bos=windows.bos, skipped=windows.skipped)
+    packed = windows.documents
+    if packed is None:
+        return found
+    begun = sum(packed.begun)
+    return replace(found, template=packed.form, documents=begun, truncated=sum(packed.cut) / begun if begun else 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from llmprune.checkpoint.companions import tokenizer_files
 from llmprune.checkpoint.files import REPORT, hash_file
@@ -17,6 +18,7 @@ from llmprune.checkpoint.source import Source
 from llmprune.data.sources import BUNDLED_NAMES, TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
 from llmprune.errors import RequestError
+from llmprune.model.kinds import begins_with_bos
 from llmprune.model.skeleton import count_parameters
 from llmprune.report.result import Report
 from llmprune.report.stored import read_run
@@ -170,18 +172,19 @@ def check_trainable(stream: CheckpointStream | WholeStream) -> CheckpointStream:
 class Texts:
     """The texts of a request, found but not read."""
 
-    data: TextSource
+    data: TextSource | Tensor
     held_out: TextSource | None
     eval: tuple[TextSource, ...]
 
     @classmethod
     def found(cls, request: Request) -> Texts:
         held = find_source(request.held_out, "evaluation") if request.held_out else None
-        return cls(find_source(request.data, "calibration"), held, tuple(find_source(text, "evaluation") for text in request.eval))
+        data = find_source(request.data, "calibration", request.column, request.split) if isinstance(request.data, str) else request.data
+        return cls(data, held, tuple(find_source(text, "evaluation") for text in request.eval))
 
     @property
     def identities(self) -> dict[str, str | None]:
-        named = {f"data {self.data.dataset}": self.data.identity}
+        named = {f"data {self.data.dataset}": self.data.identity} if isinstance(self.data, TextSource) else {}
         named |= {f"held out {self.held_out.dataset}": self.held_out.identity} if self.held_out else {}
         return named | {f"evaluation {n}, {text.dataset}": text.identity for n, text in enumerate(self.eval, 1)}
 
@@ -194,17 +197,19 @@ def windows(
     length = request.sequence_length or used
     check_length(length, stream.skeleton.config)
     tokenizer = load_tokenizer(source.folder)
-    train = packs_of(texts.data, tokenizer, length, request.steps * request.batch + HELD_BACK)
-    notes: tuple[str, ...] = ()
+    bos = begins_with_bos(stream.skeleton.config) if request.bos is None else request.bos
+    train = packs_of(texts.data, tokenizer, length, request.steps * request.batch + HELD_BACK, bos)
+    skipped = train.windows.skipped
+    notes: tuple[str, ...] = (f"{skipped:,} rows of {train.windows.dataset} without text are skipped",) if skipped else ()
     if texts.held_out is not None:
-        deciding = [packs_of(texts.held_out, tokenizer, length, HELD_BACK).part(0, HELD_BACK).learnable()]
+        deciding = [packs_of(texts.held_out, tokenizer, length, HELD_BACK, bos).part(0, HELD_BACK).learnable()]
     else:
         train, held = divided(train)
         guard = guard_of(report, texts.data)
-        deciding = [held.learnable(), *([guard_windows(guard, tokenizer, length)] if guard else [])]
+        deciding = [held.learnable(), *([guard_windows(guard, tokenizer, length, bos)] if guard else [])]
         if guard is None and not of_calibration(report, texts.data):
-            notes = ("only a slice of the data decides: if the data are unlike what the model is for, give --held-out a text that is",)
-    evaluation = tuple(packs_of(text, tokenizer, length, None).learnable() for text in texts.eval)
+            notes += ("only a slice of the data decides: if the data are unlike what the model is for, give --held-out a text that is",)
+    evaluation = tuple(packs_of(text, tokenizer, length, None, bos).learnable() for text in texts.eval)
     train = train.learnable()
     for part in (train, *deciding, *evaluation):
         check_ids(part.windows, stream.skeleton)
@@ -216,20 +221,20 @@ def windows(
     return train, tuple(deciding), evaluation, notes
 
 
-def of_calibration(report: Report, text: TextSource) -> bool:
+def of_calibration(report: Report, text: TextSource | Tensor) -> bool:
     used = report.calibration
-    return used is not None and (text.dataset, text.split) == (used.dataset, used.split)
+    return isinstance(text, TextSource) and used is not None and (text.dataset, text.split) == (used.dataset, used.split)
 
 
-def guard_of(report: Report, data: TextSource) -> TextSource | None:
+def guard_of(report: Report, data: TextSource | Tensor) -> TextSource | None:
     """The text that the model was calibrated on, if it comes with llmprune and is not the data: on it too, nothing may get worse."""
     found = (find_source(name, "calibration") for name in BUNDLED_NAMES)
     return next((text for text in found if of_calibration(report, text) and not of_calibration(report, data)), None)
 
 
-def guard_windows(guard: TextSource, tokenizer: Any, length: int) -> Packs:
+def guard_windows(guard: TextSource, tokenizer: Any, length: int, bos: bool) -> Packs:
     """The last windows of the text, since a calibration takes the first ones."""
-    found = packs_of(guard, tokenizer, length, None)
+    found = packs_of(guard, tokenizer, length, None, bos)
     return found.part(max(0, len(found) - HELD_BACK), None)
 
 

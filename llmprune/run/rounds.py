@@ -25,7 +25,7 @@ from llmprune.checkpoint.manifest import manifest_of
 from llmprune.checkpoint.resolve import is_bundled, open_source
 from llmprune.checkpoint.sink import Sink
 from llmprune.checkpoint.source import Source, open_folder
-from llmprune.data.sources import find_source
+from llmprune.data.sources import TextSource, find_source
 from llmprune.data.windows import Windows
 from llmprune.errors import RequestError, StoppedError
 from llmprune.evaluation import sample
@@ -45,6 +45,7 @@ from llmprune.run.preflight import check_still
 from llmprune.run.prepare import Job, describe, described, open_stream, prepare
 from llmprune.run.recovered import run_recovery
 from llmprune.run.recovery import check_trainable, prepare_recovery
+from llmprune.run.windows import Given
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.live import LiveStream
 from llmprune.stream.stream import Stream
@@ -53,7 +54,9 @@ from llmprune.training.request import BATCH, Request
 from llmprune.types import SILENT, Listener
 
 NO_ROUNDS: dict[str, None] = dict.fromkeys(("rounds", "schedule", "recover_steps", "recover_data", "rewind", "max_ppl_increase", "push"))
-GIVEN: dict[str, Any] = {"calibration": None, "samples": None, "sequence_length": None, "shuffle": False, "eval": []}  # windows are handed over
+# windows are handed over
+GIVEN: dict[str, Any] = {"calibration": None, "samples": None, "sequence_length": None, "shuffle": False, "eval": [], "eval_samples": None}
+GIVEN |= dict.fromkeys(("column", "split", "bos"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ class Rounds:
         return self.recipe.recover_data or self.recipe.calibration or ("bundled-calibration" if is_bundled(self.recipe.model) else "c4")
 
     @property
+    def columns(self) -> dict[str, str | None]:
+        """The column and the split of the calibration, where the recoveries train on it."""
+        own = self.recipe.recover_data is None
+        return {"column": self.recipe.column if own else None, "split": self.recipe.split if own else None}
+
+    @property
     def matrices(self) -> dict[int, list[Matrix]]:
         return self.whole.matrices
 
@@ -89,10 +98,15 @@ class Rounds:
 
 
 def prepare_pruning(
-    recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, listen: Listener = SILENT
+    recipe: Recipe,
+    windows: Given = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    measured: tuple[TextSource | Tensor, ...] = (),
+    listen: Listener = SILENT,
 ) -> Job | Rounds:
     """As ``prepare``, for one round or several."""
-    return (prepare_rounds if recipe.rounds else prepare)(recipe, windows, overwrite, restart, listen=listen)
+    return (prepare_rounds if recipe.rounds else prepare)(recipe, windows, overwrite, restart, measured=measured, listen=listen)
 
 
 def runner(job: Job | Rounds) -> Callable[[Any, Listener], Report]:
@@ -111,15 +125,22 @@ def phases_of(job: Job | Rounds) -> Phases:
 
 
 def prepare_rounds(
-    recipe: Recipe, windows: Tensor | None = None, overwrite: bool = False, restart: bool = False, listen: Listener = SILENT
+    recipe: Recipe,
+    windows: Given = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    measured: tuple[TextSource | Tensor, ...] = (),
+    listen: Listener = SILENT,
 ) -> Rounds:
     """Check a request as ``prepare`` does, and what its rounds need. Raises RequestError."""
     if windows is not None and recipe.recover_data is None and recipe.recover_steps != 0:
-        raise RequestError("rounds with token ids, and no data to recover on", "give recover_data=..., or recover_steps=0")
-    rounds = Rounds(prepare(recipe, windows, overwrite, restart, listen=listen), open_source(recipe.rewind) if recipe.rewind else None)
+        raise RequestError("rounds with a calibration in memory, and no data to recover on", "give recover_data=..., or recover_steps=0")
+    rounds = Rounds(
+        prepare(recipe, windows, overwrite, restart, measured=measured, listen=listen), open_source(recipe.rewind) if recipe.rewind else None
+    )
     if rounds.steps:
         check_trainable(rounds.whole.stream)
-        find_source(rounds.data, "calibration")
+        find_source(rounds.data, "calibration", **rounds.columns)
     if rounds.earlier is not None:
         check_earlier(rounds.earlier, rounds.whole.source)
         rounds.earlier.scan()
@@ -219,6 +240,9 @@ def made(rounds: Rounds, place: Path, number: int, pattern: str, sparsity: float
         steps=rounds.steps,
         dense=str(rounds.whole.source.folder),
         sequence_length=rounds.whole.data.calibration.ids_NL.shape[1],
+        bos=rounds.recipe.bos,
+        column=rounds.columns["column"],
+        split=rounds.columns["split"],
         seed=rounds.recipe.seed,
         device=rounds.recipe.device,
     )

@@ -16,7 +16,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmprune.checkpoint.files import make_folder, to_versioned_json, write_whole
 from llmprune.checkpoint.journal import Journal
@@ -37,6 +36,7 @@ from llmprune.run.job import check_first_window
 from llmprune.run.phases import Phases, dense_evaluation, pruned_evaluation, pruning
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, prepare
+from llmprune.run.windows import Given
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
@@ -60,7 +60,7 @@ def prepare_sweep(
     output: Path,
     overwrite: bool = False,
     restart: bool = False,
-    windows: Tensor | None = None,
+    windows: Given = None,
     quick: bool = False,
     listen: Listener = SILENT,
 ) -> Sweep:

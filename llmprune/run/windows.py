@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -12,12 +12,14 @@ from llmprune.checkpoint.companions import processor_files, tokenizer_files
 from llmprune.checkpoint.files import hash_file
 from llmprune.checkpoint.resolve import is_bundled
 from llmprune.checkpoint.source import Source
+from llmprune.data.given import check_token_ids
 from llmprune.data.pictures import has_pictures, load_processor, picture_windows
-from llmprune.data.sources import TextSource, find_source
+from llmprune.data.reading import windows_of
+from llmprune.data.sources import BUNDLED, BUNDLED_NAMES, GIVEN, TextSource, find_source
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.data.windows import RunData, Windows, windows_of
+from llmprune.data.windows import RunData, Windows
 from llmprune.errors import RequestError
-from llmprune.model.kinds import longest_sequence
+from llmprune.model.kinds import begins_with_bos, longest_sequence
 from llmprune.model.wrappers import is_wrapper
 from llmprune.recipe.recipe import Recipe
 from llmprune.run.preflight import check_length
@@ -31,65 +33,150 @@ BUNDLED_LENGTH = 256
 HELD_BACK = 32  # windows of the calibration source kept for evaluation when nothing else is asked for
 
 
+Given: TypeAlias = TextSource | Tensor | None  # texts or dialogues in memory, token ids [N, L], or nothing
+
+
 @dataclass(frozen=True)
 class Texts:
-    """The texts that a run asks for, found but not read. calibration: None where token ids are given. identities: of everything that windows are
-    made from, the texts and the tokenizer's files, by name; None where it is unknown.
+    """The texts that a run asks for, found but not read; token ids as they are. identities: of everything that windows are made from, the texts and
+    the tokenizer's files, by name; None where it is unknown.
     """
 
-    calibration: TextSource | None
-    evaluation: tuple[TextSource, ...]
+    calibration: TextSource | Tensor
+    evaluation: tuple[TextSource | Tensor, ...]
     identities: dict[str, str | None]
 
+    @property
+    def stored(self) -> bool:
+        """Whether windows that an earlier process has cut from the same texts may be taken: nothing is in memory alone."""
+        return all(isinstance(text, TextSource) and text.builder != GIVEN for text in (self.calibration, *self.evaluation))
 
-def find_texts(recipe: Recipe, folder: Path, given: Tensor | None) -> Texts:
-    """folder: of the model. Raises RequestError for a missing text."""
-    spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
-    calibration = None if given is not None else find_source(spec, "calibration")
-    evaluation = tuple(find_source(spec, "evaluation") for spec in (recipe.eval if given is not None else evaluation_sets(recipe)))
-    identities = {f"calibration {calibration.dataset}": calibration.identity} if calibration else {}
-    identities |= {f"evaluation {n}, {text.dataset}": text.identity for n, text in enumerate(evaluation, 1)}
+    @property
+    def read(self) -> bool:
+        """Whether a tokenizer is needed."""
+        return any(isinstance(text, TextSource) for text in (self.calibration, *self.evaluation))
+
+
+def find_texts(recipe: Recipe, folder: Path, given: Given, measured: tuple[TextSource | Tensor, ...] = ()) -> Texts:
+    """folder: of the model. measured: to evaluate on, besides what the recipe names. Raises RequestError for a missing text."""
+    calibration = given if isinstance(given, Tensor) else calibration_source(recipe, given)
+    if isinstance(given, Tensor):
+        refuse_columns(recipe, "token ids")
+    named = recipe.eval if given is not None or measured else evaluation_sets(recipe)
+    evaluation = (*(find_source(spec, "evaluation") for spec in named), *measured)
+    identities = {f"calibration {calibration.dataset}": calibration.identity} if isinstance(calibration, TextSource) else {}
+    texts = [(n, text) for n, text in enumerate(evaluation, 1) if isinstance(text, TextSource)]
+    identities |= {f"evaluation {n}, {text.dataset}": text.identity for n, text in texts}
     readers = (*tokenizer_files(folder), *processor_files(folder)) if identities else ()
     identities |= {f"tokenizer {path.name}": f"sha256 {hash_file(path)}" for path in readers}
     return Texts(calibration, evaluation, identities)
 
 
-def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, texts: Texts, given: Tensor | None) -> RunData:
+def calibration_source(recipe: Recipe, given: TextSource | None) -> TextSource:
+    """The texts to calibrate on: those in memory, or those that the recipe names."""
+    if given is None:
+        spec = recipe.calibration or ("bundled-calibration" if is_bundled(recipe.model) else "c4")
+        return find_source(spec, "calibration", recipe.column, recipe.split)
+    if recipe.split is not None:
+        raise RequestError(f"split {recipe.split!r} of {given.dataset}", "give that split itself")
+    return replace(given, column=recipe.column)
+
+
+def starts_with_bos(recipe: Recipe, config: Any) -> bool:
+    """Whether every window of a text begins with BOS: as the recipe says, or as the model was trained."""
+    return begins_with_bos(config) if recipe.bos is None else recipe.bos
+
+
+def refuse_columns(recipe: Recipe, what: str) -> None:
+    """Raises RequestError for a column or a split of something that has none."""
+    for name in ("column", "split"):
+        if getattr(recipe, name) is not None:
+            raise RequestError(f"{name} {getattr(recipe, name)!r} with {what}", f"omit the {name}")
+
+
+def gather_windows(recipe: Recipe, source: Source, stream: CheckpointStream | WholeStream, texts: Texts) -> RunData:
     """The windows of a run, as the recipe and its defaults say."""
+    given = texts.calibration if isinstance(texts.calibration, Tensor) else None
+    config = stream.skeleton.config
     if given is not None:
         check_given(recipe, given)
-    length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, stream.skeleton.config)
-    check_length(length, stream.skeleton.config)
-    if given is not None and not texts.evaluation:
-        return given_windows(recipe, given)
-    tokenizer = load_tokenizer(source.folder)
-    evaluation = tuple(windows_of(text, tokenizer, length, None) for text in texts.evaluation)
-    if texts.calibration is None:
-        assert given is not None
-        return replace(given_windows(recipe, given), evaluation=evaluation, identities=texts.identities)
+    length = given.shape[1] if given is not None else recipe.sequence_length or default_length(recipe.model, config)
+    check_length(length, config)
+    bos = starts_with_bos(recipe, config)
+    if given is not None and recipe.bos is not None and not texts.read:
+        raise RequestError("bos with token ids", "put it into the token ids, or omit it")
+    tokenizer = load_tokenizer(source.folder) if texts.read else None
+    if isinstance(texts.calibration, Tensor):
+        data = given_windows(recipe, texts.calibration)
+    else:
+        data = read_calibration(recipe, source, stream, texts.calibration, tokenizer, length, bos, bool(texts.evaluation))
+    limit = evaluated(recipe, len(data.calibration), texts)
+    evaluation = tuple(measured_windows(text, tokenizer, length, limit, bos, recipe.eval_samples) for text in texts.evaluation)
+    return replace(data, evaluation=evaluation or data.evaluation, identities=texts.identities)
+
+
+def read_calibration(
+    recipe: Recipe,
+    source: Source,
+    stream: CheckpointStream | WholeStream,
+    text: TextSource,
+    tokenizer: Any,
+    length: int,
+    bos: bool,
+    measured: bool,
+) -> RunData:
+    """The windows of a text to calibrate on. measured: whether there is something else to evaluate on; else a slice is held back for it."""
     samples = recipe.samples or DEFAULT_SAMPLES
     wanted, draw = samples + 2 * HELD_BACK, recipe.seed if recipe.shuffle else None
-    if shows_pictures(texts.calibration, stream):
-        windows = picture_windows(texts.calibration, load_processor(source.folder), length, wanted, draw)
+    if shows_pictures(text, stream):
+        windows = picture_windows(text, load_processor(source.folder), length, wanted, draw)
     else:
-        windows = windows_of(texts.calibration, tokenizer, length, wanted, draw=draw)
-    have = len(windows.ids_NL)
+        windows = windows_of(text, tokenizer, length, wanted, draw=draw, bos=bos)
+    have = len(windows)
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
     windows, held = divided(recipe, windows)
-    have = len(windows.ids_NL)
-    if not evaluation:
-        spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
-        samples = min(samples, have - min(spare, HELD_BACK))
-        evaluation = (windows.after(samples).first(HELD_BACK),) if have > samples else ()
-    return RunData(windows.first(samples), evaluation, held, texts.identities)
+    if measured:
+        return RunData(windows.first(samples), (), held)
+    have = len(windows)
+    spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
+    samples = min(samples, have - min(spare, HELD_BACK))
+    return RunData(windows.first(samples), (windows.after(samples).first(HELD_BACK),) if have > samples else (), held)
+
+
+def evaluated(recipe: Recipe, calibrated: int, texts: Texts) -> int | None:
+    """How many windows of each evaluation set are measured, at most; None: all. Raises RequestError for a number without a set."""
+    asked = recipe.eval_samples
+    if asked is not None and not texts.evaluation:
+        raise RequestError(f"eval_samples {asked} without data to evaluate on", "add --eval")
+    if asked == "all" or (asked is None and not recipe.eval and all(_is_bundled(text) for text in texts.evaluation)):
+        return None  # the bundled text, which nobody has asked for, is short
+    return calibrated if asked is None else int(asked)
+
+
+def _is_bundled(text: TextSource | Tensor) -> bool:
+    return isinstance(text, TextSource) and text.files[:1] == (BUNDLED / BUNDLED_NAMES["bundled-evaluation"],)
+
+
+def measured_windows(text: TextSource | Tensor, tokenizer: Any, length: int, limit: int | None, bos: bool, asked: int | str | None) -> Windows:
+    """The first windows of an evaluation set. asked: how many have to be there. Raises RequestError where they are not."""
+    if isinstance(text, Tensor):
+        windows = Windows(text, "given token ids", "all")
+    else:
+        windows = windows_of(text, tokenizer, length, None if limit is None else limit + 1, bos=bos)
+    have = len(windows)
+    if isinstance(asked, int) and have < asked:
+        raise RequestError(f"{windows.dataset}: {have} windows of {length}, {asked} asked for", "give a smaller --eval-samples, or all")
+    return windows if limit is None or have <= limit else replace(windows.first(limit), split=f"{windows.split}, the first windows")
 
 
 def shows_pictures(source: TextSource, stream: Stream) -> bool:
-    """Whether a data set has pictures, for a model that sees them. Raises RequestError where only its text decoder is at hand."""
+    """Whether a data set has pictures, for a model that sees them. Raises RequestError where only its text decoder is at hand, or in a mixture."""
     model = stream.walk.model
     if not stream.towers or not has_pictures(source):
         return False
+    if source.parts:
+        raise RequestError(f"{source.dataset}: a mixture with pictures", "give one data set")
     if not is_wrapper(model):
         raise RequestError(
             f"{source.dataset}: has pictures, and {type(model).__name__} leaves {', '.join(stream.towers)} behind", "give a data set of text alone"
@@ -114,9 +201,7 @@ def given_windows(recipe: Recipe, ids_NL: Tensor) -> RunData:
 
 def check_given(recipe: Recipe, ids_NL: Tensor) -> None:
     """Raises RequestError for token ids that are not [windows, length] of whole numbers, or not of the length asked for."""
-    if ids_NL.dim() != 2 or ids_NL.is_floating_point() or not ids_NL.numel():
-        kind = f"{str(ids_NL.dtype).removeprefix('torch.')} of shape {list(ids_NL.shape)}"
-        raise RequestError(f"calibration token ids: {kind}", "give whole numbers of shape [windows, length]")
+    check_token_ids(ids_NL, "calibration")
     if recipe.sequence_length not in (None, ids_NL.shape[1]):
         raise RequestError(
             f"sequence_length {recipe.sequence_length} with token ids in windows of {ids_NL.shape[1]}", "cut them to that length, or omit it"

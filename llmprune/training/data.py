@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.data.chat import chat_windows, is_chat
+from llmprune.data.chat import chat_windows
+from llmprune.data.documents import form_of
+from llmprune.data.reading import mixing, part_of, windows_of
 from llmprune.data.sources import TextSource
-from llmprune.data.windows import Windows, windows_of
+from llmprune.data.windows import Windows
 from llmprune.errors import RequestError
 from llmprune.training.losses import NOT_LEARNED
 
@@ -69,11 +71,27 @@ class Packs:
         return ids_L if self.learn_NL is None else ids_L.where(self.learn_NL[index], NOT_LEARNED)
 
 
-def packs_of(source: TextSource, tokenizer: Any, length: int, wanted: int | None) -> Packs:
-    """Packed windows of a text or of dialogues. Raises RequestError when it cannot be read, or is less than one window."""
-    if is_chat(source):
-        return Packs(*chat_windows(source, tokenizer, length, wanted))
-    return Packs(windows_of(source, tokenizer, length, wanted))
+def packs_of(source: TextSource | Tensor, tokenizer: Any, length: int, wanted: int | None, bos: bool = False) -> Packs:
+    """Packed windows of a text or of dialogues, whose answers are learned. Raises RequestError when it cannot be read, or is less than one window."""
+    if isinstance(source, Tensor):
+        return Packs(Windows(source, "given token ids", "all"))
+    if source.parts:
+        return _mixed(source, [packs_of(part, tokenizer, length, part_of(wanted, share), bos) for share, part in source.parts], wanted)
+    form = form_of(source)
+    if form.dialogues:
+        windows, learn_NL = chat_windows(source, form, tokenizer, length, wanted, bos=bos, learns=True)
+        return Packs(replace(windows, documents=None), learn_NL)
+    return Packs(windows_of(source, tokenizer, length, wanted, bos=bos))
+
+
+def _mixed(source: TextSource, parts: list[Packs], wanted: int | None) -> Packs:
+    """The windows of a mixture by their shares."""
+    order = mixing(source, [len(part) for part in parts], wanted)
+    learn = [torch.ones_like(part.windows.ids_NL, dtype=torch.bool) if part.learn_NL is None else part.learn_NL for part in parts]
+    ids_NL, learn_NL = (torch.stack([each[k][n] for k, n in order]) for each in ([part.windows.ids_NL for part in parts], learn))
+    first = parts[0].windows
+    skipped = sum(part.windows.skipped for part in parts)
+    return Packs(Windows(ids_NL, source.dataset, source.split, bos=first.bos, skipped=skipped), learn_NL)
 
 
 def divided(packs: Packs) -> tuple[Packs, Packs]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from llmprune.data.specs import last_name, shown
 from llmprune.errors import RequestError
 from llmprune.methods import check_name
 from llmprune.training.arguments import check_arguments
@@ -22,12 +22,13 @@ RATES = {"all": 0.2, "norms": 1.0, "lora": 1.0}
 
 @dataclass(frozen=True)
 class Request:
-    """folder: a result. data: to train on. held_out: a text that decides, instead of a slice of the data. dense: the model that it was pruned from.
-    every: steps between evaluations. None: as the defaults say. arguments, callbacks: of transformers' Trainer.
+    """folder: a result. data: to train on, by name or in memory; column, split: of it. bos: whether windows begin with BOS. held_out: a text that
+    decides, instead of a slice of the data. dense: the model that it was pruned from. every: steps between evaluations. None: as the defaults say.
+    arguments, callbacks: of transformers' Trainer.
     """
 
     folder: str
-    data: str
+    data: Any  # a name, a TextSource, or token ids
     output: str | None = None
     steps: int = STEPS
     parameters: str = "all"
@@ -46,6 +47,9 @@ class Request:
     patience: int = PATIENCE
     seed: int = 0
     device: str = "auto"
+    column: str | None = None
+    split: str | None = None
+    bos: bool | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
 
@@ -54,7 +58,7 @@ class Request:
         check_name("parameters", self.parameters, list(PARAMETERS))
         if self.loss is not None:
             check_name("loss", self.loss, list(LOSSES))
-        if not self.data:
+        if isinstance(self.data, str) and not self.data:
             raise RequestError("no data to train on", "add --data, a text file or a data set")
         for name in ("steps", "batch", "rank", "patience"):
             self._at_least_one(name)
@@ -95,11 +99,6 @@ class Request:
     def resolved(self) -> dict[str, Any]:
         """As it is saved: paths as their last names, without the output and what cannot be written down."""
         value = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("output", "callbacks", "folder")}
-        for name in ("data", "held_out", "dense"):
-            value[name] = shown(value[name])
+        value["data"] = shown(self.data) if isinstance(self.data, str) else getattr(self.data, "dataset", "given token ids")
+        value |= {"held_out": self.held_out and shown(self.held_out), "dense": self.dense and last_name(self.dense)}
         return value | {"eval": [shown(text) for text in self.eval], "arguments": {name: str(each) for name, each in self.arguments.items()}}
-
-
-def shown(place: str | None) -> str | None:
-    """A path's last name; anything else as it is."""
-    return Path(place).expanduser().resolve().name if place is not None and Path(place).expanduser().exists() else place

@@ -35,7 +35,7 @@ COMMANDS = [
     "recipe check",
     "recipe schema",
 ]
-ROW = re.compile(r"^  (?:-h, )?(--[a-z-]+)(?: (\S+))?(?:  |$)", re.MULTILINE)
+ROW = re.compile(r"^  (?:-h, )?(--[a-z-]+)(?: / --no-[a-z-]+)?(?: (\S+))?(?:  |$)", re.MULTILINE)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_every_field_is_an_option_with_its_text_and_default(cli: Cli) -> None:
         option = f"--{(flag.name or name).replace('_', '-')}"
         assert [panel for panel, rows in found.items() if option in rows] == [flag.panel], name
         assert joined(str(field.description)) in words
-        assert bool(found[flag.panel][option]) == (field.annotation is not bool), name
+        assert bool(found[flag.panel][option]) == (field.annotation not in (bool, bool | None)), name
         default = flag.default or field.get_default(call_default_factory=True)
         if default and not field.is_required():
             assert re.search(rf"{re.escape(option)} .*?\[default: {re.escape(str(default))}\]", words), name

@@ -240,7 +240,7 @@ def test_ids_beyond_the_vocabulary(cli, model):
         (b"", "the file is empty"),
         (b"  \n ", "holds no text"),
         (b"a few words", "tokens, less than one window of"),
-        (b"\xff\xfe\x00\x01" * 5000, "cannot be read as text"),
+        (b"\xff\xfe\x00\x01" * 5000, "text.txt: line 1: not UTF-8"),
     ],
 )
 def test_unusable_text(cli, tmp_path, content, says):

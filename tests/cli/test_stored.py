@@ -18,10 +18,11 @@ import llmprune
 from llmprune.checkpoint.files import to_versioned_json
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.errors import RequestError
+from llmprune.evaluation.answers import TaskResult
 from llmprune.report.page import page
 from llmprune.report.result import SAID, Report
 from llmprune.report.stored import read_any, read_bench, read_run
-from llmprune.results import NoSample, Step, TaskResult, Trial
+from llmprune.results import NoSample, Step, Trial
 
 QUICK = {"samples": 4, "sequence_length": 32}
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from families import save_tiny, tiny_model, tiny_windows
 from often import often
 
 import llmprune
-from llmprune.data.windows import read_windows
+from llmprune.data.reading import read_windows
 from llmprune.errors import RequestError
 from llmprune.model.matrices import Selection
 from llmprune.stream.live import LiveStream

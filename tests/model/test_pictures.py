@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 
 def test_a_broken_file_is_named(saved, tmp_path):
     saved[1].write_text(saved[1].read_text() + '{"images": [')
-    with pytest.raises(RequestError, match=r"rows\.jsonl: cannot be read"):
+    with pytest.raises(RequestError, match=r"rows\.jsonl: line 25: not JSON"):
         windows_of(saved, 100)
 
 

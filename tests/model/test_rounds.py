@@ -17,7 +17,7 @@ from seeing import save_seeing
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.checkpoint.source import open_folder
-from llmprune.data.windows import read_windows
+from llmprune.data.reading import read_windows
 from llmprune.errors import RequestError, StoppedError
 from llmprune.recipe.levels import levels
 from llmprune.recipe.reading import read_recipe

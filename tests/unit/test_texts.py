@@ -15,9 +15,11 @@ from huggingface_hub.utils import close_session
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
-from llmprune.data import windows
-from llmprune.data.sources import find_source, read_text
-from llmprune.data.windows import read_windows
+from llmprune.data import reading
+from llmprune.data.documents import form_of
+from llmprune.data.reading import read_windows
+from llmprune.data.sources import find_source
+from llmprune.data.texts import read_text
 from llmprune.errors import RequestError
 
 LENGTH = 8
@@ -31,7 +33,8 @@ class Letters:
 
 
 def text_of(path: Path | str) -> str:
-    return read_text(find_source(str(path), "calibration")).text
+    source = find_source(str(path), "calibration")
+    return read_text(source, form_of(source)).text
 
 
 def numbered(path: Path, rows: int) -> Path:
@@ -66,15 +69,17 @@ def test_suffixes_in_capitals(tmp_path: Path) -> None:
 
 
 def test_one_column_is_read_of_all_rows(tmp_path: Path) -> None:
+    """Rows without text in it are skipped, and counted."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "one", "title": "t"}\n{"text": null, "title": "not this"}\n')
-    with pytest.raises(RequestError, match=r"rows.jsonl, row 2: 'text' holds no text"):
-        text_of(rows)
-    rows.write_text('{"a": "one", "b": null}\n{"a": null, "b": "two"}\n')
-    with pytest.raises(RequestError, match=r"row 2: 'a' holds no text"):
-        text_of(rows)
+    rows.write_text('{"text": null, "title": "t"}\n{"text": "one", "title": "t"}\n{"text": 5, "title": "not this"}\n{"text": "two", "title": null}\n')
+    assert text_of(rows) == "one\n\ntwo"
+    source = find_source(str(rows), "calibration")
+    assert read_text(source, form_of(source)).skipped == 2
     rows.write_text('{"a": "one", "n": 1}\n{"a": "two", "n": 2}\n')
     assert text_of(rows) == "one\n\ntwo"
+    rows.write_text('{"a": "one", "b": "two"}\n')
+    with pytest.raises(RequestError, match=r"rows.jsonl: no column 'text' or 'messages' among a, b"):
+        text_of(rows)
 
 
 def test_a_folder_of_a_data_sets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +88,7 @@ def test_a_folder_of_a_data_sets_name(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("c4", "org/texts"):
         Path(name).mkdir(parents=True)
     assert find_source("c4", "calibration").builder == "allenai/c4"
-    with pytest.raises(RequestError, match="texts: is a folder"):
+    with pytest.raises(RequestError, match="texts: is a folder without data"):
         find_source("org/texts", "calibration")
 
 
@@ -116,8 +121,8 @@ def test_identities_follow_the_content(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("large", [False, True])
 def test_windows_are_drawn_from_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, large: bool) -> None:
     if large:
-        monkeypatch.setattr(windows, "WHOLE", 0)
-        monkeypatch.setattr(windows, "PIECE", 200)
+        monkeypatch.setattr(reading, "WHOLE", 0)
+        monkeypatch.setattr(reading, "PIECE", 200)
     path = numbered(tmp_path / name, 2000)
     drawn = numbers(path, 100, 0)
     assert len(set(drawn)) == 100
@@ -135,8 +140,8 @@ def test_windows_are_drawn_from_the_whole_file(tmp_path: Path, monkeypatch: pyte
 
 def test_every_window_of_a_large_file_is_as_likely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 40 windows is drawn 10 in 40 times, and first as often as last."""
-    monkeypatch.setattr(windows, "WHOLE", 0)
-    monkeypatch.setattr(windows, "PIECE", 64)
+    monkeypatch.setattr(reading, "WHOLE", 0)
+    monkeypatch.setattr(reading, "PIECE", 64)
     path = numbered(tmp_path / "lines.txt", 40)
     draws = [numbers(path, 10, seed) for seed in range(300)]
     times = torch.tensor([Counter(n for draw in draws for n in draw)[i] for i in range(40)])
@@ -155,8 +160,8 @@ def test_memory_is_bounded_by_the_windows_and_a_piece(tmp_path: Path, monkeypatc
             longest.append(len(text))
             return super().__call__(text, verbose)
 
-    monkeypatch.setattr(windows, "WHOLE", 0)
-    monkeypatch.setattr(windows, "PIECE", 400)
+    monkeypatch.setattr(reading, "WHOLE", 0)
+    monkeypatch.setattr(reading, "PIECE", 400)
     read_windows(str(numbered(tmp_path / "lines.txt", 1000)), "calibration", Watched(), LENGTH, 10, draw=0)
     assert max(longest) <= 408
     assert sum(longest) == 8000
