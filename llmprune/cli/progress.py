@@ -55,10 +55,11 @@ class Course:
         return self.phases[self._at]
 
     def hear(self, name: str, done: int, total: int) -> Phase:
-        """The phase that has come so far. The time since the last call was spent on it."""
+        """The phase that has come so far. The time since the last call was spent on it, or on the one before it if it only begins."""
+        before = self.now if self.phases else None
         self._at = self._place(name, done)
         now, phase = self.clock(), self.now
-        phase.seconds += now - self._heard
+        (before if before is not None and before.total and not done else phase).seconds += now - self._heard
         phase.done, phase.total = done, max(total, 1)
         self._heard = now
         return phase

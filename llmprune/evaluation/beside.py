@@ -13,11 +13,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmprune.data.windows import Windows
-from llmprune.evaluation.divergence import Pass, after_blocks, kl
-from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of, surprise
+from llmprune.evaluation.divergence import Pass, after_blocks
+from llmprune.evaluation.perplexity import TARGETS_AT_ONCE, defined, name_of, perplexity_of
 from llmprune.model.pictures import IGNORED
 from llmprune.results import Divergence, Perplexity
 from llmprune.stream.flow import Flow
@@ -74,16 +75,26 @@ def pruned_pass(dense: Dense, stream: Stream, listen: Listener = SILENT) -> tupl
                 theirs_LV = walk.logits(ids_1L, theirs_1LD)[0]
             dtype = name_of(ours_LV)
             targets_L = walk.pictures.targets(ids_1L[0])
-            lost += surprise(ours_LV, targets_L)
-            counted_L = targets_L != IGNORED
-            tokens += int(counted_L.sum())
-            for theirs_TV, ours_TV, counted_T in zip(*(t.split(TARGETS_AT_ONCE) for t in (theirs_LV[:-1], ours_LV[:-1], counted_L)), strict=True):
-                apart += (kl(theirs_TV, ours_TV) * counted_T).sum(dtype=torch.float64).cpu()
-                same += ((theirs_TV.argmax(-1) == ours_TV.argmax(-1)) & counted_T).sum().cpu()
+            tokens += int((targets_L != IGNORED).sum())
+            parts = zip(*(t.split(TARGETS_AT_ONCE) for t in (theirs_LV[:-1], ours_LV[:-1], targets_L)), strict=True)
+            sums = [sum(of_parts) for of_parts in zip(*(compared(*part) for part in parts), strict=True)]
+            lost, apart, same = (total + of_window for total, of_window in zip((lost, apart, same), sums, strict=True))
             heard.after_window(stream, number, len(windows.ids_NL))
     value = defined(lost, tokens, windows, dtype)
     definition = (value.dataset, value.split, value.window, value.windows, value.tokens, value.dtype)
     return value, Divergence(float(apart) / value.tokens, float(same) / value.tokens, *definition)
+
+
+def compared(dense_TV: Tensor, pruned_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the counted targets, float64 on the CPU: the pruned model's negative log-likelihood, its divergence from the dense one (as ``kl``),
+    equal likeliest tokens. The pruned model's log-probabilities are computed once for both.
+    """
+    counted_T = targets_T != IGNORED
+    same = (dense_TV.argmax(-1) == pruned_TV.argmax(-1)) & counted_T
+    pruned_TV, dense_TV = (logits_TV.float().log_softmax(-1) for logits_TV in (pruned_TV, dense_TV))
+    lost = F.nll_loss(pruned_TV, targets_T, reduction="sum", ignore_index=IGNORED)
+    apart_T = torch.sub(dense_TV, pruned_TV, out=pruned_TV).mul_(dense_TV.exp_()).sum(-1)
+    return lost.double().cpu(), (apart_T * counted_T).sum(dtype=torch.float64).cpu(), same.sum().double().cpu()
 
 
 @contextmanager

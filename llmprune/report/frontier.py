@@ -10,6 +10,7 @@ from typing import Any
 
 from llmprune.checkpoint.files import FORMAT
 from llmprune.report.fields import Fields
+from llmprune.report.pictures import logarithmic
 from llmprune.report.result import environment_of
 from llmprune.results import Calibration, Divergence, Environment, Origin, Perplexity
 
@@ -87,17 +88,22 @@ def draw(report: SweepReport) -> bytes:
 
     with matplotlib.rc_context({"svg.hashsalt": "llmprune", "svg.fonttype": "none"}):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
 
         figure = Figure(figsize=(6.4 * max(1, len(report.dense)), 4.4), layout="constrained")
-        axes = figure.subplots(1, max(1, len(report.dense)), squeeze=False)[0]
+        axes = figure.subplots(1, max(1, len(report.dense)), squeeze=False, sharey=True)[0]
+        values = [one.value for of in (report.dense, *(row.perplexity for row in report.rows)) for one in of]
         for number, (axis, dense) in enumerate(zip(axes, report.dense, strict=False)):
             for (method, pattern), rows in _curves(report).items():
                 points = sorted((row.sparsity, row.perplexity[number].value) for row in rows)
                 label = method if pattern == "unstructured" else f"{method} {pattern}"
                 axis.plot(*zip(*points, strict=True), marker="o" if pattern == "unstructured" else "s", label=label)
             axis.axhline(dense.value, color="grey", linewidth=0.8, label="dense")
-            axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title=dense.dataset)
+            axis.set(xlabel="sparsity", title=dense.dataset)
+            axis.xaxis.set_major_formatter(PercentFormatter(1))
             axis.legend()
+        if report.dense:
+            axes[0].set_ylabel("perplexity" + logarithmic(axes[0], values))
         out = BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()

@@ -89,16 +89,15 @@ def curves(
     of shares, of "xy". reach: ends of the x axis, where several pictures have the same. Values of very different size get a logarithmic axis.
     """
     values = [y for points in lines.values() for _, y in points] + ([level[1]] if level else [])
-    log = "y" not in percent and min(values) > 0 and max(values) >= FAR * min(values)
 
     def paint(axis: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         for number, points in enumerate(lines.values()):
             axis.plot(*zip(*points, strict=True), color=SERIES[number % len(SERIES)], marker=MARKERS[number // len(SERIES) % len(MARKERS)][0])
         if level is not None:
             axis.axhline(level[1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.set(xlabel=axes[0], ylabel=f"{axes[1]}, logarithmic" if log else axes[1], yscale="log" if log else "linear")
+        axis.set(xlabel=axes[0], ylabel=axes[1] + ("" if "y" in percent else logarithmic(axis, values)))
         if reach is not None:
             room = max(0.02, (reach[1] - reach[0]) / 20)
             axis.set_xlim(reach[0] - room, reach[1] + room)
@@ -108,15 +107,24 @@ def curves(
             shares.set_major_formatter(PercentFormatter(1, decimals=None))
         if "y" in percent:
             axis.set_ylim(min(0, *values), max(values) * 1.05 or 1)
-        if log:  # by default matplotlib writes powers as mathematics
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
         if whole:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, axis="y")
 
     return draw(name, label, 200, paint) + (key([*lines], level[0] if level else "") if len(lines) > 1 or level else "")
+
+
+def logarithmic(axis: Axes, values: Sequence[float]) -> str:
+    """Makes the y axis logarithmic where the values are of very different size; what its label then says of it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not (min(values) > 0 and max(values) >= FAR * min(values)):
+        return ""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))  # by default matplotlib writes powers as mathematics
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    return ", logarithmic"
 
 
 def key(names: Sequence[str], level: str = "") -> str:
