@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -33,6 +34,7 @@ from llmprune.publish.hub import push as publish
 from llmprune.recipe.keywords import PruneOptions, documented, of_recipe, plain, recipe_values
 from llmprune.recipe.reading import read_recipe
 from llmprune.recipe.recipe import Recipe
+from llmprune.report.bars import bars
 from llmprune.report.result import Report
 from llmprune.results import Perplexity, Pushed
 from llmprune.run.live import as_for_inference, prune_live
@@ -48,7 +50,7 @@ from llmprune.stream.live import LiveStream
 from llmprune.stream.stream import Stream
 from llmprune.training.data import HELD_BACK as DECIDING
 from llmprune.training.request import Request
-from llmprune.types import SILENT, Listener
+from llmprune.types import Listener
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -73,12 +75,13 @@ def prune(
 
     model: alias, folder, Hub id, or a transformers causal LM in memory. calibration: data as on the command line, or in memory: a list of texts or
     dialogues, a ``datasets`` data set, an iterator of either, token ids [N, L] as tensor or array, or a DataLoader of them; eval likewise, or a list.
-    tokenizer: for a live model that is calibrated on text, and saved with it where ``output`` is given; its processor for text with pictures.
-    overwrite, restart: of the output folder. public, existing: of the repository, with ``push="me/name"``. on_progress: called with (step, done,
-    total) as the command line's bars are. criterion may be a function of (weight_RC, stats), see ``llmprune.recipe.user_methods``.
+    tokenizer: for a live model that reads text, and saved with it where ``output`` is given; its processor for text with pictures. overwrite,
+    restart: of the output folder. public, existing: of the repository, with ``push="me/name"``. on_progress: called with (step, done, total); by
+    default a terminal or a notebook shows bars, unless transformers' are switched off. criterion may be a function of (weight_RC, stats), see
+    ``llmprune.recipe.user_methods``.
     Raises RequestError before any work when the request cannot be met, StoppedError when a run has to stop.
     """
-    measured, listen = in_memory(as_text(options.pop("eval", None))), listener(on_progress)
+    measured = in_memory(as_text(options.pop("eval", None)))
     values = recipe_values(options) | {"pattern": plain("pattern", pattern), "sparsity": plain("sparsity", sparsity)}
     calibration, live = as_text(calibration), isinstance(model, nn.Module)
     named_data = calibration is None or isinstance(calibration, str)
@@ -86,30 +89,34 @@ def prune(
     others = [one for one in measured if not isinstance(one, str)]
     recipe = read_recipe(None, {"model": type(model).__name__ if live else named(model)} | values)
     windows = None if named_data else taken(calibration, "calibration", streamed(recipe), recipe.shuffle)
-    if tokenizer is not None and (isinstance(windows, Tensor) or not live):
-        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that is calibrated on text; omit it")
+    seen = tuple(taken(one, "eval", streamed(recipe, recipe.eval_samples)) for one in others)
+    reads = [*recipe.eval, *(one for one in (windows, *seen) if not isinstance(one, Tensor))]
+    if tokenizer is not None and not (live and (reads or recipe.output)):
+        raise RequestError("a tokenizer with token ids or a checkpoint", "it is for a model in memory that reads text, or is saved with it; omit it")
     if isinstance(model, nn.Module):
         if restart or public or existing:
             raise RequestError("restart, public or existing with a model in memory", "it is pruned at once, and pushed from its folder; omit them")
-        if others:
-            raise RequestError("eval with a model in memory", "omit eval, or prune the model's checkpoint, with output=...")
-        return in_place(model, recipe, windows, tokenizer, overwrite, listen)
+        with listening(on_progress) as listen:
+            return in_place(model, recipe, windows, seen, tokenizer, overwrite, listen)
     if recipe.push:
         check_destination(recipe.push, public, existing)
-    job = prepare_pruning(recipe, windows, overwrite, restart, tuple(taken(one, "eval", streamed(recipe, recipe.eval_samples)) for one in others))
-    report = runner(job)(job, listen)
+    job = prepare_pruning(recipe, windows, overwrite, restart, seen)
+    with listening(on_progress) as listen:
+        report = runner(job)(job, listen)
     if recipe.push:
         report.push(recipe.push, public=public, existing=existing)
     return report
 
 
-def in_place(model: nn.Module, recipe: Recipe, windows: Given, tokenizer: Any, overwrite: bool, listen: Listener) -> Report:
+def in_place(
+    model: nn.Module, recipe: Recipe, windows: Given, seen: Sequence[TextSource | Tensor], tokenizer: Any, overwrite: bool, listen: Listener
+) -> Report:
     """Prune a model in memory, and save it where the recipe has an output. Raises RequestError."""
     if overwrite and recipe.output is None:
         raise RequestError("overwrite without output, with a model in memory", "add output=..., or omit it")
     if recipe.output is not None:
         check_place(Path(recipe.output).expanduser(), check_live(model), overwrite)
-    report = prune_live(model, recipe, windows, tokenizer, listen)
+    report = prune_live(model, recipe, windows, tokenizer, listen, seen)
     return report if recipe.output is None else replace(save(report, recipe.output, tokenizer, overwrite=overwrite), model=report.model)
 
 
@@ -142,7 +149,9 @@ def recover(
     asked = Request(fspath(folder), as_text(data), **{name: as_text(value) for name, value in options.items()})
     if not isinstance(asked.data, str):
         asked = replace(asked, data=taken(asked.data, "data", asked.steps * asked.batch + DECIDING))
-    return run_recovery(prepare_recovery(asked, overwrite, restart), listener(on_progress))
+    job = prepare_recovery(asked, overwrite, restart)
+    with listening(on_progress) as listen:
+        return run_recovery(job, listen)
 
 
 def named(model: Any) -> str:
@@ -168,8 +177,9 @@ def as_text(value: Any) -> Any:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
-def listener(on_progress: Progress | None) -> Listener:
-    return SILENT if on_progress is None else Listener(progress=on_progress)
+def listening(on_progress: Progress | None) -> AbstractContextManager[Listener]:
+    """Who hears of the progress: by default bars, where somebody looks."""
+    return bars() if on_progress is None else nullcontext(Listener(progress=on_progress))
 
 
 def evaluate(
@@ -195,7 +205,6 @@ def evaluate(
     read.
     """
     where, kind = str(plain("device", device)), str(plain("dtype", dtype))
-    listen = listener(on_progress)
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise RequestError("a live model without its tokenizer", "add tokenizer=...")
@@ -203,7 +212,8 @@ def evaluate(
             raise RequestError("device, dtype or revision with a model in memory", "it is measured as it is; omit them")
         with as_for_inference(check_live(model)) as live:
             check_text(live)
-            return measured_on(LiveStream(live), "", Measured(tokenizer, data, window, samples, column, split, bos), listen)
+            with listening(on_progress) as listen:
+                return measured_on(LiveStream(live), "", Measured(tokenizer, data, window, samples, column, split, bos), listen)
     if tokenizer is not None:
         raise RequestError("a tokenizer with a checkpoint, which has its own", "omit it")
     source = open_source(named(model), revision)
@@ -213,7 +223,8 @@ def evaluate(
     check_length(window or default_length(named(model), stream.skeleton.config), stream.skeleton.config)
     scan(source, stream)
     check_source(source)
-    return measured_on(stream, named(model), asked, listen)
+    with listening(on_progress) as listen:
+        return measured_on(stream, named(model), asked, listen)
 
 
 @dataclass(frozen=True)

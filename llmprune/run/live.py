@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from llmprune.data.pictures import is_processor, picture_windows
 from llmprune.data.reading import windows_of
-from llmprune.data.sources import TextSource
+from llmprune.data.sources import TextSource, find_source
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import RequestError
+from llmprune.evaluation.beside import dense_passes, pruned_pass
 from llmprune.evaluation.replay import check_replay
 from llmprune.export.check import MOST_TOKENS
 from llmprune.export.live import sliced_with_export
@@ -26,7 +27,7 @@ from llmprune.model.wrappers import check_text
 from llmprune.pruners.plan import Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
-from llmprune.results import Origin, Polished
+from llmprune.results import Evaluation, Origin, Polished
 from llmprune.run.live_result import Unsaved
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
@@ -34,13 +35,17 @@ from llmprune.run.prepare import describe, environment, towers_of
 from llmprune.run.steps import Forgetful, decided, prune_blocks, with_gradients
 from llmprune.run.windows import (
     DEFAULT_SAMPLES,
+    HELD_BACK,
     Given,
+    Texts,
     calibration_source,
     check_given,
     default_length,
-    divided,
+    evaluated,
     given_windows,
+    measured_windows,
     refuse_columns,
+    shared_out,
     shows_pictures,
     starts_with_bos,
 )
@@ -49,12 +54,14 @@ from llmprune.stream.reshaped import Reshaped
 from llmprune.types import Listener
 
 # options that a model in memory cannot obey
-OF_A_CHECKPOINT = ("push", "eval", "eval_samples", "write_sample", "rotate", "device", "dtype", "revision", "rounds")
+OF_A_CHECKPOINT = ("push", "write_sample", "rotate", "device", "dtype", "revision", "rounds")
 
 
-def prune_live(model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, listen: Listener) -> Report:
-    """Prune a transformers model in place. given: texts in memory, or token ids [N, L]; tokenizer: of a model that is calibrated on
-    text.
+def prune_live(
+    model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, listen: Listener, measured: Sequence[TextSource | Tensor] = ()
+) -> Report:
+    """Prune a transformers model in place. given: texts in memory, or token ids [N, L]; tokenizer: of a model that reads text; measured: to evaluate
+    on, besides what the recipe names.
 
     Raises RequestError for options that a model in memory cannot obey, and as the run of a checkpoint does.
     """
@@ -66,9 +73,10 @@ def prune_live(model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, l
         plan, matrices = planned(recipe, stream, Selection(recipe.skip, recipe.only))
         plan = with_budget(recipe, plan, stream, matrices)
         check_plan(plan, stream, matrices, model.dtype)
-        data, records = live_windows(stream, recipe, given, tokenizer), Forgetful()
+        data, records = live_windows(stream, recipe, given, tokenizer, measured), Forgetful()
         stream.walk.pictures = data.pictures
         check_replay(stream, data.calibration.ids_NL[:1])
+        dense = dense_passes(stream, data.evaluation, len(stream.names) in matrices, records, listen)
         work = with_gradients(Work(stream, data.calibration.ids_NL, plan, matrices), listen)
         decision = decided(recipe, work, data, records, listen)
         polished: list[Polished] = []
@@ -78,6 +86,7 @@ def prune_live(model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, l
             on_polish=lambda done, hashes: polished.append(done),
         )
         blocks, shown = prune_blocks(recipe, work, decision, records, hearing)
+        found = tuple(Evaluation(d.perplexity, *pruned_pass(d, shown, listen)) for d in dense)
     ids_1L = data.text(MOST_TOKENS)
     unsaved = Unsaved(model, recipe, ids_1L)
     if isinstance(shown, Reshaped):
@@ -89,7 +98,7 @@ def prune_live(model: nn.Module, recipe: Recipe, given: Given, tokenizer: Any, l
         source=Origin(type(model).__name__, None, {}, towers=towers_of(stream)),
         calibration=describe(data.calibration),
         blocks=tuple(blocks),
-        perplexity=(),
+        perplexity=found,
         parameters=count_parameters(model),
         model=unsaved.model if unsaved.exported else None,
         live=unsaved,
@@ -109,39 +118,41 @@ def check_options(recipe: Recipe) -> None:
         raise RequestError(f"{asked[0]} with a model in memory", f"omit {asked[0]}, or prune the model's checkpoint, with output=...")
 
 
-def live_windows(stream: LiveStream, recipe: Recipe, given: Given, tokenizer: Any) -> RunData:
-    """The calibration windows: token ids as given, or cut from texts. tokenizer: or the processor of a model that sees pictures."""
+def live_windows(stream: LiveStream, recipe: Recipe, given: Given, tokenizer: Any, measured: Sequence[TextSource | Tensor]) -> RunData:
+    """The windows of a run: token ids as given, or cut from texts. tokenizer: or the processor of a model that sees pictures."""
     model = stream.model
-    if isinstance(given, Tensor):
+    evaluation = (*(find_source(spec, "evaluation") for spec in recipe.eval), *measured)
+    texts = Texts(given if isinstance(given, Tensor) else live_source(recipe, given), evaluation, {})
+    if texts.read and tokenizer is None:
+        raise RequestError("a live model that is to read text, without its tokenizer", "add tokenizer=..., or give token ids")
+    if isinstance(texts.calibration, Tensor):
         refuse_columns(recipe, "token ids")
-        if recipe.bos is not None:
+        if recipe.bos is not None and not texts.read:
             raise RequestError("bos with token ids", "put it into the token ids, or omit it")
-        check_given(recipe, given)
-        check_length(given.shape[1], model.config)
-        data = given_windows(recipe, given)
+        check_given(recipe, texts.calibration)
+    length = texts.calibration.shape[1] if isinstance(texts.calibration, Tensor) else recipe.sequence_length or default_length("", model.config)
+    check_length(length, model.config)
+    bos = starts_with_bos(recipe, model.config)
+    if isinstance(texts.calibration, Tensor):
+        data = given_windows(recipe, texts.calibration)
     else:
-        data = read_live(stream, recipe, given, tokenizer)
-    check_ids(data.calibration, model)
-    return data
+        wanted, draw = (recipe.samples or DEFAULT_SAMPLES) + 2 * HELD_BACK, recipe.seed if recipe.shuffle else None
+        windows = text_or_pictures(texts.calibration, stream, tokenizer, length, wanted, draw, bos)
+        data = shared_out(recipe, windows, bool(evaluation))
+    limit, reader = evaluated(recipe, len(data.calibration), texts), tokenizer.tokenizer if is_processor(tokenizer) else tokenizer
+    found = tuple(measured_windows(text, reader, length, limit, bos, recipe.eval_samples) for text in evaluation)
+    for part in (data.calibration, *found):
+        check_ids(part, model)
+    return replace(data, evaluation=found or data.evaluation)
 
 
-def read_live(stream: LiveStream, recipe: Recipe, given: TextSource | None, tokenizer: Any) -> RunData:
-    """Windows of the texts that are given, or that the recipe names."""
-    if tokenizer is None or (recipe.calibration is None and given is None):
+def live_source(recipe: Recipe, given: TextSource | None) -> TextSource:
+    """The texts to calibrate on, which have no default here."""
+    if given is None and recipe.calibration is None:
         raise RequestError(
             "a live model needs calibration token ids, or a text and its tokenizer", "calibration=ids, or calibration=..., tokenizer=..."
         )
-    length = recipe.sequence_length or default_length("", stream.model.config)
-    check_length(length, stream.model.config)
-    samples, draw = recipe.samples or DEFAULT_SAMPLES, recipe.seed if recipe.shuffle else None
-    source = calibration_source(recipe, given)
-    bos = starts_with_bos(recipe, stream.model.config)
-    windows = text_or_pictures(source, stream, tokenizer, length, samples, draw, bos).first(samples)
-    have = len(windows)
-    if recipe.samples and have < recipe.samples:
-        raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller samples")
-    windows, held = divided(recipe, windows)
-    return RunData(windows, (), held)
+    return calibration_source(recipe, given)
 
 
 def text_or_pictures(source: TextSource, stream: LiveStream, reader: Any, length: int, samples: int, draw: int | None, bos: bool) -> Windows:

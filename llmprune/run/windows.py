@@ -132,7 +132,15 @@ def read_calibration(
         windows = picture_windows(text, load_processor(source.folder), length, wanted, draw)
     else:
         windows = windows_of(text, tokenizer, length, wanted, draw=draw, bos=bos)
-    have = len(windows)
+    return shared_out(recipe, windows, measured)
+
+
+def shared_out(recipe: Recipe, windows: Windows, measured: bool) -> RunData:
+    """The windows of a text for the calibration, for trials, and, unless there is something else to evaluate on (``measured``), for the evaluation.
+
+    Raises RequestError for fewer than were asked for.
+    """
+    have, samples, length = len(windows), recipe.samples or DEFAULT_SAMPLES, windows.ids_NL.shape[1]
     if recipe.samples and have < recipe.samples:
         raise RequestError(f"{windows.dataset}: {have} windows of {length}, {recipe.samples} asked for", "give more text, or smaller --samples")
     windows, held = divided(recipe, windows)

@@ -22,7 +22,7 @@ def refused(says: str, **options: Any) -> None:
 
 
 def test_options_of_a_checkpoint_are_refused() -> None:
-    options = {"eval": ["text.txt"], "device": "cpu", "dtype": "float32", "revision": "main", "push": "me/name"}
+    options = {"device": "cpu", "dtype": "float32", "revision": "main", "push": "me/name"}
     for name, value in options.items():
         refused(f"{name} with a model in memory", **{name: value})
     for name in ("restart", "public", "existing"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,9 @@ def test_what_is_no_causal_language_model(made: Callable[[], Any], said: str) ->
         ({"revision": "main"}, "revision with a model in memory"),
         ({"restart": True}, "restart"),
         ({"tokenizer": object()}, "a tokenizer with token ids"),
+        ({"eval": "bundled-evaluation"}, "without its tokenizer"),
+        ({"eval": 3}, "eval: int"),
+        ({"eval_samples": 3}, "without data to evaluate on"),
         ({"push": "me/x"}, "push with a model in memory"),
     ],
 )
@@ -199,3 +204,58 @@ def test_a_live_model_is_measured_as_it_is(tmp_path: Path) -> None:
         llmprune.evaluate(BUNDLED, "bundled-evaluation", tokenizer=tokenizer)
     with pytest.raises(llmprune.RequestError, match="with a model in memory"):
         llmprune.evaluate(found, "bundled-evaluation", tokenizer=tokenizer, dtype=torch.float32)
+
+
+def test_a_live_model_is_measured_before_and_after(tmp_path: Path) -> None:
+    """On what was given to evaluate on, as transformers' own forward measures it; perplexities and divergence are in the folder too."""
+    model, unseen = tiny(), tiny_windows(9, 24)[4:]
+    before = plain_perplexity(model, unseen)
+    report = llmprune.prune(model, 0.5, "2:4", calibration=IDS, eval=unseen, eval_samples="all", output=tmp_path / "out")
+    (found,) = report.perplexity
+    assert found.dense.value == pytest.approx(before, rel=1e-5)
+    assert found.pruned.value == pytest.approx(plain_perplexity(model, unseen), rel=1e-5)
+    assert found.divergence.kl > 0
+    assert found.pruned.windows == 5
+    assert read_run(tmp_path / "out").perplexity == report.perplexity
+    assert f"{found.pruned.value:.4g}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pattern", ["channels", "layers"])
+def test_a_smaller_live_model_is_measured(pattern: str) -> None:
+    report = llmprune.prune(tiny(), 0.5, pattern, calibration=IDS, eval=[IDS, IDS - 1], round_to=4 if pattern == "channels" else None)
+    for found, ids_NL in zip(report.perplexity, (IDS, IDS - 1), strict=True):
+        assert found.pruned.value == pytest.approx(plain_perplexity(report.model, ids_NL), rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_live_model_on_text_gives_what_its_checkpoint_gives(pattern: str, tmp_path: Path) -> None:
+    """The same windows are calibrated on, and held back to be measured."""
+    model, tokenizer = llmprune.load(BUNDLED)
+    about = {"calibration": "bundled-calibration", "samples": 6, "sequence_length": 64, "method": "wanda"}
+    live = llmprune.prune(model.float(), 0.5, pattern, tokenizer=tokenizer, **about)
+    stored = llmprune.prune(BUNDLED, 0.5, pattern, dtype="float32", output=tmp_path / "out", eval=[], **about)
+    assert live.calibration == stored.calibration
+    assert [row.zeros for row in live.rows] == [row.zeros for row in stored.rows]
+    (found,) = live.perplexity
+    assert found.pruned.split.endswith("held back")
+
+
+@torch.no_grad()
+def plain_perplexity(model: PreTrainedModel, ids_NL: torch.Tensor) -> float:
+    return float(model(ids_NL, labels=ids_NL).loss.exp())
+
+
+def test_bars_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    llmprune.prune(tiny(), 0.5, calibration=IDS, method="wanda")
+    assert "prune: 100%" in terminal.getvalue()
+    heard: list[tuple[str, int, int]] = []
+    llmprune.prune(tiny(), 0.5, calibration=IDS, method="wanda", on_progress=lambda *said: heard.append(said))
+    assert heard[-1] == ("prune", 2, 2)
+    assert terminal.getvalue().count("prune: 100%") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
