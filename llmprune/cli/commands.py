@@ -9,9 +9,10 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmprune.checkpoint.files import output_folder
-from llmprune.cli.console import Bos, Count, Text, announce, err, out
+from llmprune.cli.console import AsJson, Bos, Count, Device, Text, announce, err, out
 from llmprune.cli.progress import progress_shown
 from llmprune.errors import PromiseError, RequestError, at_home
+from llmprune.recipe.flags import MACHINE
 
 
 def push(
@@ -50,13 +51,13 @@ def eval(
     bos: Bos = None,
     window: Annotated[Count, typer.Option(help="tokens of a window [default: 2048, or the model's positions; llama: 256]", metavar="INT")] = None,
     samples: Annotated[Count, typer.Option(help="the first so many windows, and questions of a task [default: all]", metavar="INT")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16", metavar="NAME")] = "auto",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="compute dtype: auto, float32, bfloat16, float16", metavar="NAME", rich_help_panel=MACHINE)] = "auto",
     revision: Annotated[Text, typer.Option(help="branch, tag or commit of a Hub model", metavar="NAME")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that comes with a checkpoint")
+        bool, typer.Option("--trust-remote-code", help="for tasks: run the model code that comes with a checkpoint", rich_help_panel=MACHINE)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model's perplexity, or tasks of lm-eval.
 
@@ -166,12 +167,16 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="tokens decoded after the first one", metavar="INT")] = 64,
     batch: Annotated[int, typer.Option(help="sequences side by side", metavar="INT")] = 1,
     repeat: Annotated[int, typer.Option(help="measured rounds, after the warm-up", metavar="INT")] = 5,
-    threads: Annotated[Count, typer.Option(help="CPU threads [default: torch's]", metavar="INT")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16", metavar="NAME")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="with torch.compile and a cache of fixed size")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the model code that comes with a checkpoint")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    threads: Annotated[Count, typer.Option(help="CPU threads [default: torch's]", metavar="INT", rich_help_panel=MACHINE)] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16", metavar="NAME", rich_help_panel=MACHINE)
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="with torch.compile and a cache of fixed size", rich_help_panel=MACHINE)] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the model code that comes with a checkpoint", rich_help_panel=MACHINE)
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the speed, memory and size of a model.
 

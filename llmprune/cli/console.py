@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from llmprune.errors import RequestError
-from llmprune.recipe.flags import DATA
+from llmprune.recipe.flags import DATA, MACHINE, OUTPUT
 
 WIDEST = 120  # of a help text, on a terminal that has so many columns
 
@@ -38,6 +38,8 @@ err = Console(stderr=True, highlight=False)
 
 Text = Optional[str]
 Count = Optional[int]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...", metavar="NAME", rich_help_panel=MACHINE)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel=OUTPUT)]
 Bos = Annotated[
     Optional[bool],
     typer.Option("--bos/--no-bos", help="whether every window begins with BOS [default: as the model was trained]", rich_help_panel=DATA),

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from llmprune.cli.console import Count, Text, announce, out
+from llmprune.cli.console import AsJson, Count, Text, announce, out
+from llmprune.recipe.flags import DATA, OUTPUT
 
 
 def init_mask(
@@ -19,15 +20,15 @@ def init_mask(
     allocation: Annotated[
         Text, typer.Option(help="erk (by shape), uniform, or threshold (one for all scores) [default: erk, of magnitude uniform]", metavar="NAME")
     ] = None,
-    data: Annotated[Text, typer.Option(help="text for the loss of snip and grasp", metavar="PATH|ID")] = None,
-    samples: Annotated[Count, typer.Option(help="windows of that text [default: 32]", metavar="INT")] = None,
-    sequence_length: Annotated[Count, typer.Option(help="tokens of each [default: 256]", metavar="INT")] = None,
+    data: Annotated[Text, typer.Option(help="text for the loss of snip and grasp", metavar="PATH|ID", rich_help_panel=DATA)] = None,
+    samples: Annotated[Count, typer.Option(help="windows of that text [default: 32]", metavar="INT", rich_help_panel=DATA)] = None,
+    sequence_length: Annotated[Count, typer.Option(help="tokens of each [default: 256]", metavar="INT", rich_help_panel=DATA)] = None,
     seed: Annotated[int, typer.Option(help="of the initialisation and of everything that is drawn", metavar="INT")] = 0,
     skip: Annotated[Text, typer.Option(help="regular expression: matrices that are not masked", metavar="REGEX")] = None,
     only: Annotated[Text, typer.Option(help="regular expression: the only matrices that are masked", metavar="REGEX")] = None,
-    output: Annotated[Text, typer.Option(help="folder of the result [default: ./MODEL-initial-PATTERN]", metavar="PATH")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output at the end")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    output: Annotated[Text, typer.Option(help="result folder [default: ./MODEL-initial-PATTERN]", metavar="PATH", rich_help_panel=OUTPUT)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output at the end", rich_help_panel=OUTPUT)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Mask a model before it is trained, and save it with its masks."""
     announce(model, as_json)

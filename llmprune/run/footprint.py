@@ -16,6 +16,7 @@ from llmprune.benchmark.memory import resident
 from llmprune.data.windows import RunData
 from llmprune.errors import RequestError
 from llmprune.evaluation.perplexity import TARGETS_AT_ONCE
+from llmprune.evaluation.sample import MOST_BYTES
 from llmprune.export.check import fits, need
 from llmprune.maths.coupled_rows import rows_together
 from llmprune.methods import trait
@@ -114,10 +115,14 @@ class _Estimate:
         return Footprint(tuple(phases), self.limit, spilled, self.apart())
 
     def apart(self) -> str:
-        """What this process holds already, and what the process takes that loads the result, where it is loaded."""
-        libraries = f"Python and its libraries ({in_units(resident())} now)"
-        parameters, dtype = count_parameters(self.stream.walk.model), self.stream.walk.model.dtype
-        return f"{libraries}, and a process that loads the result ({in_units(need(parameters, dtype))})" if fits(parameters, dtype) else libraries
+        """What this process holds already, and what may hold the whole model."""
+        size, dtype = count_parameters(self.stream.walk.model), self.stream.walk.model.dtype
+        found = [f"Python and its libraries ({in_units(resident())} now)"]
+        if size * dtype.itemsize <= MOST_BYTES:
+            found.append(f"the whole model for a sample of text ({in_units(size * dtype.itemsize)})")
+        if fits(size, dtype):
+            found.append(f"a process that loads the result ({in_units(need(size, dtype))})")
+        return ", ".join(found)
 
     def phases(self) -> Iterator[tuple[str, dict[str, int], dict[str, tuple[int, int]]]]:
         """(name, what has to be in memory, what may be kept in files as (count, size)) of every phase."""
