@@ -27,7 +27,7 @@ from llmprune.model.wrappers import check_text
 from llmprune.pruners.plan import Work
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.result import Report
-from llmprune.results import Evaluation, Origin, Polished
+from llmprune.results import BlockReport, Evaluation, Origin, Polished
 from llmprune.run.live_result import Unsaved
 from llmprune.run.planning import planned, with_budget
 from llmprune.run.preflight import check_ids, check_length, check_plan
@@ -51,6 +51,7 @@ from llmprune.run.windows import (
 )
 from llmprune.stream.live import LiveStream
 from llmprune.stream.reshaped import Reshaped
+from llmprune.stream.stream import Stream
 from llmprune.types import Listener
 
 # options that a model in memory cannot obey
@@ -87,12 +88,7 @@ def prune_live(
         )
         blocks, shown = prune_blocks(recipe, work, decision, records, hearing)
         found = tuple(Evaluation(d.perplexity, *pruned_pass(d, shown, listen)) for d in dense)
-    ids_1L = data.text(MOST_TOKENS)
-    unsaved = Unsaved(model, recipe, ids_1L)
-    if isinstance(shown, Reshaped):
-        kept, structure = kept_layers(shown), shown.structure
-        smaller, exported = sliced_with_export(model, cuts(structure, blocks, recipe.pad), kept)
-        unsaved = Unsaved(smaller, recipe, ids_1L, exported, structure.patterns, tuple(kept))
+    unsaved = as_pruned(model, recipe, data.text(MOST_TOKENS), shown, blocks)
     return Report(
         recipe=recipe.resolved(),
         source=Origin(type(model).__name__, None, {}, towers=towers_of(stream)),
@@ -109,6 +105,15 @@ def prune_live(
         frontier=decision.frontier,
         environment=environment(model.device, model.dtype, block_by_block=False),
     )
+
+
+def as_pruned(model: PreTrainedModel, recipe: Recipe, ids_1L: Tensor, shown: Stream, blocks: Sequence[BlockReport]) -> Unsaved:
+    """The model in memory, or the smaller one that a structured pattern makes of it. shown: the stream of the model as pruned."""
+    if not isinstance(shown, Reshaped):
+        return Unsaved(model, recipe, ids_1L)
+    kept, structure = kept_layers(shown), shown.structure
+    smaller, exported = sliced_with_export(model, cuts(structure, blocks, recipe.pad), kept)
+    return Unsaved(smaller, recipe, ids_1L, exported, structure.patterns, tuple(kept))
 
 
 def check_options(recipe: Recipe) -> None:
