@@ -72,7 +72,7 @@ class Calibration:
     @property
     def aside(self) -> str:
         """What else is to be known of them, in words."""
-        return (", each window begins with BOS" if self.bos else "") + (f", {self.skipped:,} rows without text skipped" if self.skipped else "")
+        return (", each window begins with BOS" if self.bos else "") + (f", rows without text, skipped: {self.skipped:,}" if self.skipped else "")
 
     def to_json(self) -> dict[str, Any]:
         return _without_defaults(self)
