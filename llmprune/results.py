@@ -270,13 +270,11 @@ class Perplexity:
     windows: int
     tokens: int  # number of predicted targets
     dtype: str
-    made: str = ""  # how the windows are made, where it is not of plain text alone
 
     @property
     def definition(self) -> str:
         """Its definition, besides the data set."""
-        said = f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
-        return ", ".join([said, self.made] if self.made else [said])
+        return f"{self.windows} windows of {self.window}, stride {self.window}, {self.tokens:,} targets, {self.dtype}"
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.dataset}, {self.split}, {self.definition})"

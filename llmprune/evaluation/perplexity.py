@@ -56,7 +56,8 @@ def defined(total: Tensor, tokens: int, windows: Windows, dtype: str) -> Perplex
     count, length = windows.ids_NL.shape
     mean = float(total) / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, windows.dataset, windows.split, length, count, tokens, dtype, windows.made)
+    split = ", ".join(part for part in (windows.split, windows.made) if part)  # how windows are made is of their definition
+    return Perplexity(value, windows.dataset, split, length, count, tokens, dtype)
 
 
 def name_of(logits: Tensor) -> str:

@@ -259,3 +259,9 @@ def test_a_recovery_on_what_is_in_memory(kind: str, tmp_path: Path) -> None:
     report = llmprune.recover(tmp_path / "pruned", data, output=str(tmp_path / "out"), steps=2, batch=4, sequence_length=32, loss="ce")
     assert report.recovered[-1].data.dataset == f"given {kind}"
     assert report.recovered[-1].request["data"] == f"given {kind}"
+
+
+def test_how_windows_are_made_is_of_the_definition_of_a_perplexity() -> None:
+    with_bos, without = (llmprune.evaluate("llama", TEXTS, window=64, samples=2, bos=bos)[0] for bos in (True, False))
+    assert (with_bos.split, without.split) == ("all, BOS first", "all")
+    assert with_bos.value != without.value
