@@ -246,10 +246,10 @@ def test_a_live_model_on_dialogues(tokenizer: Any) -> None:
     assert report.calibration is not None
     assert (report.calibration.dataset, report.calibration.template) == ("given dialogues", "messages")
     assert report.calibration.documents > 0
-    with pytest.raises(RequestError, match="a live model needs calibration token ids, or a text and its tokenizer"):
+    with pytest.raises(RequestError, match="a live model that is to read text, without its tokenizer"):
         llmprune.prune(model, 0.5, calibration=DIALOGUES, **QUICK)
-    with pytest.raises(RequestError, match="eval with a model in memory"):
-        llmprune.prune(model, 0.5, calibration=IDS, eval=IDS, method="magnitude")
+    measured = llmprune.prune(model, 0.5, calibration=IDS, eval=[IDS[:3], TEXTS], tokenizer=tokenizer, method="magnitude").perplexity
+    assert [(one.pruned.dataset, one.pruned.windows) for one in measured] == [("given token ids", 3), ("given texts", 12)]
 
 
 @pytest.mark.parametrize("kind", ["texts", "token ids"])
