@@ -27,7 +27,7 @@ def plain(dense: Path, pruned: Path, ids_NL: Tensor) -> tuple[float, float]:
 
 
 def test_kl_and_agreement_are_those_of_plain_transformers(cli: Cli, small: tuple[object, ...]) -> None:
-    ran = cli("--model", "llama", "--sparsity", 0.5, "--method", "wanda", "--output", "out", *small)
+    ran = cli("--model", "llama", "--sparsity", 0.5, "--method", "wanda", "--output", "out", "--eval-samples", "all", *small)
     assert ran.code == 0, ran.err
     (found,) = json.loads(Path("out/llmprune.json").read_text())["perplexity"]
     ids = torch.tensor(AutoTokenizer.from_pretrained(BUNDLED / "llama")(Path(str(small[-1])).read_text())["input_ids"])

@@ -84,7 +84,7 @@ def test_rounds_are_prunings_and_recoveries_by_turns(small, tmp_path, ask):
     assert report.source.name == small.name
     (found,) = report.perplexity
     for folder, value in ((small, found.dense), (tmp_path / "out", found.pruned)):
-        assert llmprune.evaluate(folder, ask["eval"][0], window=LENGTH)[0].value == pytest.approx(value.value, rel=1e-6)
+        assert llmprune.evaluate(folder, ask["eval"][0], window=LENGTH, samples=value.windows)[0].value == pytest.approx(value.value, rel=1e-6)
     stored = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert stored["recipe"]["rounds"] == 2
     assert len(stored["rounds"]) == 2

@@ -172,7 +172,7 @@ def with_processor(tmp_path) -> Path:
 
 def test_the_command_line(tmp_path, monkeypatch, capsys, with_processor):
     monkeypatch.chdir(tmp_path)
-    words = ("--calibration", "bundled-calibration", "--samples", 4, "--sequence-length", 128, "--eval", "bundled-evaluation")
+    words = ("--calibration", "bundled-calibration", "--samples", 4, "--sequence-length", 128, "--eval", "bundled-evaluation", "--no-bos")
     ran = Cli(capsys)("prune", "--model", with_processor, "--pattern", "2:4", "--method", "wanda", *words, "--output", "out")
     assert ran.code == 0, ran.err
     share = towers(load(with_processor))
@@ -188,7 +188,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, with_processor):
     assert isinstance(AutoProcessor.from_pretrained("out"), LlavaProcessor)
     assert type(llmprune.load("out")[0]) is type(names["model"])
     found = json.loads((tmp_path / "out" / "llmprune.json").read_text())["perplexity"][0]["pruned"]
-    again = llmprune.evaluate("out", "bundled-evaluation", window=128)[0]
+    again = llmprune.evaluate("out", "bundled-evaluation", window=128, samples=found["windows"], bos=False)[0]
     assert again.value == pytest.approx(found["value"], rel=1e-6)
     tokens = names["tokenizer"]((ROOT / "llmprune/data/bundled/evaluation.txt").read_text())["input_ids"]
     windows = torch.tensor(tokens[: again.windows * 128]).reshape(-1, 128)
