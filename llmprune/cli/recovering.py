@@ -67,7 +67,7 @@ def run(given: dict[str, Any], overwrite: bool, restart: bool, dry_run: bool, as
     """given: by the names that a request has for them."""
     output_folder(given["folder"])
     from llmprune.report.tables import print_recovery
-    from llmprune.run.recovered import run_recovery
+    from llmprune.run.recovered import phases, run_recovery
     from llmprune.run.recovery import prepare_recovery
     from llmprune.training.request import Request
     from llmprune.types import Listener
@@ -79,6 +79,6 @@ def run(given: dict[str, Any], overwrite: bool, restart: bool, dry_run: bool, as
         if as_json:
             print(json.dumps(job.resolved))
         return
-    with progress_shown() as progress:
+    with progress_shown(phases(job)) as progress:
         report = run_recovery(job, Listener(progress=progress))
     print(json.dumps(report.to_json(), indent=1)) if as_json else print_recovery(report, out)

@@ -12,7 +12,7 @@ from llmprune.evaluation import sample
 from llmprune.model.skeleton import count_parameters
 from llmprune.ratios.measured import FISHER_WINDOWS, needs_of
 from llmprune.run.prepare import Job
-from llmprune.statistics.gradient_taps import PER_WEIGHT
+from llmprune.statistics.gradient_taps import LARGE
 from llmprune.statistics.gradients import GRADIENTS
 
 Phases: TypeAlias = list[tuple[str, float]]
@@ -47,7 +47,7 @@ def pruning(job: Job) -> Phases:
     plan, tokens = job.plan, job.data.calibration.ids_NL.numel()
     found = []
     if needs := needs_of(plan) & GRADIENTS:
-        graded = tokens if needs & PER_WEIGHT else min(tokens, FISHER_WINDOWS * job.data.calibration.ids_NL.shape[1])
+        graded = tokens if needs & LARGE else min(tokens, FISHER_WINDOWS * job.data.calibration.ids_NL.shape[1])
         found.append(("gradients", 4.0 * graded * (inside + head)))
     found.append(("prune", (4.0 if plan.asymmetric else 2.0) * tokens * inside + _solving(job, tokens)))
     if plan.polish_steps:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ from llmprune.training.masks import Masks, read_masks
 from llmprune.training.parameters import Trained
 from llmprune.training.recover import Curve, recover
 from llmprune.types import SILENT, Listener
+
+Written: TypeAlias = tuple[list[Perplexity], Sample | NoSample | None]  # perplexities of a written model, and its text
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def run_recovery(job: RecoveryJob, listen: Listener = SILENT) -> Report:
         changed = write_changed(job, outcome, sink)
         sink.finish()
         reloaded = loaded_again(job, outcome, journal)
-        report = report_of(job, outcome, changed, reloaded, journal, perf_counter() - began)
+        after = measured_after(job, journal.weights, listen)
+        report = report_of(job, outcome, changed, reloaded, journal.weights, after, perf_counter() - began)
         publish(journal.weights, report, job)
         journal.publish()
         return report
@@ -95,7 +100,7 @@ def trained_model(job: RecoveryJob, trained: Trained, masks: Masks, journal: Jou
     with ExitStack() as beside:
         if job.dense is not None:
             beside.enter_context(job.dense.whole())
-        before, dense = measured_before(job, journal)
+        before, dense = measured_before(job, journal, listen)
         objective = Objective(job.loss, job.dense.skeleton if job.dense else None, job.request.temperature, job.request.mix)
         about = (job.train, job.settings, journal.folder, journal, listen, job.request.callbacks)
         curve, values = recover(trained, objective, Judge(job.deciding), *about)
@@ -107,13 +112,26 @@ def trained_model(job: RecoveryJob, trained: Trained, masks: Masks, journal: Jou
     return Outcome(curve, values, count, before, dense, ids_1L, logits_1LV)
 
 
-def measured_before(job: RecoveryJob, journal: Journal) -> tuple[list[Perplexity], list[Perplexity] | None]:
+def phases(job: RecoveryJob) -> list[tuple[str, float]]:
+    """In order, each with an estimate of its work: the tokens of a forward, of which a step takes three, and one of the dense model."""
+    tokens = [float(text.windows.ids_NL.numel()) for text in (*job.deciding, *job.evaluation)]
+    names = ["pruned evaluation", *(["dense evaluation"] if job.dense else [])]
+    settings = job.settings
+    step = settings.batch * settings.length * (4 if job.dense else 3)
+    decided = (settings.steps // settings.every + 1) * sum(tokens[: len(job.deciding)])
+    measured = [(name, count) for name in names for count in tokens]
+    return [*measured, ("recover", settings.steps * step + decided), *(("recovered evaluation", count) for count in tokens)]
+
+
+def measured_before(job: RecoveryJob, journal: Journal, listen: Listener) -> tuple[list[Perplexity], list[Perplexity] | None]:
     """(of the pruned model, of the dense one where it is at hand) on every text, as an earlier process found them or measured now."""
     texts = (*job.deciding, *job.evaluation)
     record = journal.read("measured")
     if record is None:
-        models = {"before": job.stream.skeleton} | ({"dense": job.dense.skeleton} if job.dense else {})
-        record = {name: [asdict(perplexity_on(model, text)) for text in texts] for name, model in models.items()}
+        models = {"before": ("pruned evaluation", job.stream.skeleton)} | ({"dense": ("dense evaluation", job.dense.skeleton)} if job.dense else {})
+        record = {
+            name: [asdict(perplexity_on(model, text, partial(listen.progress, phase))) for text in texts] for name, (phase, model) in models.items()
+        }
         journal.write("measured", record)
     before, dense = (typed(list[Perplexity] | None, record.get(name)) for name in ("before", "dense"))
     return before, dense
@@ -141,21 +159,27 @@ def loaded_again(job: RecoveryJob, outcome: Outcome, journal: Journal) -> Reload
         return check_result(*about, parameters, job.stream.dtype, False, reloader)
 
 
-def measured_after(job: RecoveryJob, folder: Path) -> tuple[list[Perplexity], Sample | NoSample | None]:
+def measured_after(job: RecoveryJob, folder: Path, listen: Listener) -> Written:
     """(of the model as it was written, its continuation of the prompt that the pruning had)."""
     source = open_folder(folder, job.source.name)
     written = CheckpointStream(source, job.stream.dtype, job.stream.device)
     with written.whole():
-        found = [perplexity_on(written.skeleton, text) for text in (*job.deciding, *job.evaluation)]
+        heard = partial(listen.progress, "recovered evaluation")
+        found = [perplexity_on(written.skeleton, text, heard) for text in (*job.deciding, *job.evaluation)]
     before = job.report.sample
     if isinstance(before, Sample):
         before = replace(before, pruned=sample.written(written, sample.prompt_for(written, source, before.chat)))
     return found, before
 
 
-def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], reloaded: Reloaded, journal: Journal, seconds: float) -> Report:
-    """The pruning's record with the recovery's, which takes over what was measured before; results of tasks are no longer true."""
-    after, text = measured_after(job, journal.weights)
+def report_of(
+    job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], reloaded: Reloaded, folder: Path, written: Written, seconds: float
+) -> Report:
+    """The pruning's record with the recovery's, which takes over what was measured before; results of tasks are no longer true.
+
+    folder: of the result; written: what ``measured_after`` found in it.
+    """
+    after, text = written
     dense: Sequence[Perplexity | None] = outcome.dense or [None] * len(after)
     pairs = zip(outcome.before, after, dense, strict=True)
     measured = tuple(Measured(was, now, beside, n < len(job.deciding)) for n, (was, now, beside) in enumerate(pairs))
@@ -175,7 +199,7 @@ def report_of(job: RecoveryJob, outcome: Outcome, changed: tuple[str, ...], relo
         earlier=job.report.perplexity,
         notes=(*job.notes, *kept_back(job, outcome.curve)),
     )
-    manifest = manifest_of(journal.weights)
+    manifest = manifest_of(folder)
     return replace(
         job.report,
         output=job.output,

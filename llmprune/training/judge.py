@@ -8,7 +8,7 @@ Shapes: N = windows, L = tokens of a window, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,23 @@ TOKENS_AT_ONCE = 2048
 
 
 @torch.no_grad()
-def perplexity_on(model: nn.Module, packs: Packs) -> Perplexity:
-    """By the definition of ``llmprune.evaluation.perplexity``; of dialogues, over the tokens to learn alone. The model is left as it was."""
+def perplexity_on(model: nn.Module, packs: Packs, heard: Callable[[int, int], None] = lambda done, total: None) -> Perplexity:
+    """By the definition of ``llmprune.evaluation.perplexity``; of dialogues, over the tokens to learn alone. The model is left as it was.
+
+    heard: called with (windows done, windows).
+    """
     training, device = model.training, next(model.parameters()).device
     total, dtype = torch.zeros((), dtype=torch.float64), ""
-    each = max(1, TOKENS_AT_ONCE // packs.windows.ids_NL.shape[1])
+    each, done = max(1, TOKENS_AT_ONCE // packs.windows.ids_NL.shape[1]), 0
+    heard(done, len(packs))
     model.eval()
     for ids_NL, labels_NL in zip(packs.windows.ids_NL.split(each), packs.labels_NL.split(each), strict=True):
         logits_NLV = model(input_ids=ids_NL.to(device), use_cache=False).logits
         dtype = name_of(logits_NLV)
         for logits_LV, labels_L in zip(logits_NLV, labels_NL.to(device), strict=True):
             total += surprise(logits_LV, labels_L[1:])
+        done += len(ids_NL)
+        heard(done, len(packs))
     model.train(training)
     return defined(total, packs.learned, packs.windows, dtype)
 
