@@ -15,6 +15,7 @@ Progress = Callable[[str, int, int], None]  # (phase, done, total)
 EVERY = 0.05  # of the whole command: how often there is a line in a log
 QUIET = 2.0  # seconds between two lines of one phase, at least
 SILENT = 300.0  # seconds without a line, at most
+SURE = 0.2  # share of a phase after which its own speed alone counts
 DAY = 86400
 
 
@@ -85,12 +86,20 @@ class Course:
         return max(0.0, sum(known) - (self.clock() - self._heard))
 
     def _left_of(self, phase: Phase) -> float | None:
-        if phase.done:
-            return phase.seconds * (1 - phase.share) / phase.share
-        measured = [one for one in self.phases if one.cost and one.done]
+        """By the phase's own speed, once it is known well, and by that of the others before."""
+        expected = self._expected(phase)
+        if not phase.done:
+            return expected
+        own = phase.seconds / phase.share
+        known = 1.0 if expected is None else min(1.0, phase.share / SURE)
+        return (own * known + (expected or 0.0) * (1 - known)) * (1 - phase.share)
+
+    def _expected(self, phase: Phase) -> float | None:
+        """Seconds of a whole phase, by its cost and the speed of the others; None where nothing is known of it."""
+        measured = [one for one in self.phases if one.cost and one.done and one is not phase]
         alike = [one for one in measured if one.kind == phase.kind] or measured
         work = sum(one.cost * one.share for one in alike)
-        return phase.cost * sum(one.seconds for one in alike) / work if work else None
+        return phase.cost * sum(one.seconds for one in alike) / work if work and (phase.cost or not phase.done) else None
 
     def said(self) -> str:
         """The share of the whole command and the time left, in words."""
