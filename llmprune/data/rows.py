@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llmprune.data.broken import DAMAGED, fault_in
-from llmprune.data.sources import TextSource
+from llmprune.data.sources import TextSource, check_hub
 from llmprune.errors import RequestError, first_line
 
 BUFFER = 10_000  # rows of a stream among which the next one is drawn
@@ -64,6 +64,7 @@ def _opened(source: TextSource, lines: bool) -> Iterable[dict[str, Any]]:
 def _from_hub(source: TextSource) -> Any:
     from datasets import load_dataset
 
+    check_hub(source.builder)
     part = {"data_files": {source.split: source.part}} if source.part else {}
     try:
         return load_dataset(source.builder, source.config, split=source.split, streaming=True, revision=source.revision, **part)

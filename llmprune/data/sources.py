@@ -233,19 +233,27 @@ def _listed(path: Path, key: str) -> list[Any]:
 
 
 def resolved(repo: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set stands for now; as it was asked for, where the Hub knows none.
-
-    Raises RequestError where the Hub cannot be reached: ``datasets`` would try again for half a minute.
-    """
+    """The commit that a revision of a data set stands for now; as it was asked for, where the Hub cannot be reached or knows none."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     if revision and COMMIT.fullmatch(revision):
         return revision
     try:
         return HfApi().dataset_info(repo, revision=revision, expand=["sha"], timeout=ANSWERS).sha or revision
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):  # said better when it is opened
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError):  # said better when it is opened
         return revision
+
+
+def check_hub(repo: str) -> None:
+    """Raises RequestError where the Hub cannot be reached: ``datasets`` would try again for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(repo, expand=["sha"], timeout=ANSWERS)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):  # said better when it is opened
+        return
     except (HTTPError, OSError) as error:
-        hint = "check your network, or give a file of yours: .txt, .jsonl or .parquet"
+        hint = "check your network, or give files of your own: --calibration PATH"
         raise RequestError(f"data set {repo!r}: the Hub cannot be reached ({first_line(error)[:120]})", hint) from None

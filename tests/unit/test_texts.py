@@ -18,6 +18,7 @@ from llmprune.checkpoint.resolve import BUNDLED
 from llmprune.data import reading
 from llmprune.data.documents import form_of
 from llmprune.data.reading import read_windows
+from llmprune.data.rows import rows
 from llmprune.data.sources import find_source
 from llmprune.data.texts import read_text
 from llmprune.errors import RequestError
@@ -93,13 +94,16 @@ def test_a_folder_of_a_data_sets_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the data set is read: a run that has its windows already resumes without it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     close_session()
+    source = find_source("c4", "calibration")
+    assert source.identity is None
     began = perf_counter()
     with pytest.raises(RequestError, match="data set 'allenai/c4': the Hub cannot be reached") as refused:
-        find_source("c4", "calibration")
-    assert "a file of yours" in refused.value.hint
+        next(rows(source))
+    assert "give files of your own" in refused.value.hint
     assert perf_counter() - began < 5
     close_session()
 
