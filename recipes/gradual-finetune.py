@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import llmprune
 from llmprune.checkpoint.resolve import BUNDLED
-from llmprune.data.tokenizer import load_tokenizer
 from llmprune.data.reading import read_windows
+from llmprune.data.tokenizer import load_tokenizer
 
 options = argparse.ArgumentParser()
 options.add_argument("--model", default=str(BUNDLED / "llama"))
