@@ -13,6 +13,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,7 @@ def initial(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config"
         shutil.copytree(SOURCE, config, ignore=shutil.ignore_patterns("*.safetensors"))
-        for number, (criterion, allocation) in enumerate(
-            (("", None), ("random", "uniform"), ("random", "erk"), ("magnitude", "uniform"), ("magnitude", "erk"), ("snip", "erk"), ("grasp", "erk"))
-        ):
+        for number, (criterion, allocation) in enumerate([("", None), *product(("random", "magnitude", "snip", "grasp"), ("uniform", "erk"))]):
             out = Path(folder) / str(number)
             ask = {"data": "bundled-calibration", "samples": 8} if criterion in ("snip", "grasp") else {}
             share = args.sparsity if criterion else 1e-6

@@ -162,7 +162,7 @@ def test_pickles_are_refused_unread(tmp_path: Path, pickle: str) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    error = refused(folder(tmp_path / "m", {"notes.txt": b""}), "m: no safetensors weights$")
+    error = refused(folder(tmp_path / "m", {"notes.txt": b""}), "m: no safetensors weights\n")
     assert "convert" not in error.hint
     refused(tmp_path / "absent", "model: no such folder")
     (tmp_path / "file").write_text("")
@@ -352,7 +352,7 @@ def test_scan_names_and_counts_what_is_not_finite(tmp_path: Path, dtype: torch.d
     path = folder(tmp_path / "m", {})
     tensors = {"fine": torch.ones(5, dtype=dtype), "spoiled.weight": spoiled, "whole": torch.arange(5)}
     safetensors.torch.save_file(tensors, path / "model.safetensors")
-    with pytest.raises(RequestError, match=r"^m: NaN or infinite weights in spoiled.weight \(3\)$"):
+    with pytest.raises(RequestError, match=r"^m: NaN or infinite weights in spoiled.weight \(3\)\n"):
         open_folder(path, "m").scan()
 
 
@@ -362,14 +362,14 @@ def test_scan_does_not_let_infinities_cancel_or_sums_overflow(tmp_path: Path) ->
     safetensors.torch.save_file({"large": torch.full((8,), 3e38), "half": torch.full((9999,), 6e4).half()}, path / "model.safetensors")
     open_folder(path, "m").scan()
     safetensors.torch.save_file({"a": torch.tensor([float("inf"), -float("inf"), 1.0])}, path / "model.safetensors")
-    with pytest.raises(RequestError, match=r"in a \(2\)$"):
+    with pytest.raises(RequestError, match=r"in a \(2\)\n"):
         open_folder(path, "m").scan()
 
 
 def test_scan_names_the_first_three(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", {})
     safetensors.torch.save_file({f"t{i}": torch.full((i + 1,), float("nan")) for i in range(5)}, path / "model.safetensors")
-    with pytest.raises(RequestError, match=r"in t\d \(\d\), t\d \(\d\), t\d \(\d\) and 2 more tensors$"):
+    with pytest.raises(RequestError, match=r"in t\d \(\d\), t\d \(\d\), t\d \(\d\) and 2 more tensors\n"):
         open_folder(path, "m").scan()
 
 
@@ -380,6 +380,6 @@ def test_scan_sees_the_ends_of_chunks(tmp_path: Path, monkeypatch: pytest.Monkey
     path = folder(tmp_path / "m", {})
     safetensors.torch.save_file({"a": value, "b": torch.ones(77)}, path / "model.safetensors")
     source = open_folder(path, "m")
-    with pytest.raises(RequestError, match=r"in a \(5\)$"):
+    with pytest.raises(RequestError, match=r"in a \(5\)\n"):
         source.scan()
     assert source.hashes["model.safetensors"] == hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
