@@ -48,8 +48,8 @@ def _windows(value: Any) -> Any:
 
 
 SHARE = BeforeValidator(read_share, json_schema_input_type=float | str)
-Sparsity = Annotated[float, AfterValidator(_sparsity), SHARE]
-Increase = Annotated[float, AfterValidator(_increase), SHARE]
+Sparsity = Annotated[float, SHARE, AfterValidator(_sparsity)]  # in this order: a refusal shows the value as it was given
+Increase = Annotated[float, SHARE, AfterValidator(_increase)]
 Between = Annotated[float, Field(gt=0, lt=1), SHARE]
 Count = Annotated[int, Field(gt=0), BeforeValidator(read_count, json_schema_input_type=int | str)]
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(read_bytes, json_schema_input_type=int | str)]

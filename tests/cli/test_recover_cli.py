@@ -35,9 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made")
     (place / "data.txt").write_text((BUNDLED / "calibration.txt").read_text()[20_000:36_000])
     (place / "small.txt").write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
-    llmprune.prune(
-        "llama", pattern="2:4", method="wanda", samples=8, sequence_length=64, eval=[str(place / "small.txt")], output=str(place / "pruned")
-    )
+    measured = {"eval": [str(place / "small.txt")], "eval_samples": "all"}
+    llmprune.prune("llama", pattern="2:4", method="wanda", samples=8, sequence_length=64, output=str(place / "pruned"), **measured)
     return place
 
 

@@ -248,6 +248,7 @@ def plain_perplexity(model: PreTrainedModel, ids_NL: torch.Tensor) -> float:
 def test_bars_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("llmprune.report.bars.is_progress_bar_enabled", lambda: True)  # other tests may have switched them off
     llmprune.prune(tiny(), 0.5, calibration=IDS, method="wanda")
     assert "prune: 100%" in terminal.getvalue()
     heard: list[tuple[str, int, int]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 
 import pytest
 from transformers.utils import logging
@@ -26,6 +27,16 @@ def phases() -> str:
     return sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
 
 
+@pytest.fixture(autouse=True)
+def switched_on() -> Iterator[None]:
+    """Other tests of this process may have switched transformers' bars off."""
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    if not before:
+        logging.disable_progress_bar()
+
+
 def test_a_terminal_has_a_bar_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     said = phases()
@@ -44,7 +55,4 @@ def test_a_pipe_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_those_of_transformers_switched_off_are_ours_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     logging.disable_progress_bar()
-    try:
-        assert phases() == ""
-    finally:
-        logging.enable_progress_bar()
+    assert phases() == ""

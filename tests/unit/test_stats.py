@@ -51,7 +51,7 @@ def test_every_field_says_what_it_is() -> None:
     roles = {f.name: f.metadata["role"] for f in fields(Stats)}
     assert {name for name, role in roles.items() if role == "derived"} == {"shrunk", "row_weight_R", "beside_C", "factors"}
     assert {name for name, role in roles.items() if role == "own"} == {"norm_scale_C", "first_grad_RC", "several"}
-    assert all(shape_of(f.name) in ("R", "C", "RC", "CC") for f in fields(Stats) if "Tensor" in str(f.type))
+    assert all(shape_of(f.name) in ("R", "C", "RC", "CC", "BQQ") for f in fields(Stats) if "Tensor" in str(f.type))
     assert len(STATISTICS) == len({f.name for f in STATISTICS.values()})
 
 
@@ -71,12 +71,12 @@ def test_another_order_of_channels_is_that_of_every_column() -> None:
     ours, wanted = summed(value_TC, dense_TC).permuted(order_C), summed(value_TC[:, order_C], dense_TC[:, order_C])
     for name, value in wanted.accumulated():
         torch.testing.assert_close(vars(ours)[name], value, rtol=1e-6, atol=1e-5)
-    sizes = {"R": R, "C": C}
+    sizes = {"R": R, "C": C, "B": 1, "Q": R}
     made = {f.name: random(*(sizes[letter] for letter in shape_of(f.name))) for f in fields(Stats) if "Tensor" in str(f.type)}
     moved = Stats(tokens=3, **made, factors={"of": "the old order"}).permuted(order_C)
     assert (moved.tokens, moved.factors) == (3, {})
     for name, value in made.items():
-        expected = value if shape_of(name) == "R" else value[..., order_C]
+        expected = value if "C" not in shape_of(name) else value[..., order_C]
         assert torch.equal(vars(moved)[name], expected[order_C] if shape_of(name) == "CC" else expected), name
 
 
