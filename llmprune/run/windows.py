@@ -147,9 +147,10 @@ def shared_out(recipe: Recipe, windows: Windows, measured: bool) -> RunData:
     if measured:
         return RunData(windows.first(samples), (), held)
     have = len(windows)
+    most = min(HELD_BACK, samples)  # an evaluation is no longer than the calibration
     spare = have - recipe.samples if recipe.samples and have >= recipe.samples else max(have - samples, have // 8)
-    samples = min(samples, have - min(spare, HELD_BACK))
-    return RunData(windows.first(samples), (windows.after(samples).first(HELD_BACK),) if have > samples else (), held)
+    samples = min(samples, have - min(spare, most))
+    return RunData(windows.first(samples), (windows.after(samples).first(most),) if have > samples else (), held)
 
 
 def evaluated(recipe: Recipe, calibrated: int, texts: Texts) -> int | None:

@@ -107,7 +107,7 @@ def test_perplexity_is_of_the_words_that_follow_pictures(saved, tmp_path):
     folder, rows, _ = saved
     report = llmprune.prune(folder, calibration=str(rows), output=str(tmp_path / "out"), **ASK)
     (found,) = report.perplexity
-    held = windows_of(saved, 100).after(SAMPLES)
+    held = windows_of(saved, 100).after(SAMPLES).first(SAMPLES)
     assert found.dense.windows == len(held.ids_NL)
     for value, model in ((found.dense, load(folder)), (found.pruned, load(tmp_path / "out"))):
         losses = []
@@ -128,7 +128,7 @@ def test_every_way_of_pruning_sees_the_pictures(saved, tmp_path, more):
     folder, rows, _ = saved
     ask = ASK | {"method": None} | more
     report = llmprune.prune(folder, calibration=str(rows), output=str(tmp_path / "out"), accept_damage=True, **{k: v for k, v in ask.items() if v})
-    held, model = windows_of(saved, 100).after(SAMPLES), load(tmp_path / "out")
+    held, model = windows_of(saved, 100).after(SAMPLES).first(SAMPLES), load(tmp_path / "out")
     losses = []
     for logits_LV, ids_L, seen in zip(forwards(model, held), held.ids_NL, held.seen, strict=True):
         losses += F.cross_entropy(logits_LV[:-1].double(), ids_L[1:], reduction="none")[~seen.stands_in_L[1:]].tolist()
