@@ -309,5 +309,5 @@ def push(result: Report | str | PathLike[str], repo: str, *, public: bool = Fals
     """
     folder = result.output if isinstance(result, Report) else Path(result).expanduser()
     if folder is None:
-        raise RequestError("a live model has no output folder to push", "prune its checkpoint instead, with output=...")
+        raise RequestError("a live model has no output folder to push", "save it first: report.save(DIR, tokenizer).push(REPO)")
     return publish(folder, repo, public=public, existing=existing, dry_run=dry_run)

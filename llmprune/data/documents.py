@@ -124,10 +124,10 @@ def _message(turn: Any, name: str) -> Message:
             raise RequestError(f"{name}: a turn from {turn['from']!r}", f"turns are from {', '.join(ROLES)}; leave such rows out")
         turn = {"role": ROLES[turn["from"]], "content": turn["value"]}
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
-        raise RequestError(f"{name}: a turn is no message with role and content", "leave such rows out")
+        raise RequestError(f"{name}: a turn is not a message with role and content", "leave such rows out")
     content = turn["content"]
     if isinstance(content, list) and content and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
-        raise RequestError(f"{name}: the content of a turn is no text", "leave such rows out")
+        raise RequestError(f"{name}: the content of a turn is not text", "leave such rows out")
     return {**turn, "content": content}

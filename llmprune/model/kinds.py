@@ -36,7 +36,7 @@ def check_live(model: nn.Module) -> PreTrainedModel:
     if any(of_peft(module) for module in model.modules()):
         raise RequestError(f"{name}: has adapters of peft", "merge them first: model = model.merge_and_unload()")
     if not isinstance(model, PreTrainedModel):
-        raise RequestError(f"{name}: is no model of transformers", "give a causal language model; of a compiled or parallel one the model inside")
+        raise RequestError(f"{name}: is not a transformers model", "give a causal language model; of a compiled or parallel one the model inside")
     check_causal(model.config)
     if model.get_output_embeddings() is None:
         raise RequestError(f"{name}: has no language model head", "load it by AutoModelForCausalLM")

@@ -124,8 +124,8 @@ def test_documents_and_how_many_are_cut(length: int, tmp_path: Path, tokenizer: 
 
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "alien": ([{"conversations": [{"from": "alien", "value": "x"}]}], "a.jsonl, row 1: a turn from 'alien'"),
-    "no role": ([{"messages": [user(ASK)]}, {"messages": [{"content": "x"}]}], "a.jsonl, row 2: a turn is no message with role and content"),
-    "a number": ([{"messages": [{"role": "user", "content": 5}]}], "a.jsonl, row 1: the content of a turn is no text"),
+    "no role": ([{"messages": [user(ASK)]}, {"messages": [{"content": "x"}]}], "a.jsonl, row 2: a turn is not a message with role and content"),
+    "a number": ([{"messages": [{"role": "user", "content": 5}]}], "a.jsonl, row 1: the content of a turn is not text"),
     "short": ([{"messages": [user(ASK)]}], "a.jsonl: 20 tokens in 1 dialogues, less than one window of 100"),
     "nothing": ([{"messages": []}] * 3, "a.jsonl: 0 tokens in 0 dialogues, less than one window of 100"),
 }
