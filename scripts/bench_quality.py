@@ -4,6 +4,7 @@
     python scripts/bench_quality.py --assets DIR         stories260K by its protocol: 128 x 256 calibration tokens, 200 evaluation windows
     python scripts/bench_quality.py --seeds 3            mean and spread over calibration draws
     python scripts/bench_quality.py --structured         smaller models, as ratios to FLAP's (on a copy of the model with biases of zero)
+    python scripts/bench_quality.py --protocol W --model DIR --assets DIR --record FILE     a real model: see protocol_w.py
     python scripts/bench_quality.py --families           other architectures, random weights: divergence from the dense model on unseen tokens
 
 Excess is the mean negative log-likelihood above the dense model's. CPU seconds are of the pruning alone: no import, no evaluation.
@@ -22,6 +23,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from protocol_w import protocol_w
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -59,6 +61,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--structured", action="store_true", help="structured patterns instead")
     parser.add_argument("--families", action="store_true", help="other architectures instead")
+    parser.add_argument("--protocol", choices=["W"], help="a real model by every method")
+    parser.add_argument("--model", help="the real model's folder")
+    parser.add_argument("--record", type=Path, help="lines of JSON, one a run; runs that are in it are not repeated")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of the real model")
+    parser.add_argument("--only", nargs="*", default=[], help="methods and shapes of the real model's runs, such as balanced 2:4 50%%")
     parser.add_argument("--plot", type=Path, help="picture of the ratios, such as quality.svg")
     return parser.parse_args()
 
@@ -213,6 +220,9 @@ def draw(ratios: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
+    if options.protocol:
+        protocol_w(options.model, options.assets, options.record, options.samples, options.seeds, options.only, with_biases)
+        return
     ratios = (families if options.families else structured if options.structured else perplexities)(options)
     if options.plot:
         draw(ratios, options.plot)
