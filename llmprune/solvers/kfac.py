@@ -3,7 +3,7 @@
 G couples the rows by the gradients of the dense model's loss at the outputs (llmprune.maths.coupled_rows), H the columns by the inputs: the
 Kronecker-factored curvature of Martens and Grosse (https://arxiv.org/abs/1503.05671), by which LLM Surgeon prunes with OBS updates
 (https://arxiv.org/abs/2312.17244). Both sides are scaled to a unit diagonal; the ridge step is elementwise in the two eigenbases; projection and
-rho are those of ``admm``. Rows are not coupled where no gradient reached a matrix, and where an eigenbasis takes too long.
+rho are those of ``admm``. Rows are not coupled where no gradient reached a matrix; where an eigenbasis takes too long, in the refit alone.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class KFAC:
         if drop == 0:
             return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
         gram_BQQ, problem = stats.grad_out_gram_BQQ, scaled_of(stats, self.damping)
-        wide = too_wide(weight_RC, self.wide)
-        known = gram_BQQ is not None and bool(gram_BQQ.any()) and not wide
+        known = gram_BQQ is not None and bool(gram_BQQ.any())
         rows = coupled(gram_BQQ, stats.grad_tokens, self.identity, weight_RC.dtype) if gram_BQQ is not None and known else uncoupled(weight_RC)
         scaled_RC = weight_RC * problem.scale_C * rows.scale_R1
 
         def project(value_RC: Tensor) -> Mask:
             return pattern.project(value_RC.square(), drop)
 
+        wide = too_wide(weight_RC, self.wide)
         if wide:
             inverse_CC = ridge_inverse_of(stats, self.damping, self.wide_rho)
             start_RC, keep_RC = settle(scaled_RC, problem.matrix_CC, inverse_CC, project, self.wide_rho, self.wide_iterations)
@@ -57,7 +57,7 @@ class KFAC:
         refit_RC = coupled_refit(rows, scaled_RC, problem.matrix_CC, keep_RC, start_RC, self.refit_steps) / rows.scale_R1
         error_RC = refit_RC - weight_RC * problem.scale_C
         lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
-        notes = (f"more than {self.wide} inputs on a CPU: ADMM with a fixed rho, its rows not coupled",) if wide else ()
+        notes = (f"more than {self.wide} inputs on a CPU: ADMM with a fixed rho, its rows coupled in the refit alone",) if wide else ()
         return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0), notes)
 
 

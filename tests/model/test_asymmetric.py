@@ -25,7 +25,7 @@ from llmprune.model.carried import Call
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.pruners.plan import Plan
-from llmprune.solvers.admm import ADMM
+from llmprune.solvers.kfac import KFAC
 from llmprune.statistics import stages as statistics
 from llmprune.statistics.stages import stage_by_stage
 from llmprune.stream.checkpoint import CheckpointStream
@@ -140,7 +140,7 @@ def test_threads_end_when_a_run_breaks_off(tmp_path, monkeypatch):
     def fails(*args):
         raise RuntimeError("in the middle of a stage")
 
-    monkeypatch.setattr(ADMM, "solve", fails)
+    monkeypatch.setattr(KFAC, "solve", fails)
     threads = threading.active_count()
     with pytest.raises(RuntimeError, match="in the middle of a stage"):
         llmprune.prune(tmp_path / "model", 0.5, calibration=IDS_NL, output=str(tmp_path / "out"))
