@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmprune.maths.linalg import masked_refit
 
-MOST_ROWS = 2048  # of a block
-TRUST = 0.2
+MOST_ROWS = 768  # of a block
+TRUST = 0.1
 
 
 def rows_together(rows: int) -> int:

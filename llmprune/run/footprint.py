@@ -62,7 +62,7 @@ class Footprint:
 
     phases: tuple[Phase, ...]
     limit: int
-    spilled: int  # bytes of hidden states and the like that are kept in files
+    spilled: int  # bytes of hidden states, gradients and the like that are kept in files
     apart: str  # what is not in the phases
 
     @property
@@ -112,7 +112,7 @@ class _Estimate:
             held = {what: count * size for what, (count, size) in waiting.items() if 4 * size < self.limit}  # as stream.place_hidden decides
             spilled = max(spilled, sum(count * size for count, size in waiting.values()) - sum(held.values()))
             phases.append(Phase(name, steady | terms | held))
-        return Footprint(tuple(phases), self.limit, spilled, self.apart())
+        return Footprint(tuple(phases), self.limit, spilled + sum(self.gradients()), self.apart())
 
     def apart(self) -> str:
         """What this process holds already, and what may hold the whole model."""
@@ -135,7 +135,7 @@ class _Estimate:
         waiting = answers | {"hidden states": (flows, self.hidden()), "the dense path's inputs": (1, self.kept())}
         yield "prunes a block", block | self.statistics(), waiting
         if self.plan.needs & GRADIENTS:
-            backward = {"activations": 4 * self.activations(), "gradients of a block": self.gradients()}
+            backward = {"activations": 4 * self.activations(), "gradients of a block": max(self.gradients(), default=0)}
             yield "takes gradients", block | backward, answers | {"hidden states": (3, self.hidden())}
             yield (
                 "takes the loss's gradient",
@@ -203,10 +203,10 @@ class _Estimate:
         widest = max((sum(columns for columns, _ in inputs_of(ms)) for ms in self.matrices.values() if ms), default=0)
         return tokens * (widest + 2 * values_per_token(self.config)) * self.item
 
-    def gradients(self) -> int:
-        """Of the weights of one block; those of the others are kept in a file."""
+    def gradients(self) -> list[int]:
+        """Of each block's matrices; one block's are in memory, all are kept in a file."""
         asked = [STATISTICS[stat].name for stat in self.plan.needs & LARGE]
-        return FLOAT * max((sum(math.prod(shape_at(name, m)) for m in ms for name in asked) for ms in self.matrices.values()), default=0)
+        return [FLOAT * sum(math.prod(shape_at(name, m)) for m in ms for name in asked) for ms in self.matrices.values()]
 
     # statistics and solving -------------------------------------------------------------------------------------------------------------------
 

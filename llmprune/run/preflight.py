@@ -88,15 +88,16 @@ def _disk_of(output: Path) -> Path:
     return next(path for path in output.absolute().parents if path.exists())
 
 
-def check_space(output: Path, source: Path, weights: int, windows: int = 0) -> None:
+def check_space(output: Path, source: Path, weights: int, scratch: int = 0) -> None:
     """Check that what a run writes fits on the output's disk; space that an interrupted run has reserved counts as available.
 
-    source: its folder. weights: bytes of all tensors to be written, at most. windows: bytes of the token ids.
+    source: its folder. weights: bytes of all tensors to be written, at most. scratch: bytes of token ids, and of what does not fit in
+    memory.
     """
     status = os.statvfs(_disk_of(output))
     free = status.f_bavail * status.f_frsize
     beside = sum(path.stat().st_size for path in [*companions(source), *source.glob(INDEX)])
-    need = weights + windows + beside + PAGES - laid_out(output)
+    need = weights + scratch + beside + PAGES - laid_out(output)
     if need > free:
         raise RequestError(f"output {output.name}: needs {need:,} bytes, the disk has {free:,} free", "free some space, or choose another --output")
 

@@ -187,7 +187,7 @@ def prepare(
     memory = footprint(stream, plan, matrices, data)
     job = Job(recipe, plan, source, stream, matrices, data, memory, output, overwrite, restart)
     copies = 1 + recipe.structured + recipe.rotate + job.writes_again
-    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()))
+    check_space(output, source.folder, source.bytes * copies, sum(part.ids_NL.nbytes for part in data.all()) + memory.spilled)
     memory.check()
     scan(source, stream, listen)
     check_source(source)

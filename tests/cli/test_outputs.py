@@ -74,18 +74,16 @@ def test_a_folder_that_cannot_be_written_to(cli, model, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(cli, model, monkeypatch):
-    """Weights, tokenizer, windows and reports together, against what the file system says is free."""
+    """Weights, tokenizer, windows and reports together, and the file of gradients by the default method, against what the file system says is free."""
     status = os.statvfs(".")
     weights = sum(path.stat().st_size for path in model.iterdir())
-    for free, fits in ((weights, False), (weights + (2 << 20), True)):
-        blocks = free // status.f_frsize
+    asked = ["--model", model, "--sparsity", 0.5, "--calibration", BUNDLED / "calibration.txt", "--sequence-length", 64, "--output", "out"]
+    for free, method, code in ((0, ["--method", "wanda"], 2), (2, ["--method", "wanda"], 0), (2, [], 2), (16, [], 0)):
+        blocks = (weights + (free << 20)) // status.f_frsize
         monkeypatch.setattr("llmprune.run.preflight.os.statvfs", lambda path, n=blocks: os.statvfs_result((*status[:4], n, *status[5:])))
-        if not fits:
-            refused(cli, model, "out", "bytes, the disk has")
-    ran = cli(
-        "--model", model, "--sparsity", 0.5, "--calibration", BUNDLED / "calibration.txt", "--sequence-length", 64, "--output", "out", "--dry-run"
-    )
-    assert ran.code == 0, ran.err
+        ran = cli(*asked, *method, "--dry-run")
+        assert ran.code == code, ran.err
+        assert not code or "bytes, the disk has" in ran.err
 
 
 def test_another_run_is_named(cli, model):

@@ -25,6 +25,7 @@ from llmprune.model.carried import Call
 from llmprune.model.matrices import Selection, block_matrices
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.pruners.plan import Plan
+from llmprune.solvers.admm import ADMM
 from llmprune.solvers.kfac import KFAC
 from llmprune.statistics import stages as statistics
 from llmprune.statistics.stages import stage_by_stage
