@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_to(cli, model, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(cli, model, monkeypatch):
-    """Weights, tokenizer, windows and reports together, and the file of gradients by the default method, against what the file system says is free."""
+    """Weights, tokenizer, windows, reports and the default method's file of gradients, against what the file system says is free."""
     status = os.statvfs(".")
     weights = sum(path.stat().st_size for path in model.iterdir())
     asked = ["--model", model, "--sparsity", 0.5, "--calibration", BUNDLED / "calibration.txt", "--sequence-length", 64, "--output", "out"]
