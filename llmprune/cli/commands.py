@@ -267,7 +267,6 @@ def methods(name: Annotated[Text, typer.Argument(help="one method; without it, a
             if name in (None, method):
                 said = [" + ".join(p for p in (parts.criterion, parts.solver) if p), f"unstructured weights compete per {parts.group}"]
                 said += ["towards the dense path's outputs"] if parts.asymmetric else []
-                said += ["rows weighed by their Fisher information"] if parts.fisher_rows else []
                 said += [f"{parts.allocation} ratios"] if parts.allocation != "uniform" else []
                 said += [f"then distilled for {parts.polish_steps} steps"] if parts.polish_steps else []
                 said += ["the default"] if method == DEFAULT_QUALITY else []

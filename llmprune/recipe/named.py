@@ -41,8 +41,8 @@ METHODS = {
 # Ours.
 QUALITIES = {
     "fast": Method("wanda", "refit", "row", asymmetric=True),
-    "balanced": Method(None, "kfac", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher"),
-    "max": Method(None, "kfac+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="fisher", polish_steps=POLISH_STEPS),
+    "balanced": Method(None, "kfac", "matrix", asymmetric=True, allocation="fisher"),
+    "max": Method(None, "kfac+reconstruct", "matrix", asymmetric=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }
 
 # Patterns that make the model smaller.

@@ -250,7 +250,6 @@ class Recipe(BaseModel):
             asymmetric=asymmetric,
             polish_steps=steps and (self.polish_steps or steps),
             allocation=self.allocation or ("uniform" if one_size else allocation),
-            fisher_rows=named.fisher_rows and group == "matrix" and not self.in_groups,
         )
 
     def plan(self, structure: Any = None) -> Plan:

@@ -136,11 +136,12 @@ class _Estimate:
         yield "prunes a block", block | self.statistics(), waiting
         if self.plan.needs & GRADIENTS:
             backward = {"activations": 4 * self.activations(), "gradients of a block": max(self.gradients(), default=0)}
-            yield "takes gradients", block | backward, answers | {"hidden states": (3, self.hidden())}
+            entered = len(self.stream.names) * self.hidden() // 2  # of two, as statistics.gradients places them
+            yield "takes gradients", block | backward, answers | {"hidden states": (3, self.hidden()), "inputs of the blocks": (2, entered)}
             yield (
                 "takes the loss's gradient",
                 {"embeddings and head": self.outer(), "logits": 2 * self.logits()},
-                {"hidden states": (1, self.hidden())},
+                {"hidden states": (1, self.hidden()), "inputs of the blocks": (2, entered)},
             )
         if self.plan.polish_steps:
             yield "distills the whole model", {"weights and their moments": BYTES_PER_WEIGHT * count_parameters(self.stream.walk.model)}, {}

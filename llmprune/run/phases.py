@@ -1,4 +1,4 @@
-"""The phases of a run in order, each with an estimate of its work, so that the time left of the whole can be told from the time spent.
+"""The phases of a run in order, each with an estimate of its work, so that the time left can be estimated from the time spent.
 
 The unit is the product of one weight with one value of one token; only ratios count. What is measured on the way (allocations, trials) is not
 planned: it appears when it begins.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from llmprune.evaluation import sample
+from llmprune.maths.coupled_rows import rows_together
 from llmprune.model.skeleton import count_parameters
 from llmprune.ratios.measured import FISHER_WINDOWS, needs_of
 from llmprune.run.prepare import Job
@@ -17,7 +18,7 @@ from llmprune.statistics.gradients import GRADIENTS
 
 Phases: TypeAlias = list[tuple[str, float]]
 
-SOLVER = 20  # products with a Gram matrix that a solver makes of a matrix, about
+SOLVER = 20  # products with the Gram matrix of the inputs, or of the gradients, that a solver makes of a matrix, about
 SCORES = 200  # operations on a weight that is only scored and dropped
 POLISHED = 8  # windows of a step of the distillation
 PROMPT_TOKENS = 12
@@ -74,7 +75,8 @@ def _solving(job: Job, tokens: int) -> float:
     matrices = [m for ms in job.matrices.values() for m in ms]
     if "gram" not in job.plan.needs:
         return float(SCORES * sum(m.rows * m.columns for m in matrices))
-    return float(sum(m.columns**2 * (tokens + SOLVER * m.rows) for m in matrices))
+    coupled = sum(m.columns * m.rows * rows_together(m.rows) for m in matrices) if "grad_out_gram" in job.plan.needs else 0
+    return float(sum(m.columns**2 * (tokens + SOLVER * m.rows) for m in matrices) + SOLVER * coupled)
 
 
 def _sizes(job: Job) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """min over allowed V of tr (V - W) H (V - W)^T by ADMM, finished by conjugate gradients on the kept weights.
 
 Columns are scaled to a unit diagonal of H. A ridge solve, X = (W H - Y + rho D)(H + rho I)^-1, alternates with the projection of X + Y / rho onto
-the pattern; rho grows as the support settles (Meng et al., ALPS, algorithm 1, https://arxiv.org/abs/2406.07831). Row weights sqrt(lam_r), where they
-are known (Fisher information of the row's output), only weigh rows against each other in the choice of the mask. rho is fixed where an eigenbasis,
+the pattern; rho grows as the support settles (Meng et al., ALPS, algorithm 1, https://arxiv.org/abs/2406.07831). rho is fixed where an eigenbasis,
 which gives the ridge solve for any rho, would take too long.
 """
 
@@ -38,10 +37,9 @@ class ADMM:
             return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
         problem = scaled_of(stats, self.damping)
         scaled_RC = weight_RC * problem.scale_C
-        rows_R1 = torch.ones_like(weight_RC[:, :1]) if stats.row_weight_R is None else stats.row_weight_R.to(weight_RC).unsqueeze(1)
 
         def project(value_RC: Tensor) -> Mask:
-            return pattern.project((value_RC * rows_R1).square_(), drop)
+            return pattern.project(value_RC.square(), drop)
 
         wide = too_wide(weight_RC, self.wide)
         if wide:

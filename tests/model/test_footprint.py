@@ -45,6 +45,22 @@ def test_terms_are_those_of_the_shapes(tmp_path):
     assert next(p.terms for p in twice.phases if p.name == "prunes a block")["hidden states"] > 1.5 * terms["hidden states"]
 
 
+def test_gradients_keep_the_inputs_of_all_blocks(tmp_path, monkeypatch):
+    """In memory where they fit, else in a file; and what the gradients are summed into is in a file."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    blocks, calibration = len(model.model.layers), IDS.numel() * 32 * 4
+    for pattern in ({"pattern": "2:4", "sparsity": None}, {}):
+        found = planned(tmp_path / "model", quality="balanced", eval=[], **pattern)
+        for name in ("takes gradients", "takes the loss's gradient"):
+            assert next(p.terms for p in found.phases if p.name == name)["inputs of the blocks"] == blocks * calibration
+    sums = 4 * blocks * sum(m.out_features**2 for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
+    assert found.spilled == sums
+    monkeypatch.setattr("llmprune.run.footprint.memory_of", lambda device: 200 << 20)
+    monkeypatch.setattr("llmprune.run.footprint._Estimate.hidden", lambda self: 60 << 20)
+    assert planned(tmp_path / "model", quality="balanced", eval=[]).spilled >= sums + blocks * (60 << 20)
+
+
 @pytest.mark.parametrize("options", [{"method": "sparsegpt"}, {"quality": "fast"}])
 def test_gram_matrices_that_do_not_fit_wait_for_another_forward(options, tmp_path, monkeypatch):
     """The same zeros and weights as when all are held at once."""
