@@ -16,23 +16,18 @@ import argparse
 import math
 import statistics
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from protocol_w import protocol_w
+from protocol_w import cpu_seconds, protocol_w
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmprune
 from llmprune.errors import LlmpruneError
-from llmprune.recipe.reading import read_recipe
-from llmprune.run.job import run
-from llmprune.run.prepare import prepare
 
 Ask = dict[str, Any]
 REFERENCE = "sparsegpt"
@@ -67,7 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of the real model")
     parser.add_argument("--only", nargs="*", default=[], help="methods and shapes of the real model's runs, such as balanced 2:4 50%%")
     parser.add_argument("--plot", type=Path, help="picture of the ratios, such as quality.svg")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.protocol and not (options.model and options.assets and options.record):
+        parser.error("--protocol W needs --model, --assets and --record")
+    if options.protocol and options.plot:
+        parser.error("--plot draws the other tables; omit it with --protocol W")
+    return options
 
 
 def setting(assets: Path | None) -> tuple[Ask, str, int | None]:
@@ -83,11 +83,7 @@ def measure(ask: Ask, data: str, samples: int | None) -> tuple[float, float]:
     """(mean negative log-likelihood of the pruned model, CPU seconds of the pruning)."""
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "out")
-        job = prepare(read_recipe(None, ask | {"samples": 128, "sequence_length": 256, "output": output}))
-        job = replace(job, data=replace(job.data, evaluation=()))
-        began = time.process_time()
-        run(job)
-        seconds = time.process_time() - began
+        seconds = cpu_seconds(ask | {"samples": 128, "sequence_length": 256, "output": output})
         return math.log(llmprune.evaluate(output, data, window=256, samples=samples)[0].value), seconds
 
 

@@ -24,11 +24,12 @@ from llmprune.benchmark.memory import forget_peak, peak_resident
 from llmprune.checkpoint.resolve import open_source
 from llmprune.data.reading import read_windows
 from llmprune.data.tokenizer import load_tokenizer
-from llmprune.errors import LlmpruneError
+from llmprune.errors import RequestError
 from llmprune.evaluation.beside import Dense, dense_pass, pruned_pass
 from llmprune.recipe.reading import read_recipe
 from llmprune.run.job import run
 from llmprune.run.prepare import open_stream, prepare
+from llmprune.stream.heap import steady
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT
 
@@ -48,6 +49,7 @@ def protocol_w(model: str, assets: Path, record: Path, samples: int, seeds: int,
     """Make the runs that the record lacks and print the tables. only: names of methods and patterns; all, if there are none. biased: copies a model
     into a folder, with the biases that FLAP needs.
     """
+    steady()  # as the command line, whose peak memory is meant
     known = {key(row) for row in rows_of(record)}
     missing = [plan for plan in plans(samples, seeds) if key(plan) not in known and (not only or {plan["method"], shape_of(plan)} <= set(only))]
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +59,7 @@ def protocol_w(model: str, assets: Path, record: Path, samples: int, seeds: int,
             with record.open("a") as file:
                 file.write(json.dumps(plan | measured(source, assets, plan, dense)) + "\n")
             print(rows_of(record)[-1], flush=True)
-    print_table(rows_of(record))
+    print_table([row for row in rows_of(record) if row["samples"] == samples])
 
 
 def plans(samples: int, seeds: int) -> list[Plan]:
@@ -111,23 +113,26 @@ def measured(model: str, assets: Path, plan: Plan, dense: dict[str, Dense]) -> R
     ask |= {} if ":" in plan["pattern"] else {"sparsity": plan["sparsity"]}
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "out")
-        try:
-            job = prepare(read_recipe(None, ask | {"output": output}))
-        except LlmpruneError as error:
-            return {"refused": error.message}
         forget_peak()
-        began = time.process_time()
-        run(replace(job, data=replace(job.data, evaluation=())))
-        spent: Row = {
-            "cpu_seconds": round(time.process_time() - began, 1),
-            "peak_mib": (peak_resident() or 0) >> 20,
-            "threads": torch.get_num_threads(),
-        }
+        try:
+            seconds = cpu_seconds(ask | {"output": output})
+        except RequestError as error:
+            return {"refused": error.message}
+        spent: Row = {"cpu_seconds": round(seconds, 1), "peak_mib": (peak_resident() or 0) >> 20, "threads": torch.get_num_threads()}
         stream = opened(output)
         for text, reference in dense.items():
             perplexity, apart = pruned_pass(reference, stream)
             spent[text] = {"dense": reference.perplexity.value, "perplexity": perplexity.value, "kl": apart.kl, "top1": apart.top1}
     return spent
+
+
+def cpu_seconds(ask: dict[str, Any]) -> float:
+    """Of one pruning run, without its preparation and evaluation."""
+    job = prepare(read_recipe(None, ask))
+    job = replace(job, data=replace(job.data, evaluation=()))
+    began = time.process_time()
+    run(job)
+    return time.process_time() - began
 
 
 def excess(row: Row, text: str = OWN) -> float:
