@@ -17,6 +17,7 @@ from llmprune.maths.linalg import masked_refit
 
 MOST_ROWS = 768  # of a block
 TRUST = 0.1
+LEAST = 0.1  # share of the identity
 
 
 def rows_together(rows: int) -> int:
@@ -62,13 +63,25 @@ def in_blocks(matrix_BQQ: Tensor, value_RC: Tensor) -> Tensor:
     return (matrix_BQQ @ value_RC.view(blocks, size, -1)).view_as(value_RC)
 
 
+def with_identity(gram_BQQ: Tensor, tokens: int, least: float = LEAST) -> Tensor:
+    """G_d, in float64. tokens: whose gradients are summed in G. least: share of the identity."""
+    diagonal_BQ = gram_BQQ.diagonal(dim1=-2, dim2=-1).double()
+    share = max(least, 1 / (1 + TRUST * tokens / gram_BQQ.shape[-1]))
+    mixed_BQQ = gram_BQQ.double() * ((1 - share) / diagonal_BQ.mean())
+    mixed_BQQ.diagonal(dim1=-2, dim2=-1).add_(share)
+    return mixed_BQQ
+
+
+def felt(value: Tensor, root_BQQ: Tensor) -> Tensor:
+    """[..., R] values of outputs, turned so that their squares sum to what the loss feels: v G_d v^T. root: the Cholesky factor of G_d."""
+    blocks, size, _ = root_BQQ.shape
+    return torch.einsum("...bq,bqk->...bk", value.float().unflatten(-1, (blocks, size)), root_BQQ).flatten(-2)
+
+
 def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> Rows:
     """tokens: whose gradients are summed in G. least: share of the identity; 1 leaves rows uncoupled."""
     blocks, size, _ = gram_BQQ.shape
-    diagonal_BQ = gram_BQQ.diagonal(dim1=-2, dim2=-1).double()
-    share = max(least, 1 / (1 + TRUST * tokens / size))
-    mixed_BQQ = gram_BQQ.double() * ((1 - share) / diagonal_BQ.mean())
-    mixed_BQQ.diagonal(dim1=-2, dim2=-1).add_(share)
+    mixed_BQQ = with_identity(gram_BQQ, tokens, least)
     scale_BQ = mixed_BQQ.diagonal(dim1=-2, dim2=-1).sqrt()
     matrix_BQQ = mixed_BQQ / scale_BQ.unsqueeze(-1) / scale_BQ.unsqueeze(-2)
     values_BQ, vectors_BQQ = torch.linalg.eigh(matrix_BQQ)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmprune.evaluation.divergence import kl
 from llmprune.maths.masked_adam import SurvivorAdam
+from llmprune.maths.mixed_precision import mixed_precision
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.reconstruction import store, trained_vectors, whole_parameters
@@ -46,7 +47,7 @@ def polish(teacher: Flow, matrices: dict[int, list[Matrix]], plan: Plan, listen:
 
         polished = Polished(0, 0.0, 0.0, ())
         if masked:  # empty if only some experts of each stack are pruned: they cannot be trained without the others
-            polished = distill(teacher, masked, free, plan.polish_steps, plan.seed, settle, listen)
+            polished = distill(teacher, masked, free, plan, settle, listen)
         for index in blocks if polished.changed else ():
             hashes |= stream.keep(index, [*masked[index], *free[index]], again=True)
     listen.on_polish(polished, hashes)
@@ -56,26 +57,25 @@ def distill(
     teacher: Flow,
     masked: dict[int, dict[str, nn.Parameter]],
     free: dict[int, dict[str, nn.Parameter]],
-    steps: int,
-    seed: int,
+    plan: Plan,
     settle: Callable[[], None],
     listen: Listener,
 ) -> Polished:
     """Train a model in place whose every block and outer part is loaded. teacher: the flow of the unpruned model, after its last block; its hidden
     states and the model's own head give its predictions. masked, free: the pruned parameters of each block, and its vectors that are trained
-    too. settle: rounds them to their stored dtype. A training without gain is undone.
+    too. plan: its polish_steps, seed and mixed_precision count. settle: rounds them to their stored dtype. A training without gain is undone.
     """
-    stream = teacher.stream
+    stream, steps = teacher.stream, plan.polish_steps
     windows = [(ids_1L.cpu(), hidden_1LD.cpu()) for ids_1L, hidden_1LD in teacher.windows()]
     before = mean_divergence(stream, windows)
     each = min(len(windows), max(1, TOKENS_PER_STEP // windows[0][0].shape[1]))
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(plan.seed)
     survivors, vectors = ([p for named in kind.values() for p in named.values()] for kind in (masked, free))
     with SurvivorAdam(survivors, vectors, steps, RATE) as adam:
         for step in range(steps):
             for n in torch.randperm(len(windows), generator=draw)[:each].tolist():
                 with torch.enable_grad():
-                    adam.add(divergence(stream, *windows[n]) / each)
+                    adam.add(divergence(stream, *windows[n], mixed=plan.mixed_precision) / each)
             adam.step()
             listen.progress("polish", step + 1, steps)
         settle()
@@ -85,13 +85,15 @@ def distill(
     return Polished(steps, before, min(before, after), changed)
 
 
-def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor) -> Tensor:
-    """Mean over tokens of KL(dense || pruned), in nats."""
+def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor, *, mixed: bool = False) -> Tensor:
+    """Mean over tokens of KL(dense || pruned), in nats. mixed: whether the pruned model may run in mixed precision."""
     device = stream.device_of(len(stream.names))
     ids_1L = ids_1L.to(device)
     with torch.no_grad():
         teacher_LV = stream.walk.logits(ids_1L, hidden_1LD.to(device))[0]
-    return kl(teacher_LV, stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0]).mean()
+    with mixed_precision(device, mixed):
+        logits_LV = stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0]
+    return kl(teacher_LV, logits_LV).mean()
 
 
 def mean_divergence(stream: Stream, windows: list[tuple[Tensor, Tensor]]) -> float:

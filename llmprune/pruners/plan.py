@@ -31,6 +31,7 @@ class Plan:
     reconstruct: BlockSolver | None = None  # trains every block once its matrices are pruned
     permute: bool = False  # reorder input channels so that N:M holds more
     polish_steps: int = 0  # of distillation of the whole pruned model
+    mixed_precision: bool = True  # of training steps, where the device is faster so (llmprune.maths.mixed_precision)
     accept_damage: bool = False
     mean_bias: bool = False  # biases compensate for the means of dropped inputs
     seed: int = 0  # of everything that is drawn at random
@@ -43,6 +44,11 @@ class Plan:
         rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
         means: frozenset[Stat] = frozenset({"input_sum"} if self.mean_bias else ())
         return own | self.solver.needs | target | rows | means
+
+    @property
+    def output_metric(self) -> bool:
+        """Whether blocks are trained in the metric of the loss's gradients at their outputs: where such gradients are taken anyway."""
+        return self.reconstruct is not None and bool(self.needs & {"grad_out_gram", "grad_out_sq"})
 
     def pattern_of(self, matrix: str, ratio: float) -> Pattern:
         """The pattern of one matrix, by its full name, at a ratio: units of one structure differ from matrix to matrix."""

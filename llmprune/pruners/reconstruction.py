@@ -7,14 +7,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from llmprune.maths.coupled_rows import felt
 from llmprune.maths.masked_adam import vectors
+from llmprune.maths.mixed_precision import mixed_precision
 from llmprune.model.matrices import LEFT_ALONE, Matrix
+from llmprune.pruners.plan import Plan
 from llmprune.results import Row
+from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
-from llmprune.types import BlockSolver
 
 
 def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) -> None:
@@ -25,17 +29,31 @@ def store(stream: Stream, index: int, block: nn.Module, names: Iterable[str]) ->
 
 
 def reconstruct_block(
-    flow: Flow, dense: Flow | None, index: int, block: nn.Module, matrices: list[Matrix], rows: list[Row], solver: BlockSolver
+    flow: Flow,
+    dense: Flow | None,
+    index: int,
+    block: nn.Module,
+    matrices: list[Matrix],
+    rows: list[Row],
+    plan: Plan,
+    gradients: LossGradients | None,
 ) -> tuple[list[Row], list[str]]:
-    """Train the kept weights of a block, and its vectors, towards the outputs of the unpruned block; (the updated rows, names of the changed
-    vectors).
+    """Train the kept weights of a block, and its vectors, towards the outputs of the unpruned block, by the plan's solver for blocks; (the updated
+    rows, names of the changed vectors). Errors count as the loss feels them, where the gradients are known.
     """
+    assert plan.reconstruct is not None
     device = flow.stream.device_of(index)
     wanted = (dense or flow).outputs
     masked, free = whole_parameters(block, matrices), trained_vectors(block)
+    root_BQQ = gradients.metric(index) if gradients is not None else None
     settle = partial(store, flow.stream, index, block, [*masked, *free])
-    outputs = lambda batch: (flow.run(index, block, batch), wanted[batch].to(device))  # noqa: E731
-    if not masked or not solver.fit(list(masked.values()), list(free.values()), outputs, len(flow), settle):
+
+    def outputs(batch: int) -> tuple[Tensor, Tensor]:
+        with mixed_precision(device, plan.mixed_precision and torch.is_grad_enabled()):  # errors are measured in float32
+            found, aim = flow.run(index, block, batch), wanted[batch].to(device)
+        return (found, aim) if root_BQQ is None else (felt(found, root_BQQ), felt(aim, root_BQQ))
+
+    if not masked or not plan.reconstruct.fit(list(masked.values()), list(free.values()), outputs, len(flow), settle):
         return rows, []
     if dense is not None:
         for batch in range(len(flow)):

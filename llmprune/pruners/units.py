@@ -45,7 +45,7 @@ class UnitPruner(InPlacePruner):
         rows, changed = self._by_stages(flow, aim, index, block, clock)
         changed += self._mask(flow, aim, index, block, rows)
         if self.plan.reconstruct is not None:
-            rows, trained = reconstruct_block(flow, aim, index, block, trained_matrices(block, readers), rows, self.plan.reconstruct)
+            rows, trained = reconstruct_block(flow, aim, index, block, trained_matrices(block, readers), rows, self.plan, self.gradients)
             changed += trained
             clock.lap("solve")
         stored = list(dict.fromkeys([m.parameter for m in readers] + changed))

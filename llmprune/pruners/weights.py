@@ -64,7 +64,7 @@ class WeightPruner(InPlacePruner):
         unpruned_VD = block.get_parameter("weight").clone() if head else None
         rows, changed = self._by_stages(flow, aim, index, block, clock)
         if self.plan.reconstruct is not None and not head:
-            rows, trained = reconstruct_block(flow, aim, index, block, matrices, rows, self.plan.reconstruct)
+            rows, trained = reconstruct_block(flow, aim, index, block, matrices, rows, self.plan, self.gradients)
             changed += trained
             clock.lap("solve")
         stored = list(dict.fromkeys([m.parameter for m in matrices] + changed))

@@ -59,13 +59,13 @@ def needs_of(plan: Plan) -> frozenset[Stat]:
 
 
 def dense_gradients(
-    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], listen: Listener
+    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], outputs: bool, listen: Listener
 ) -> LossGradients | None:
-    """The loss gradients among ``needs``, of the model before it is pruned; None where there are none."""
+    """The loss gradients among ``needs``, of the model before it is pruned; None where there are none. outputs: with those at the blocks' outputs."""
     needs &= GRADIENTS
     if not needs or not any(matrices.values()):
         return None
-    return loss_gradients(stream, windows_NL if needs & LARGE else windows_NL[:FISHER_WINDOWS], matrices, needs, listen)
+    return loss_gradients(stream, windows_NL if needs & LARGE else windows_NL[:FISHER_WINDOWS], matrices, needs, listen, outputs)
 
 
 @torch.no_grad()

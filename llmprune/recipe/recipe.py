@@ -146,7 +146,9 @@ class Recipe(BaseModel):
     seed: Annotated[int, Flag(HOW)] = Field(0, ge=0, description="of everything that is drawn at random")
     device: Annotated[str, Flag(MACHINE, "NAME")] = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(MACHINE, "NAME")] = Field(
-        "auto", description="compute dtype: auto, float32, bfloat16 or float16; the saved dtype is the source's"
+        "auto",
+        description="compute dtype: auto, float32, bfloat16 or float16; the saved dtype is the source's. "
+        "With auto, training steps are in mixed precision where that is faster",
     )
     skip: Annotated[Regex | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: matrices that are not pruned")
     only: Annotated[Regex | None, Flag(WHAT, "REGEX")] = Field(None, description="regular expression: the only matrices that are pruned")
@@ -271,6 +273,7 @@ class Recipe(BaseModel):
             fisher_rows=parts.fisher_rows,
             permute=self.permute,
             polish_steps=parts.polish_steps,
+            mixed_precision=self.dtype == "auto",
             accept_damage=self.accept_damage,
             mean_bias=parts.mean_bias,
             seed=self.seed,

@@ -205,9 +205,11 @@ class _Estimate:
         return tokens * (widest + 2 * values_per_token(self.config)) * self.item
 
     def gradients(self) -> list[int]:
-        """Of each block's matrices; one block's are in memory, all are kept in a file."""
+        """Of each block's matrices, and of its outputs; one block's are in memory, all are kept in a file."""
         asked = [STATISTICS[stat].name for stat in self.plan.needs & LARGE]
-        return [FLOAT * sum(math.prod(shape_at(name, m)) for m in ms for name in asked) for ms in self.matrices.values()]
+        width = self.config.hidden_size if self.plan.output_metric else 0
+        outputs = FLOAT * width * rows_together(width) if width else 0
+        return [outputs + FLOAT * sum(math.prod(shape_at(name, m)) for m in ms for name in asked) for ms in self.matrices.values()]
 
     # statistics and solving -------------------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from llmprune.evaluation import sample
 from llmprune.maths.coupled_rows import rows_together
 from llmprune.model.skeleton import count_parameters
+from llmprune.pruners.distillation import TOKENS_PER_STEP
 from llmprune.ratios.measured import FISHER_WINDOWS, needs_of
 from llmprune.run.prepare import Job
 from llmprune.statistics.gradient_taps import LARGE
@@ -20,7 +21,6 @@ Phases: TypeAlias = list[tuple[str, float]]
 
 SOLVER = 20  # products with the Gram matrix of the inputs, or of the gradients, that a solver makes of a matrix, about
 SCORES = 200  # operations on a weight that is only scored and dropped
-POLISHED = 8  # windows of a step of the distillation
 PROMPT_TOKENS = 12
 SMALL_PART = 0.05
 WRITTEN = 100  # operations in whose time a weight is written, hashed and loaded again
@@ -52,7 +52,8 @@ def pruning(job: Job) -> Phases:
         found.append(("gradients", 4.0 * graded * (inside + head)))
     found.append(("prune", (4.0 if plan.asymmetric else 2.0) * tokens * inside + _solving(job, tokens)))
     if plan.polish_steps:
-        found.append(("polish", 4.0 * plan.polish_steps * POLISHED * job.data.calibration.ids_NL.shape[1] * (inside + head)))
+        length = job.data.calibration.ids_NL.shape[1]
+        found.append(("polish", 4.0 * plan.polish_steps * max(TOKENS_PER_STEP, length) * (inside + head)))
     return found
 
 

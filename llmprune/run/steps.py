@@ -40,8 +40,8 @@ def with_gradients(work: Work, listen: Listener) -> Work:
     check_carried.
     """
     check_carried(work)
-    wanted = graded(work.stream, work.matrices, work.plan)
-    return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, needs_of(work.plan), listen))
+    plan, wanted = work.plan, graded(work.stream, work.matrices, work.plan)
+    return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, needs_of(plan), plan.output_metric, listen))
 
 
 def check_carried(work: Work) -> None:

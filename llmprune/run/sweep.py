@@ -146,9 +146,9 @@ class Common:
 
     def gradients(self) -> LossGradients | None:
         if self._gradients is None:
-            job = self._sweep.job
-            needs = frozenset().union(*(needs_of(plan) for _, plan in self._sweep.rows))
-            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, self._listen)
+            job, plans = self._sweep.job, [plan for _, plan in self._sweep.rows]
+            needs, outputs = frozenset().union(*(needs_of(plan) for plan in plans)), any(plan.output_metric for plan in plans)
+            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, outputs, self._listen)
         return self._gradients
 
     def work(self, plan: Plan) -> Work:

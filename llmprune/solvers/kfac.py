@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmprune.maths.coupled_rows import Rows, coupled, coupled_refit, uncoupled
+from llmprune.maths.coupled_rows import LEAST, Rows, coupled, coupled_refit, uncoupled
 from llmprune.maths.linalg import Damping, Eigen, eigen_of, ridge_inverse_of, scaled_of
 from llmprune.solvers._alternation import Wide, WideIterations, WideRho, alternate, settle, too_wide
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
@@ -25,7 +25,7 @@ from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 @dataclass(frozen=True)
 class KFAC:
     damping: Damping = 0.01
-    identity: Annotated[float, Field(gt=0, le=1, description="least share of the identity in G; 1: rows are not coupled")] = 0.1
+    identity: Annotated[float, Field(gt=0, le=1, description="least share of the identity in G; 1: rows are not coupled")] = LEAST
     iterations: Annotated[int, Field(ge=1, description="at most, of ADMM")] = 100
     refit_steps: Annotated[int, Field(ge=0, description="of conjugate gradients on the weights that stay")] = 20
     wide: Wide = 4096

@@ -1,8 +1,10 @@
 """Any criterion's mask, then Adam on all kept weights of a block, min ||block(x') - y||^2: x' is the block's input on the pruned path, y the
-output of the dense block. Masks are frozen; norm scales and biases are trained too. After another solver (``admm+reconstruct``) it starts from that
-one's weights.
+output of the dense block. Where the loss's gradients are taken anyway (by ``kfac``, or to weigh rows), an error e counts as the loss feels it,
+e G_d e^T with those at the block's outputs (llmprune.maths.coupled_rows). Masks are frozen; norm scales and biases are trained too. After another
+solver (``admm+reconstruct``) it starts from that one's weights.
 
-Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks instead of rounding; Adam as in maths/masked_adam.py.
+Block reconstruction as in Li et al., BRECQ, https://arxiv.org/abs/2102.05426, with masks instead of rounding, and in a metric in place of its
+diagonal Fisher information; Adam as in maths/masked_adam.py.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Reconstruct:
         batches: int,
         settle: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Train parameters of a block in place. outputs: micro-batch -> (the block's output, the wanted one). settle: rounds the parameters to
+        """Train parameters of a block in place. outputs: micro-batch -> (the block's output, the wanted one), in the metric
+        of the errors. settle: rounds the parameters to
         their stored dtype. False: nothing was gained, and they are as before.
         """
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmprune.maths.coupled_rows import rows_together
+from llmprune.maths.coupled_rows import gram_of_rows, rows_together, with_identity
 from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.gradient_taps import LARGE, Taps
@@ -39,6 +39,7 @@ class LossGradients:
         self._matrices = {(index, m.name): m for index, ms in matrices.items() for m in ms}
         self._tokens: dict[tuple[int, str], int] = {}
         self._held: set[tuple[int, Stat, str]] = set()
+        self._outputs: dict[int, int] = {}  # tokens whose gradients are summed
         self._vectors = MemoryHidden(torch.device("cpu"))
         self._weights = FileHidden(stream.scratch)
 
@@ -47,6 +48,23 @@ class LossGradients:
             self._place(stat)[index, stat, name] = total
             self._held.add((index, stat, name))
         self._tokens |= {(index, name): tokens for name, tokens in taps.tokens.items()}
+
+    def put_output(self, index: int, gradient_NLD: Tensor) -> None:
+        """Add to G of a block's output, for ``metric``."""
+        gradient_TD = gradient_NLD.reshape(-1, gradient_NLD.shape[-1]).float()
+        gram_BQQ = gram_of_rows(gradient_TD)
+        place = index, "grad_out_gram", ""
+        self._weights[place] = gram_BQQ + self._weights[place].to(gram_BQQ.device) if index in self._outputs else gram_BQQ
+        self._outputs[index] = self._outputs.get(index, 0) + len(gradient_TD)
+
+    def metric(self, index: int) -> Tensor | None:
+        """[B, Q, Q] in float32: the Cholesky factor of G_d of a block's output (llmprune.maths.coupled_rows); None if it was not asked for, or no
+        gradient reached the block.
+        """
+        if index not in self._outputs:
+            return None
+        gram_BQQ = self._weights[index, "grad_out_gram", ""].to(self._devices[index])
+        return torch.linalg.cholesky(with_identity(gram_BQQ, self._outputs[index])).float() if bool(gram_BQQ.any()) else None
 
     def fields(self, index: int, name: str) -> dict[str, Any]:
         """The fields of Stats for one matrix's gradients; zeros where no token reached it, and then grad_tokens is 0."""
@@ -86,13 +104,14 @@ def loss_gradients(
     matrices: dict[int, list[Matrix]],
     needs: frozenset[Stat],
     listen: Listener = SILENT,
+    outputs: bool = False,
 ) -> LossGradients:
     """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
     been pruned yet (a stream that has a sink reads finished blocks from there).
 
-    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R], grad_out_gram of [B, Q, Q]; types.Stats defines each. ``listen`` hears of
-    (blocks done, twice the number of blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and
-    the inputs of the blocks unless they are kept in a file.
+    grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R], grad_out_gram of [B, Q, Q]; types.Stats defines each. outputs: sum G of
+    the blocks' outputs too. ``listen`` hears of (blocks done, twice the number of blocks). Peak memory: a block, its activations for one
+    micro-batch, the requested sums of its matrices, and the inputs of the blocks unless they are kept in a file.
     Raises StoppedError when a gradient is not finite.
     """
     needs &= GRADIENTS
@@ -108,6 +127,8 @@ def loss_gradients(
         with stream.block(index) as block, frozen(block):
             taps = Taps(block, matrices[index], needs)
             for batch in range(len(flow)):
+                if outputs:
+                    result.put_output(index, flow.outputs[batch])
                 flow.outputs[batch] = backward(flow, index, block, batch, entered[index, batch], taps, shared)
                 taps.next_batch()
             taps.close(stream.path_of(index))

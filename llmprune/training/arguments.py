@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmprune.errors import MISTAKES, RequestError, mistake
+from llmprune.maths.mixed_precision import faster_in_half
 
 TOKENS_AT_ONCE = 2048  # of a micro-batch
 WARM_UP = 0.1  # of the steps; then the rate falls to zero by a cosine
@@ -124,10 +125,10 @@ def check_machine(device: torch.device, processes: int) -> None:
 
 
 def in_half(settings: Settings, device: torch.device) -> bool:
-    """Whether products are taken in bfloat16: as ``bf16`` of the arguments says, by default on CUDA. The training does so itself, and not
-    accelerate, which would put the model's other forwards in bfloat16 too, and for good.
+    """Whether products are taken in bfloat16: as ``bf16`` of the arguments says, by default where that is faster. The training does so itself,
+    and not accelerate, which would put the model's other forwards in bfloat16 too, and for good.
     """
-    return bool(settings.arguments.get("bf16", device.type == "cuda" and torch.cuda.is_bf16_supported()))
+    return bool(settings.arguments.get("bf16", faster_in_half(device)))
 
 
 def micro_batch(settings: Settings) -> int:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.checkpoint.source import open_folder
 from llmprune.errors import StoppedError
 from llmprune.maths import coupled_rows
-from llmprune.maths.coupled_rows import rows_together
+from llmprune.maths.coupled_rows import felt, rows_together
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.statistics.gradient_taps import Taps
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
@@ -315,3 +315,40 @@ def test_an_input_changed_in_place_is_refused() -> None:
     value_TC.add_(1)
     with pytest.raises(StoppedError, match="in place"):
         out.sum().backward()
+
+
+@typical_families
+def test_the_metric_of_a_block_is_that_of_the_gradients_at_its_outputs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor L of G_d: an error e counts as e G_d e^T, in blocks of rows too."""
+    monkeypatch.setattr(coupled_rows, "MOST_ROWS", 8)
+    model = live(family)
+    stream = LiveStream(model)
+    found = loss_gradients(stream, WINDOWS_NL, selected(stream, EVERYTHING), frozenset({"grad_out_sq"}), outputs=True)
+    seen: dict[str, Tensor] = {}
+
+    def kept(name: str, out: Any) -> None:
+        seen[name] = out[0] if isinstance(out, tuple) else out
+        seen[name].retain_grad()
+
+    plain = deepcopy(model).requires_grad_(True)
+    names = [stream.path_of(index) for index in range(len(stream.names))]
+    for name in names:
+        plain.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: kept(name, out))
+    grams: dict[str, Tensor] = {}
+    for ids_L in WINDOWS_NL:
+        window_loss(plain, ids_L).backward()
+        for name in names:
+            gradient_TD = seen[name].grad.flatten(0, -2).double()
+            grams[name] = grams.get(name, 0) + gradient_TD.T @ gradient_TD
+    for index, name in enumerate(names):
+        root_BQQ, size = found.metric(index), rows_together(len(grams[name]))
+        assert root_BQQ is not None
+        tokens = seen[name].numel() // len(grams[name]) * len(WINDOWS_NL)
+        error_TD = torch.randn(7, len(grams[name]))
+        share = max(0.1, 1 / (1 + 0.1 * tokens / size))
+        weighed = (1 - share) * grams[name] / grams[name].diagonal().mean() + share * torch.eye(len(grams[name]))
+        expected = sum(
+            torch.einsum("tq,qk,tk->t", part := error_TD[:, at : at + size].double(), weighed[at : at + size, at : at + size], part)
+            for at in range(0, len(weighed), size)
+        )
+        check_close(felt(error_TD, root_BQQ).square().sum(-1), expected, name, 1e-4)

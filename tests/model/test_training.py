@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from families import parameters_of, save_tiny, tiny_model, tiny_windows
 from often import often
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.errors import RequestError
 from llmprune.maths.masked_adam import SurvivorAdam, vectors
+from llmprune.maths.mixed_precision import CPU_SUPPORT
 from llmprune.model.matrices import Selection
 from llmprune.solvers.reconstruct import Reconstruct
 
@@ -165,3 +167,26 @@ def test_a_model_too_large_to_train_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RequestError, match="training the whole model takes"):
         llmprune.prune(tiny_model("llama"), 0.5, calibration=IDS_NL, quality="max")
     llmprune.prune(tiny_model("llama"), 0.5, calibration=IDS_NL, quality="max", polish="none")
+
+
+@pytest.mark.parametrize(("dtype", "there"), [("auto", True), ("auto", False), ("float32", True)])
+def test_training_steps_are_in_mixed_precision_where_the_cpu_is_faster_so(
+    dtype: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of training steps alone: statistics, measured errors and divergences are in float32, and an explicit dtype is obeyed."""
+    for ask in CPU_SUPPORT:
+        monkeypatch.setattr(torch.cpu, ask, lambda: there, raising=False)
+    save_tiny("llama", tmp_path / "model", torch.float32)
+    seen: set[tuple[bool, torch.dtype]] = set()
+    hook = register_module_forward_hook(
+        lambda module, _, out: seen.add((torch.is_grad_enabled(), out.dtype)) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        ask: dict[str, Any] = {"calibration": IDS_NL, "sparsity": 0.5, "polish": "kd", "polish_steps": 12, "device": "cpu"}
+        report = llmprune.prune(tmp_path / "model", output=str(tmp_path / "out"), solver="admm+reconstruct", dtype=dtype, **ask)
+    finally:
+        hook.remove()
+    assert seen == {(False, torch.float32), (True, torch.bfloat16 if dtype == "auto" and there else torch.float32)}
+    assert report.polish is not None
+    assert report.polish.divergence_after < report.polish.divergence_before
+    assert sum(row.zeros for row in report.rows) * 2 == sum(row.rows * row.columns for row in report.rows)
