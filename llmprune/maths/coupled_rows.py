@@ -9,15 +9,20 @@ Shapes: R = rows, C = columns, B = blocks of rows, Q = rows of a block (R = B * 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmprune.maths.linalg import masked_refit
+from llmprune.types import Stats
 
 MOST_ROWS = 768  # of a block
 TRUST = 0.1
 LEAST = 0.1  # share of the identity
+
+Identity: TypeAlias = Annotated[float, Field(gt=0, le=1, description="least share of the identity in G; 1: rows are not coupled")]
 
 
 def rows_together(rows: int) -> int:
@@ -34,15 +39,29 @@ def gram_of_rows(gradient_TR: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """G_d brought to a unit diagonal, T^-1 G_d T^-1 with T = diag(scale), and its eigenbasis."""
+    """G_d brought to a unit diagonal: T^-1 G_d T^-1 with T = diag(scale)."""
 
     matrix_BQQ: Tensor
     scale_R1: Tensor
-    values_R1: Tensor
-    vectors_BQQ: Tensor
 
     def times(self, value_RC: Tensor) -> Tensor:
         return in_blocks(self.matrix_BQQ, value_RC)
+
+    def basis(self) -> Basis:
+        blocks, size, _ = self.matrix_BQQ.shape
+        if size == 1:
+            return Basis(torch.ones_like(self.scale_R1), self.matrix_BQQ)
+        values_BQ, vectors_BQQ = torch.linalg.eigh(self.matrix_BQQ.double())
+        dtype = self.matrix_BQQ.dtype
+        return Basis(values_BQ.clamp_(min=0).to(dtype).view(blocks * size, 1), vectors_BQQ.to(dtype))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The eigenvalues and eigenvectors of ``Rows``."""
+
+    values_R1: Tensor
+    vectors_BQQ: Tensor
 
     def turned(self, value_RC: Tensor) -> Tensor:
         """Into the eigenbasis."""
@@ -55,7 +74,7 @@ class Rows:
 def uncoupled(weight_RC: Tensor) -> Rows:
     """Every row by itself."""
     ones_R1 = torch.ones_like(weight_RC[:, :1])
-    return Rows(ones_R1.unsqueeze(-1), ones_R1, ones_R1, ones_R1.unsqueeze(-1))
+    return Rows(ones_R1.unsqueeze(-1), ones_R1)
 
 
 def in_blocks(matrix_BQQ: Tensor, value_RC: Tensor) -> Tensor:
@@ -80,13 +99,18 @@ def felt(value: Tensor, root_BQQ: Tensor) -> Tensor:
 
 def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> Rows:
     """tokens: whose gradients are summed in G. least: share of the identity; 1 leaves rows uncoupled."""
-    blocks, size, _ = gram_BQQ.shape
     mixed_BQQ = with_identity(gram_BQQ, tokens, least)
     scale_BQ = mixed_BQQ.diagonal(dim1=-2, dim2=-1).sqrt()
     matrix_BQQ = mixed_BQQ / scale_BQ.unsqueeze(-1) / scale_BQ.unsqueeze(-2)
-    values_BQ, vectors_BQQ = torch.linalg.eigh(matrix_BQQ)
-    column = (blocks * size, 1)
-    return Rows(matrix_BQQ.to(dtype), scale_BQ.to(dtype).view(column), values_BQ.clamp_(min=0).to(dtype).view(column), vectors_BQQ.to(dtype))
+    return Rows(matrix_BQQ.to(dtype), scale_BQ.to(dtype).view(-1, 1))
+
+
+def rows_of(weight_RC: Tensor, stats: Stats, least: float) -> Rows:
+    """A matrix's rows as its gradients couple them; each by itself where none reached it."""
+    gram_BQQ = stats.grad_out_gram_BQQ
+    if gram_BQQ is None or not bool(gram_BQQ.any()):
+        return uncoupled(weight_RC)
+    return coupled(gram_BQQ, stats.grad_tokens, least, weight_RC.dtype)
 
 
 def coupled_refit(rows: Rows, target_RC: Tensor, matrix_CC: Tensor, keep_RC: Tensor, start_RC: Tensor, steps: int) -> Tensor:

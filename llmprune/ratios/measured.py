@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
@@ -18,7 +19,7 @@ from llmprune.pruners.matrix import solve_at
 from llmprune.pruners.plan import Plan, Work
 from llmprune.ratios.dropped_experts import expert_errors
 from llmprune.results import Trial
-from llmprune.statistics.gradient_taps import LARGE, PER_WEIGHT
+from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.statistics.stages import at_head, at_once
 from llmprune.stream.clock import Clock
@@ -30,7 +31,7 @@ Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> its measures
 SURVEY_WINDOWS = 64  # of the dense model, for the measures of allocations
 MOST_LEVELS = 9  # at which a matrix with its own levels is pruned to be measured
 MOST_COUNTS = 17  # of experts without which a block is run to be measured
-FISHER_WINDOWS = 64  # one vector per matrix is stable after a few windows
+GRADIENT_TOKENS = 16384  # of the calibration, for sums over outputs; those of weights take all
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ def dense_gradients(
     needs &= GRADIENTS
     if not needs or not any(matrices.values()):
         return None
-    return loss_gradients(stream, windows_NL if needs & LARGE else windows_NL[:FISHER_WINDOWS], matrices, needs, listen, outputs)
+    return loss_gradients(stream, windows_NL[: windows_graded(windows_NL, needs)], matrices, needs, listen, outputs)
+
+
+def windows_graded(windows_NL: Tensor, needs: frozenset[Stat]) -> int:
+    """How many windows the gradients are taken over."""
+    windows, length = windows_NL.shape
+    return windows if needs & PER_WEIGHT else min(windows, math.ceil(GRADIENT_TOKENS / length))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class Method:
     mean_bias: bool = False  # biases compensate for the means of dropped inputs
 
 
-POLISH_STEPS = 100
+POLISH_STEPS = 200
 
 # The papers' own recipes, unimproved, for comparison.
 METHODS = {
@@ -40,7 +40,7 @@ METHODS = {
 
 # Ours.
 QUALITIES = {
-    "fast": Method("wanda", "refit", "row", asymmetric=True),
+    "fast": Method(None, "coupled_refit", "matrix", asymmetric=True, allocation="fisher"),
     "balanced": Method(None, "kfac", "matrix", asymmetric=True, allocation="fisher"),
     "max": Method(None, "kfac+reconstruct", "matrix", asymmetric=True, allocation="fisher", polish_steps=POLISH_STEPS),
 }

@@ -25,6 +25,7 @@ from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
 from llmprune.pruners.plan import Plan
+from llmprune.ratios.measured import windows_graded
 from llmprune.statistics.gradient_taps import LARGE
 from llmprune.statistics.gradients import GRADIENTS, shape_at
 from llmprune.statistics.stages import GRAM_SHARE
@@ -136,12 +137,14 @@ class _Estimate:
         yield "prunes a block", block | self.statistics(), waiting
         if self.plan.needs & GRADIENTS:
             backward = {"activations": 4 * self.activations(), "gradients of a block": max(self.gradients(), default=0)}
-            entered = len(self.stream.names) * self.hidden() // 2  # of two, as statistics.gradients places them
-            yield "takes gradients", block | backward, answers | {"hidden states": (3, self.hidden()), "inputs of the blocks": (2, entered)}
+            windows_NL = self.data.calibration.ids_NL
+            hidden = self.hidden() * windows_graded(windows_NL, self.plan.needs) // len(windows_NL)
+            entered = len(self.stream.names) * hidden // 2  # of two, as statistics.gradients places them
+            yield "takes gradients", block | backward, answers | {"hidden states": (3, hidden), "inputs of the blocks": (2, entered)}
             yield (
                 "takes the loss's gradient",
                 {"embeddings and head": self.outer(), "logits": 2 * self.logits()},
-                {"hidden states": (1, self.hidden()), "inputs of the blocks": (2, entered)},
+                {"hidden states": (1, hidden), "inputs of the blocks": (2, entered)},
             )
         if self.plan.polish_steps:
             yield "distills the whole model", {"weights and their moments": BYTES_PER_WEIGHT * count_parameters(self.stream.walk.model)}, {}

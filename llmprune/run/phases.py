@@ -12,9 +12,8 @@ from llmprune.evaluation import sample
 from llmprune.maths.coupled_rows import rows_together
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import TOKENS_PER_STEP
-from llmprune.ratios.measured import FISHER_WINDOWS, needs_of
+from llmprune.ratios.measured import needs_of, windows_graded
 from llmprune.run.prepare import Job
-from llmprune.statistics.gradient_taps import LARGE
 from llmprune.statistics.gradients import GRADIENTS
 
 Phases: TypeAlias = list[tuple[str, float]]
@@ -48,8 +47,8 @@ def pruning(job: Job) -> Phases:
     plan, tokens = job.plan, job.data.calibration.ids_NL.numel()
     found = []
     if needs := needs_of(plan) & GRADIENTS:
-        graded = tokens if needs & LARGE else min(tokens, FISHER_WINDOWS * job.data.calibration.ids_NL.shape[1])
-        found.append(("gradients", 4.0 * graded * (inside + head)))
+        windows_NL = job.data.calibration.ids_NL
+        found.append(("gradients", 4.0 * windows_graded(windows_NL, needs) * windows_NL.shape[1] * (inside + head)))
     found.append(("prune", (4.0 if plan.asymmetric else 2.0) * tokens * inside + _solving(job, tokens)))
     if plan.polish_steps:
         length = job.data.calibration.ids_NL.shape[1]

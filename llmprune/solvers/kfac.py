@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmprune.maths.coupled_rows import LEAST, Rows, coupled, coupled_refit, uncoupled
+from llmprune.maths.coupled_rows import LEAST, Basis, Identity, coupled_refit, rows_of
 from llmprune.maths.linalg import Damping, Eigen, eigen_of, ridge_inverse_of, scaled_of
 from llmprune.solvers._alternation import Wide, WideIterations, WideRho, alternate, settle, too_wide
 from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
@@ -25,7 +25,7 @@ from llmprune.types import Mask, Pattern, Pruned, Stat, Stats
 @dataclass(frozen=True)
 class KFAC:
     damping: Damping = 0.01
-    identity: Annotated[float, Field(gt=0, le=1, description="least share of the identity in G; 1: rows are not coupled")] = LEAST
+    identity: Identity = LEAST
     iterations: Annotated[int, Field(ge=1, description="at most, of ADMM")] = 100
     refit_steps: Annotated[int, Field(ge=0, description="of conjugate gradients on the weights that stay")] = 20
     wide: Wide = 4096
@@ -38,9 +38,7 @@ class KFAC:
     def solve(self, weight_RC: Tensor, score_RC: Tensor | None, stats: Stats, pattern: Pattern, drop: int) -> Pruned:
         if drop == 0:
             return Pruned(weight_RC, torch.ones_like(weight_RC, dtype=torch.bool), 0.0)
-        gram_BQQ, problem = stats.grad_out_gram_BQQ, scaled_of(stats, self.damping)
-        known = gram_BQQ is not None and bool(gram_BQQ.any())
-        rows = coupled(gram_BQQ, stats.grad_tokens, self.identity, weight_RC.dtype) if gram_BQQ is not None and known else uncoupled(weight_RC)
+        rows, problem = rows_of(weight_RC, stats, self.identity), scaled_of(stats, self.damping)
         scaled_RC = weight_RC * problem.scale_C * rows.scale_R1
 
         def project(value_RC: Tensor) -> Mask:
@@ -53,7 +51,7 @@ class KFAC:
         else:
             eigen = eigen_of(stats, self.damping)
             product_RC = rows.times(scaled_RC @ problem.matrix_CC)
-            start_RC, keep_RC = alternate(product_RC, scaled_RC, project, ridge_of(rows, eigen), drop, self.iterations)
+            start_RC, keep_RC = alternate(product_RC, scaled_RC, project, ridge_of(rows.basis(), eigen), drop, self.iterations)
         refit_RC = coupled_refit(rows, scaled_RC, problem.matrix_CC, keep_RC, start_RC, self.refit_steps) / rows.scale_R1
         error_RC = refit_RC - weight_RC * problem.scale_C
         lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
@@ -61,11 +59,11 @@ class KFAC:
         return Pruned((refit_RC / problem.scale_C).masked_fill_(~keep_RC, 0), keep_RC, max(lost, 0.0), notes)
 
 
-def ridge_of(rows: Rows, eigen: Eigen) -> Callable[[float], Callable[[Tensor], Tensor]]:
+def ridge_of(basis: Basis, eigen: Eigen) -> Callable[[float], Callable[[Tensor], Tensor]]:
     """Of a rho, what solves B X A + rho X = value for X: elementwise in the two eigenbases."""
 
     def ridge(rho: float) -> Callable[[Tensor], Tensor]:
-        both_RC = rows.values_R1 * eigen.values_C + rho
-        return lambda value_RC: rows.turned_back(rows.turned(value_RC @ eigen.vectors_CC).div_(both_RC)) @ eigen.vectors_CC.T
+        both_RC = basis.values_R1 * eigen.values_C + rho
+        return lambda value_RC: basis.turned_back(basis.turned(value_RC @ eigen.vectors_CC).div_(both_RC)) @ eigen.vectors_CC.T
 
     return ridge

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from llmprune.maths import coupled_rows
-from llmprune.maths.coupled_rows import coupled, coupled_refit, gram_of_rows, in_blocks, rows_together
+from llmprune.maths.coupled_rows import coupled, coupled_refit, gram_of_rows, in_blocks, rows_together, with_identity
 from llmprune.patterns.nm import NM
 from llmprune.patterns.unstructured import Unstructured
 from llmprune.solvers.admm import ADMM
+from llmprune.solvers.coupled_refit import CoupledRefit
 from llmprune.solvers.kfac import KFAC
 from llmprune.types import Stats
 
@@ -65,7 +66,8 @@ def test_the_eigenbasis_is_that_of_the_rows(blocks: int) -> None:
     weight_RC, stats = problem(blocks=blocks)
     assert stats.grad_out_gram_BQQ is not None
     rows = coupled(stats.grad_out_gram_BQQ, 400, 0.1, torch.float64)
-    torch.testing.assert_close(rows.turned_back(rows.values_R1 * rows.turned(weight_RC)), rows.times(weight_RC))
+    basis = rows.basis()
+    torch.testing.assert_close(basis.turned_back(basis.values_R1 * basis.turned(weight_RC)), rows.times(weight_RC))
     torch.testing.assert_close(rows.matrix_BQQ.diagonal(dim1=-2, dim2=-1), torch.ones(blocks, ROWS // blocks, dtype=torch.float64))
 
 
@@ -128,3 +130,21 @@ def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rows_together(rows) for rows in (7, 10, 12, 20, 22, 23)] == [7, 10, 6, 10, 2, 1]
     gradient_TR = random(30, 12)
     torch.testing.assert_close(gram_of_rows(gradient_TR), torch.stack([g.T @ g for g in gradient_TR.split(6, dim=1)]))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_quick_relative_solves_for_the_mask_of_the_diagonal(blocks: int) -> None:
+    """Largest w^2 G_rr H_cc are kept, and their values are those of the densely solved Kronecker problem."""
+    weight_RC, stats = problem(blocks=blocks)
+    assert stats.gram_CC is not None
+    assert stats.grad_out_gram_BQQ is not None
+    found = CoupledRefit(damping=0.01, steps=2000).solve(weight_RC, None, stats, Unstructured("matrix"), ROWS * COLUMNS // 2)
+    h_CC = stats.gram_CC + 0.01 * stats.gram_CC.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    mixed_BQQ = with_identity(stats.grad_out_gram_BQQ, 400)
+    diagonal_R1 = mixed_BQQ.diagonal(dim1=-2, dim2=-1).reshape(-1, 1)
+    saliency_RC = weight_RC.square() * diagonal_R1 * h_CC.diagonal()
+    assert float(saliency_RC[found.keep_RC].min()) >= float(saliency_RC[~found.keep_RC].max())
+    assert int(found.keep_RC.sum()) == ROWS * COLUMNS // 2
+    whole, kept = torch.kron(torch.block_diag(*mixed_BQQ), h_CC), found.keep_RC.flatten()
+    wanted = torch.linalg.solve(whole[kept][:, kept], whole[kept] @ weight_RC.flatten())
+    torch.testing.assert_close(found.weight_RC.flatten()[kept], wanted, rtol=1e-4, atol=1e-5)
