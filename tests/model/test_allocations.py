@@ -61,7 +61,8 @@ def test_our_own_presets_choose_fisher_and_papers_stay_uniform() -> None:
         ({"sparsity": 0.5}, "fisher"),
         ({"sparsity": 0.5, "pattern": "block:2x4"}, "fisher"),
         ({"pattern": "2:4"}, "uniform"),
-        ({"sparsity": 0.5, "quality": "fast"}, "uniform"),
+        ({"sparsity": 0.5, "quality": "fast"}, "fisher"),
+        ({"pattern": "2:4", "quality": "fast"}, "uniform"),
         ({"sparsity": 0.5, "method": "alps"}, "uniform"),
         ({"sparsity": 0.5, "allocation": "uniform"}, "uniform"),
     ):

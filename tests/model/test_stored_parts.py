@@ -99,7 +99,8 @@ def test_an_interrupted_run_goes_on_with_the_same_parts(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-BY_ROWS = [{"quality": "fast", "pattern": "2:4"}, {"method": "sparsegpt", "pattern": "2:4"}, {"method": "wanda", "sparsity": 0.5}]
+REFITTED = {"criterion": "wanda", "solver": "refit", "target": "asymmetric", "pattern": "2:4"}
+BY_ROWS = [REFITTED, {"method": "sparsegpt", "pattern": "2:4"}, {"method": "wanda", "sparsity": 0.5}]
 
 
 def halved(matrix: Matrix) -> list[Matrix]:
@@ -110,9 +111,7 @@ def halved(matrix: Matrix) -> list[Matrix]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "ask", [{"quality": "fast", "pattern": "2:4"}, {"method": "sparsegpt", "pattern": "2:4"}, {"method": "wanda", "sparsity": 0.5}]
-)
+@pytest.mark.parametrize("ask", BY_ROWS)
 def test_parts_of_any_matrix_are_pruned_as_its_rows_are(family: str, ask: dict[str, Any]) -> None:
     """By methods that go row by row, also stage by stage; those that write into the stream stay whole, for what their products are added to."""
     plan = Recipe(model="x", allocation="uniform", **ask).plan()
