@@ -25,6 +25,7 @@ from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
 from llmprune.maths.linalg import enough_tokens, few_tokens
+from llmprune.maths.mixed_precision import faster_in_half
 from llmprune.model.matrices import Matrix, Selection, unrecognised
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import is_wrapper
@@ -107,7 +108,7 @@ class Job:
             f"{recipe['pattern']} at {goal}{f' ({rounded})' if rounded else ''} by {parts}{group}, {recipe['allocation']} ratios{apart}\n"
             f"{self.describe_data()}\n{self.few_tokens()}"
             f"{self.footprint}\n"
-            f"output: {self.output} ({self.describe_size()}), {self.stream.device}, {dtype}"
+            f"output: {self.output} ({self.describe_size()}), {self.stream.device}, {dtype}{self.mixed()}"
             + (f"; without {', '.join(left)}, larger than {LARGEST:,} bytes" if left else "")
             + ("" if self.stream.resumable else "; the whole model in memory, not resumable: its tensors cannot be converted block by block")
         )
@@ -116,6 +117,12 @@ class Job:
         """The parameters of blocks that no pattern sees, because they are not recognised as matrices; those of every block once."""
         others = sorted({key for block in self.stream.walk.blocks for key in unrecognised(block)})
         return f", {listed(others)} not among them" if others else ""
+
+    def mixed(self) -> str:
+        """Whether training steps will be in mixed precision."""
+        plan, trains = self.plan, self.plan.polish_steps or self.plan.reconstruct is not None
+        there = self.stream.dtype == torch.float32 and faster_in_half(self.stream.device)
+        return ", products of training steps in bfloat16" if trains and plan.mixed_precision and there else ""
 
     def few_tokens(self) -> str:
         """A line about matrices that will rest on few tokens, where there are any."""
