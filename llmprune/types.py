@@ -45,7 +45,6 @@ class Stats:
     shrunk: float = field(default=0.0, metadata=DERIVED)  # growth of the Gram matrix's diagonal, relative to the sums (maths/linalg.py, shrink)
     cross_CC: Tensor | None = field(default=None, metadata=SUM)  # sum of x x'^T: dense path's inputs by the pruned path's
     partner_RC: Tensor | None = field(default=None, metadata=SUM)  # sum of (p - p') x'^T: what the products are added to; one matrix's own
-    row_weight_R: Tensor | None = field(default=None, metadata=DERIVED)  # of the rows against each other in the choice of the mask; one matrix's own
     several: bool = field(default=False, metadata=_said("own"))  # it has different inputs in one forward
     norm_scale_C: Tensor | None = field(default=None, metadata=OF_NORM)  # scale of the norm whose output this is, if it is one's
     # of the dense model's summed next-token loss; one matrix's own (see statistics/gradients.py)

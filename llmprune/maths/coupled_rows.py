@@ -94,7 +94,15 @@ def with_identity(gram_BQQ: Tensor, tokens: int, least: float = LEAST) -> Tensor
 def felt(value: Tensor, root_BQQ: Tensor) -> Tensor:
     """[..., R] values of outputs, turned so that their squares sum to what the loss feels: v G_d v^T. root: the Cholesky factor of G_d."""
     blocks, size, _ = root_BQQ.shape
-    return torch.einsum("...bq,bqk->...bk", value.float().unflatten(-1, (blocks, size)), root_BQQ).flatten(-2)
+    return torch.einsum("...bq,bqk->...bk", value.to(root_BQQ.dtype).unflatten(-1, (blocks, size)), root_BQQ).flatten(-2)
+
+
+def root_of(stats: Stats, least: float) -> Tensor | None:
+    """[B, Q, Q] in float64: the Cholesky factor of G_d of a matrix's outputs; None where no gradient reached it."""
+    gram_BQQ = stats.grad_out_gram_BQQ
+    if gram_BQQ is None or not bool(gram_BQQ.any()):
+        return None
+    return torch.linalg.cholesky(with_identity(gram_BQQ, stats.grad_tokens, least))
 
 
 def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> Rows:

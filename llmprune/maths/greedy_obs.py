@@ -1,8 +1,9 @@
 """Greedy choice of the input units whose removal costs a matrix least, when the least-squares refit of all others compensates for them.
 
-With A = (H + d I)^-1 and W the refit so far, also dropping unit g (columns of one head, one channel) costs, summed over rows and tokens,
+With A = (H + d I)^-1 and W the refit so far, also dropping unit g (columns of one head, one channel) costs, summed over tokens and in a metric
+G = L L^T of the outputs,
 
-    sum_r lam_r w_r,g (A_gg)^-1 w_r,g^T = tr (A_gg)^-1 S_gg,    S = W^T diag(lam) W,
+    tr G W_g (A_gg)^-1 W_g^T = tr (A_gg)^-1 S_gg,    S = W^T G W = (L^T W)^T (L^T W),
 
 and leaves W - W_g (A_gg)^-1 A_g: and A - A_:g (A_gg)^-1 A_g:, the inverse on the remaining columns. The cheapest unit is dropped, and all
 others are priced again.
@@ -10,9 +11,8 @@ Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain S
 https://papers.nips.cc/paper/647-second-order-derivatives-for-network-pruning-optimal-brain-surgeon; in blocks as in Kurtic et al., ZipLM,
 https://arxiv.org/abs/2302.04089.
 
-Only A and S are carried, never W: lam and any other weighing of the rows go into S once, and the changes of
-both have low rank, so they are collected over a slab of steps and applied by one matrix product, as a blocked Cholesky factorisation does.
-Nothing is approximated by this.
+Only A and S are carried, never W: the metric goes into S once, and the changes of both have low rank, so they are collected over a slab of steps
+and applied by one matrix product, as a blocked Cholesky factorisation does. Nothing is approximated by this.
 
 Shapes: R = output rows, C = input columns, U = units, K = columns of a unit, N = columns that units hold, P = columns dropped in a slab.
 """
@@ -50,25 +50,21 @@ def greedy_obs(
     columns_UK: Tensor,
     remove: int,
     groups: int = 1,
-    row_weight_R: Tensor | None = None,
     damping: float = 0.01,
     slab: int = SLAB,
 ) -> Chosen:
     """Drop ``remove`` units one by one, ``remove / groups`` from each of ``groups`` equal runs of units. Ties by position.
 
-    weight_RC: the reader (or its asymmetric target). gram_CC: of its inputs, undamped. columns_UK: what each unit holds; columns that no unit holds
-    are kept, and take part in the refit. row_weight_R: sqrt(lam), as in types.Stats; only ratios between rows matter. Works in float64, on about 5
-    C^2 numbers at a time, with some 4 C^2 operations for every dropped column.
+    weight_RC: L^T W of the reader (or of its asymmetric target), W itself without a metric. gram_CC: of its inputs, undamped. columns_UK: what each
+    unit holds; columns that no unit holds are kept, and take part in the refit. Works in float64, on about 5 C^2 numbers at a time, with some 4 C^2
+    operations for every dropped column.
     Raises StoppedError as linalg.definite does.
     """
     units, width = columns_UK.shape
     assert remove <= units
     assert remove % groups == 0, "equal numbers are dropped from every run of units"
     assert units % groups == 0, "runs of units are equal"
-    rows_RC = weight_RC.double()
-    if row_weight_R is not None:
-        rows_RC = rows_RC * row_weight_R.to(rows_RC).unsqueeze(1)
-    left, notes = _start(rows_RC, gram_CC, columns_UK, damping)
+    left, notes = _start(weight_RC.double(), gram_CC, columns_UK, damping)
     keep_U = torch.ones(units, dtype=torch.bool, device=gram_CC.device)
     quota_G = torch.full((groups,), remove // groups, device=gram_CC.device)
     dropped: list[tuple[int, float]] = []

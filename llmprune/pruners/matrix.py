@@ -93,7 +93,7 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, pattern: Pattern, drop: i
     if plan.asymmetric:
         weight_RC = asymmetric_target(weight_RC, stats)
     dead, few = dead_inputs(stats), few_tokens(weight_RC.shape[1], stats.tokens, plan.ours)
-    stats = trusted(weighed(stats, plan), few)
+    stats = trusted(stats, few)
     pruned = plan.solver.solve(weight_RC, scored(weight_RC, stats, plan), stats, pattern, drop)
     lost = pruned.lost
     if lost is not None and stats.shrunk:  # the solver's own figure includes the enlarged diagonal
@@ -105,13 +105,6 @@ def solve(weight_RC: Tensor, stats: Stats, plan: Plan, pattern: Pattern, drop: i
 def unreached(plan: Plan, stats: Stats) -> bool:
     """Whether no token reached the matrix, so that the plan's statistics are missing."""
     return bool(plan.needs and stats.tokens == 0) or bool(plan.needs & PER_WEIGHT and stats.grad_tokens == 0)
-
-
-def weighed(stats: Stats, plan: Plan) -> Stats:
-    """With the weights of the rows, sqrt(E g_r^2) of their outputs, if the plan asks for them and any gradient reached the matrix."""
-    if not plan.fisher_rows or stats.grad_out_sq_R is None or not bool(stats.grad_out_sq_R.any()):
-        return stats
-    return replace(stats, row_weight_R=(stats.grad_out_sq_R / stats.grad_tokens).sqrt())
 
 
 def trusted(stats: Stats, few: bool) -> Stats:

@@ -27,7 +27,6 @@ class Plan:
     sparsity: float
     structure: Structure | None = None
     asymmetric: bool = False  # prune towards the dense path's outputs, stage by stage (llmprune.maths.asymmetric_target)
-    fisher_rows: bool = False  # weigh rows by the Fisher information of their outputs
     reconstruct: BlockSolver | None = None  # trains every block once its matrices are pruned
     permute: bool = False  # reorder input channels so that N:M holds more
     polish_steps: int = 0  # of distillation of the whole pruned model
@@ -41,14 +40,13 @@ class Plan:
     def needs(self) -> frozenset[Stat]:
         own: frozenset[Stat] = self.criterion.needs if self.criterion else frozenset()
         target: frozenset[Stat] = frozenset({"gram"} if self.asymmetric else ())
-        rows: frozenset[Stat] = frozenset({"grad_out_sq"} if self.fisher_rows else ())
         means: frozenset[Stat] = frozenset({"input_sum"} if self.mean_bias else ())
-        return own | self.solver.needs | target | rows | means
+        return own | self.solver.needs | target | means
 
     @property
     def output_metric(self) -> bool:
         """Whether blocks are trained in the metric of the loss's gradients at their outputs: where such gradients are taken anyway."""
-        return self.reconstruct is not None and bool(self.needs & {"grad_out_gram", "grad_out_sq"})
+        return self.reconstruct is not None and "grad_out_gram" in self.needs
 
     def pattern_of(self, matrix: str, ratio: float) -> Pattern:
         """The pattern of one matrix, by its full name, at a ratio: units of one structure differ from matrix to matrix."""

@@ -21,7 +21,6 @@ class Method:
     solver: str  # one for matrices; "+reconstruct" trains the block after it
     group: Group
     asymmetric: bool = False  # aims at the dense path's outputs (llmprune.maths.asymmetric_target)
-    fisher_rows: bool = False  # weighs rows by the Fisher information of their outputs
     allocation: str = "uniform"  # of unstructured sparsity
     polish_steps: int = 0  # of whole-model distillation at the end
     mean_bias: bool = False  # biases compensate for the means of dropped inputs
@@ -61,8 +60,8 @@ STRUCTURED = tuple(STRUCTURED_PATTERNS)
 # The qualities for these; scores are summed over the columns of the matrix that reads a unit.
 STRUCTURED_QUALITIES = {
     "fast": Method("wanda", "refit", "matrix", asymmetric=True, allocation="auto"),
-    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, fisher_rows=True, allocation="auto"),
-    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, fisher_rows=True, allocation="auto", polish_steps=POLISH_STEPS),
+    "balanced": Method(None, "block_obs", "matrix", asymmetric=True, allocation="auto"),
+    "max": Method(None, "block_obs+reconstruct", "matrix", asymmetric=True, allocation="auto", polish_steps=POLISH_STEPS),
 }
 
 STRUCTURED_METHODS = {

@@ -270,7 +270,6 @@ class Recipe(BaseModel):
             allocation=made["allocation"],
             sparsity=self.most if self.ratio is None else self.ratio,
             asymmetric=parts.asymmetric,
-            fisher_rows=parts.fisher_rows,
             permute=self.permute,
             polish_steps=parts.polish_steps,
             mixed_precision=self.dtype == "auto",
@@ -317,7 +316,6 @@ class Recipe(BaseModel):
         if not any(getattr(self, name) for name in NAMED) and self.pattern not in COARSE:
             value["quality"] = DEFAULT_QUALITY
         value["target"] = "asymmetric" if parts.asymmetric else "symmetric"
-        value["fisher_rows"] = parts.fisher_rows
         methods = self.methods()
         given = assigned(self.options, methods)
         value["options"] = {f"{role}.{name}": said for role, options in given.items() for name, said in sorted(options.items())}

@@ -1,5 +1,5 @@
 """Any criterion's mask, then Adam on all kept weights of a block, min ||block(x') - y||^2: x' is the block's input on the pruned path, y the
-output of the dense block. Where the loss's gradients are taken anyway (by ``kfac``, or to weigh rows), an error e counts as the loss feels it,
+output of the dense block. Where the loss's gradients are taken anyway (by ``kfac`` and ``block_obs``), an error e counts as the loss feels it,
 e G_d e^T with those at the block's outputs (llmprune.maths.coupled_rows). Masks are frozen; norm scales and biases are trained too. After another
 solver (``admm+reconstruct``) it starts from that one's weights.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmprune.maths.coupled_rows import gram_of_rows, rows_together, with_identity
+from llmprune.maths.coupled_rows import LEAST, gram_of_rows, root_of, rows_together
 from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
 from llmprune.statistics.gradient_taps import LARGE, Taps
@@ -64,7 +64,8 @@ class LossGradients:
         if index not in self._outputs:
             return None
         gram_BQQ = self._weights[index, "grad_out_gram", ""].to(self._devices[index])
-        return torch.linalg.cholesky(with_identity(gram_BQQ, self._outputs[index])).float() if bool(gram_BQQ.any()) else None
+        root_BQQ = root_of(Stats(grad_out_gram_BQQ=gram_BQQ, grad_tokens=self._outputs[index]), LEAST)
+        return root_BQQ if root_BQQ is None else root_BQQ.float()
 
     def fields(self, index: int, name: str) -> dict[str, Any]:
         """The fields of Stats for one matrix's gradients; zeros where no token reached it, and then grad_tokens is 0."""

@@ -198,4 +198,4 @@ def test_flags_go_on_top_of_the_recipe(cli, small):
     assert ran.code == 0
     saved = json.loads(Path("out/llmprune.json").read_text())["recipe"]
     assert (saved["method"], saved["sparsity"], saved["samples"]) == ("magnitude", 0.2, 8)
-    assert set(saved) == set(Recipe.model_fields) - {"output", "push"} | {"fisher_rows", "packages"}
+    assert set(saved) == set(Recipe.model_fields) - {"output", "push"} | {"packages"}

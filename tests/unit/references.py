@@ -107,7 +107,7 @@ def best_repair(weight_RC: Tensor, keep_RC: Tensor, h_CC: Tensor) -> Tensor:
     return out_RC
 
 
-def naive_greedy(weight_RC: Tensor, h_CC: Tensor, columns: list[list[int]], remove: int, groups: int, lam_R: Tensor) -> tuple[list[bool], float]:
+def naive_greedy(weight_RC: Tensor, h_CC: Tensor, columns: list[list[int]], remove: int, groups: int, metric_RR: Tensor) -> tuple[list[bool], float]:
     """Greedy removal of units of columns, every candidate set's least-squares weights solved anew; (keep flags, weighed error of the last set)."""
     keep = [True] * len(columns)
     run = len(columns) // groups
@@ -119,7 +119,7 @@ def naive_greedy(weight_RC: Tensor, h_CC: Tensor, columns: list[list[int]], remo
         for u in gone:
             keep_C[columns[u]] = False
         change_RC = best_repair(weight_RC, keep_C.expand_as(weight_RC), h_CC) - weight_RC.double()
-        return float((((change_RC @ h_CC.double()) * change_RC).sum(1) * lam_R.double()).sum())
+        return float(((change_RC @ h_CC.double()) * (metric_RR.double() @ change_RC)).sum())
 
     for _ in range(remove):
         gone = [u for u, stays in enumerate(keep) if not stays]

@@ -49,7 +49,7 @@ def summed(value_TC: Tensor, dense_TC: Tensor) -> Stats:
 
 def test_every_field_says_what_it_is() -> None:
     roles = {f.name: f.metadata["role"] for f in fields(Stats)}
-    assert {name for name, role in roles.items() if role == "derived"} == {"shrunk", "row_weight_R", "beside_C", "factors"}
+    assert {name for name, role in roles.items() if role == "derived"} == {"shrunk", "beside_C", "factors"}
     assert {name for name, role in roles.items() if role == "own"} == {"norm_scale_C", "first_grad_RC", "several"}
     assert all(shape_of(f.name) in ("R", "C", "RC", "CC", "BQQ") for f in fields(Stats) if "Tensor" in str(f.type))
     assert len(STATISTICS) == len({f.name for f in STATISTICS.values()})
@@ -93,14 +93,14 @@ def test_sums_of_both_halves_are_those_of_all() -> None:
 
 def test_what_no_token_reached_adds_nothing_and_what_is_derived_is_left_out() -> None:
     stats = summed(random(10, C), random(10, C, seed=1))
-    stats.factors["of"] = stats.row_weight_R = torch.ones(R)
+    stats.factors["of"] = stats.beside_C = torch.ones(C)
     stats.norm_scale_C = torch.ones(C)
     for both in (stats + Stats(), Stats() + stats):
         assert all(torch.equal(ours, wanted) for (_, ours), (_, wanted) in zip(both.accumulated(), stats.accumulated(), strict=True))
         assert both.tokens == 10
         assert both.norm_scale_C is stats.norm_scale_C
         assert both.factors == {}
-        assert both.row_weight_R is None
+        assert both.beside_C is None
 
 
 def test_gradients_of_both_halves_are_those_of_all() -> None:

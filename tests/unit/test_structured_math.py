@@ -50,11 +50,11 @@ def sums(value_TC: Tensor, **more: Tensor) -> Stats:
 def test_greedy_obs_is_the_greedy_removal_by_solving_anew(units: int, width: int, remove: int, groups: int, slab: int, weighed: bool) -> None:
     for seed in range(3):
         weight_RC, value_TC = make_weight(6, units * width, seed).double(), make_inputs(units * width, seed + 9)
-        row_weight_R = random(6, seed=seed).abs() if weighed else None
+        root_RR = random(6, 6, seed=seed).double() if weighed else torch.eye(6, dtype=torch.float64)
         columns_UK = torch.randperm(units * width, generator=generator(seed)).view(units, width)  # heads may lie anywhere
-        chosen = greedy_obs(weight_RC, value_TC.T @ value_TC, columns_UK, remove, groups, row_weight_R, DAMPING, slab)
-        lam_R = torch.ones(6) if row_weight_R is None else row_weight_R.square()
-        keep, lost = naive_greedy(weight_RC, damped(value_TC.T @ value_TC, DAMPING), columns_UK.tolist(), remove, groups, lam_R)
+        chosen = greedy_obs(root_RR.T @ weight_RC, value_TC.T @ value_TC, columns_UK, remove, groups, DAMPING, slab)
+        metric_RR = root_RR @ root_RR.T
+        keep, lost = naive_greedy(weight_RC, damped(value_TC.T @ value_TC, DAMPING), columns_UK.tolist(), remove, groups, metric_RR)
         assert chosen.keep_U.tolist() == keep
         assert chosen.lost == pytest.approx(lost, rel=1e-8)
 
@@ -73,7 +73,7 @@ def test_columns_of_no_unit_stay_and_make_up_for_others() -> None:
     weight_RC, value_TC = make_weight(4, 10).double(), make_inputs(10)
     gram_CC, columns_UK = value_TC.T @ value_TC, torch.tensor([[1, 2], [4, 5], [8, 7]])
     chosen = greedy_obs(weight_RC, gram_CC, columns_UK, 2)
-    keep, lost = naive_greedy(weight_RC, damped(gram_CC, DAMPING), columns_UK.tolist(), 2, 1, torch.ones(4))
+    keep, lost = naive_greedy(weight_RC, damped(gram_CC, DAMPING), columns_UK.tolist(), 2, 1, torch.eye(4, dtype=torch.float64))
     assert chosen.keep_U.tolist() == keep
     assert chosen.lost == pytest.approx(lost, rel=1e-8)
 
@@ -87,11 +87,11 @@ def test_what_the_choice_costs_is_what_the_refit_loses() -> None:
 
 
 def test_inputs_are_left_untouched() -> None:
-    weight_RC, gram_CC, row_weight_R = make_weight(3, 8), torch.eye(8) + 0.1, torch.rand(3)
-    copies = weight_RC.clone(), gram_CC.clone(), row_weight_R.clone()
-    greedy_obs(weight_RC, gram_CC, runs(8, 1), 5, row_weight_R=row_weight_R)
+    weight_RC, gram_CC = make_weight(3, 8), torch.eye(8) + 0.1
+    copies = weight_RC.clone(), gram_CC.clone()
+    greedy_obs(weight_RC, gram_CC, runs(8, 1), 5)
     refit_kept(weight_RC, gram_CC, torch.arange(8) < 4)
-    assert all(a.equal(b) for a, b in zip(copies, (weight_RC, gram_CC, row_weight_R), strict=True))
+    assert all(a.equal(b) for a, b in zip(copies, (weight_RC, gram_CC), strict=True))
 
 
 def test_dead_and_doubled_columns_go_first() -> None:
