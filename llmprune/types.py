@@ -47,7 +47,7 @@ class Stats:
     partner_RC: Tensor | None = field(default=None, metadata=SUM)  # sum of (p - p') x'^T: what the products are added to; one matrix's own
     several: bool = field(default=False, metadata=_said("own"))  # it has different inputs in one forward
     norm_scale_C: Tensor | None = field(default=None, metadata=OF_NORM)  # scale of the norm whose output this is, if it is one's
-    # of the dense model's summed next-token loss; one matrix's own (see statistics/gradients.py)
+    # of the dense model's summed next-token loss; one matrix's own (statistics/gradients.py, also for its targets)
     grad_RC: Tensor | None = field(default=None, metadata=LOSS_SUM)  # dL/dW, summed over windows
     grad_sq_RC: Tensor | None = field(default=None, metadata=WINDOW_SUM)  # sum over windows of (dL_n/dW) ** 2
     grad_out_sq_R: Tensor | None = field(default=None, metadata=LOSS_SUM)  # sum over tokens of (dL/dy_r) ** 2, y = W x

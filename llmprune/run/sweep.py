@@ -37,6 +37,7 @@ from llmprune.run.phases import Phases, dense_evaluation, pruned_evaluation, pru
 from llmprune.run.preflight import check_matrices, check_plan
 from llmprune.run.prepare import Job, describe, prepare
 from llmprune.run.windows import Given
+from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import LossGradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
@@ -136,24 +137,31 @@ def files_of(report: SweepReport) -> Iterator[tuple[str, bytes]]:
     yield "sweep.svg", draw(report)
 
 
+def of_weights(plan: Plan) -> bool:
+    """Whether a plan needs gradients of weights, not only of outputs."""
+    return bool(needs_of(plan) & PER_WEIGHT)
+
+
 class Common:
     """What the rows share, computed when the first of them needs it."""
 
     def __init__(self, sweep: Sweep, listen: Listener) -> None:
         self._sweep, self._listen = sweep, listen
-        self._gradients: LossGradients | None = None
+        self._gradients: dict[bool, LossGradients | None] = {}
         self._measured: dict[Any, Measured] = {}
 
-    def gradients(self) -> LossGradients | None:
-        if self._gradients is None:
-            job, plans = self._sweep.job, [plan for _, plan in self._sweep.rows]
+    def gradients(self, kind: bool) -> LossGradients | None:
+        """Of the rows that are ``of_weights``, or of the others: they are taken over different windows and targets."""
+        if kind not in self._gradients:
+            job = self._sweep.job
+            plans = [plan for _, plan in self._sweep.rows if of_weights(plan) == kind]
             needs, outputs = frozenset().union(*(needs_of(plan) for plan in plans)), any(plan.output_metric for plan in plans)
-            self._gradients = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, outputs, self._listen)
-        return self._gradients
+            self._gradients[kind] = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, outputs, self._listen)
+        return self._gradients[kind]
 
     def work(self, plan: Plan) -> Work:
         """A row's."""
-        return replace(self._sweep.job.work, plan=plan, gradients=self.gradients())
+        return replace(self._sweep.job.work, plan=plan, gradients=self.gradients(of_weights(plan)))
 
     def ratios(self, plan: Plan) -> Ratios:
         """The ratio of each matrix by a plan."""
@@ -194,7 +202,8 @@ def row_of(recipe: Recipe, plan: Plan, dense: list[Dense], rows: list[Row], seco
 @torch.no_grad()
 def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], common: Common) -> Iterator[SweepRow]:
     """All rows in one pass over the dense model: what enters its matrices is summed, and factored, once; every row prunes by it."""
-    stream, gradients = job.stream, common.gradients()
+    stream, kinds = job.stream, [of_weights(plan) for _, plan in rows]
+    gradients = {kind: common.gradients(kind) for kind in set(kinds)}
     assert isinstance(stream, CheckpointStream)
     ratios = [common.ratios(plan) for _, plan in rows]
     drafts, found, seconds = [stream.draft() for _ in rows], [[] for _ in rows], [0.0] * len(rows)  # type: ignore[var-annotated]
@@ -203,13 +212,15 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], co
     for index, matrices in job.matrices.items() if rows else ():
         with stream.block(index) as block:
             statistics = survey(flow, index, block, matrices, needs)
-            if gradients is not None:
-                gradients.add_to(index, statistics)
             sums = dict.fromkeys({plan.ours for _, plan in rows}, statistics)  # the two kinds trust them differently where there are few tokens
             if len(sums) == 2 and any(few_tokens(m.columns, statistics[m.name].tokens, ours=True) for m in matrices):
                 sums[False] = deepcopy(statistics)
             for ours, own in sums.items():
                 shrink(own.values(), ours)
+            graded = {(ours, kind): dict(own) for ours, own in sums.items() for kind in gradients}
+            for (_, kind), own in graded.items():
+                if (found_gradients := gradients[kind]) is not None:
+                    found_gradients.add_to(index, own)
             weights = {p: block.get_parameter(p).clone() for p in {m.parameter for m in matrices}}
             for number, ((_, plan), draft) in enumerate(zip(rows, drafts, strict=True)):
                 began = perf_counter()
@@ -217,7 +228,8 @@ def quick_rows(job: Job, rows: list[tuple[Recipe, Plan]], dense: list[Dense], co
                     block.get_parameter(name).copy_(value)
                 asked = ratios[number].asked
                 found[number] += [
-                    prune_matrix(stream, index, block, m, sums[plan.ours][m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"]) for m in matrices
+                    prune_matrix(stream, index, block, m, graded[plan.ours, kinds[number]][m.name], plan, asked[f"{stream.path_of(index)}.{m.name}"])
+                    for m in matrices
                 ]
                 with stream.trial(draft):
                     stream.keep(index, weights)

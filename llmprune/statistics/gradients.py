@@ -2,6 +2,8 @@
 
 Forward once, keeping the input of each block; then backward from the loss: each block is loaded again, run again on its input, and passes the
 gradient of that input to the block before. L = sum over the targets of all windows of the next-token negative log-likelihood; L_n is window n's.
+Targets are the text's next tokens for gradients of weights; where only the second moment of the outputs' gradients is wanted, they are drawn from the
+model's own predictions, which makes it the Fisher information (Kunstner et al., https://arxiv.org/abs/1905.12558).
 
 Shapes: N = windows, L = tokens of a window, D = hidden width, R = output rows, C = input columns.
 """
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 from llmprune.maths.coupled_rows import LEAST, gram_of_rows, root_of, rows_together
 from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
-from llmprune.statistics.gradient_taps import LARGE, Taps
+from llmprune.model.pictures import IGNORED
+from llmprune.statistics.gradient_taps import LARGE, PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, shape_of, statistics_of
 
 GRADIENTS = statistics_of("loss", "window losses")
+SEED = 0  # of drawn targets
 
 
 class LossGradients:
@@ -123,7 +127,8 @@ def loss_gradients(
     shared = HandedOn()
     blocks = len(stream.names)
     entered = forward(flow, shared, listen)
-    result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs))
+    draw = None if needs & PER_WEIGHT else torch.Generator(stream.device_of(blocks)).manual_seed(SEED)
+    result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs, draw))
     for index in reversed(range(blocks)):
         with stream.block(index) as block, frozen(block):
             taps = Taps(block, matrices[index], needs)
@@ -156,26 +161,38 @@ def forward(flow: Flow, shared: HandedOn, listen: Listener) -> MemoryHidden | Fi
     return entered
 
 
-def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat]) -> Taps:
-    """``flow.outputs`` becomes dL / d(output of the last block), one window at a time, because logits are large. Sums of the head, if asked for."""
+def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat], draw: torch.Generator | None = None) -> Taps:
+    """``flow.outputs`` becomes dL / d(output of the last block), one window at a time, because logits are large. Sums of the head, if asked for.
+    draw: of targets from the predictions.
+    """
     with flow.stream.block(len(flow.stream.names)) as head:
         taps = Taps(head, matrices, needs)
-        gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps) for ids_1L, hidden_1LD in flow.windows())
+        gradients = (_window_gradient(flow, ids_1L, hidden_1LD, taps, draw) for ids_1L, hidden_1LD in flow.windows())
         for batch, ids_NL in enumerate(flow.ids):
             flow.outputs[batch] = torch.cat([next(gradients) for _ in range(len(ids_NL))])
     taps.close(flow.stream.path_of(len(flow.stream.names)))
     return taps
 
 
-def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps) -> Tensor:
+def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps, draw: torch.Generator | None) -> Tensor:
     leaf_1LD = hidden_1LD.clone().requires_grad_()
     with torch.enable_grad():
         with taps:
             logits_LV = flow.stream.walk.logits(ids_1L, leaf_1LD.clone())[0]
-        loss = F.cross_entropy(logits_LV[:-1].float(), flow.stream.walk.pictures.targets(ids_1L[0]), reduction="sum")
+        targets_L, logits_LV = flow.stream.walk.pictures.targets(ids_1L[0]), logits_LV[:-1].float()
+        if draw is not None:
+            targets_L = drawn(logits_LV, targets_L, draw)
+        loss = F.cross_entropy(logits_LV, targets_L, reduction="sum")
     (gradient_1LD,) = torch.autograd.grad(loss, leaf_1LD)
     taps.next_batch()
     return gradient_1LD
+
+
+@torch.no_grad()
+def drawn(logits_LV: Tensor, targets_L: Tensor, draw: torch.Generator) -> Tensor:
+    """Targets drawn from the predictions, in place of those that count."""
+    drawn_L = torch.multinomial(logits_LV.softmax(-1), 1, generator=draw).squeeze(1)
+    return torch.where(targets_L == IGNORED, targets_L, drawn_L)
 
 
 def backward(flow: Flow, index: int, block: nn.Module, batch: int, entered_NLD: Tensor, taps: Taps, shared: HandedOn) -> Tensor:

@@ -22,7 +22,7 @@ from llmprune.errors import RequestError
 from llmprune.model.carried import Handed
 from llmprune.model.matrices import block_matrices
 from llmprune.run.prepare import open_stream
-from llmprune.statistics.gradients import loss_gradients
+from llmprune.statistics.gradients import SEED, loss_gradients
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
 from llmprune.types import SILENT, Stats
@@ -114,9 +114,11 @@ def gradients_by_hooks(model: Any, path: str) -> dict[tuple[int, str], Tensor]:
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
                 watch((i, f"{name}.weight"), module)
+    draw = torch.Generator().manual_seed(SEED)  # of targets from the predictions
     for ids_1L in IDS.split(1):
-        logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0]
-        F.cross_entropy(logits_LV[:-1].float(), ids_1L[0, 1:], reduction="sum").backward()
+        logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
+        targets_L = torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=draw)[:, 0]
+        F.cross_entropy(logits_LV, targets_L, reduction="sum").backward()
     return sums
 
 

@@ -26,7 +26,7 @@ from llmprune.maths import coupled_rows
 from llmprune.maths.coupled_rows import felt, rows_together
 from llmprune.model.matrices import Matrix, Selection
 from llmprune.statistics.gradient_taps import Taps
-from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
+from llmprune.statistics.gradients import GRADIENTS, SEED, LossGradients, loss_gradients
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden
@@ -62,9 +62,15 @@ def gradients(stream: Stream, *needs: Stat, selection: Selection = EVERYTHING) -
     return loss_gradients(stream, WINDOWS_NL, selected(stream, selection), frozenset(needs))
 
 
-def window_loss(model: nn.Module, ids_L: Tensor) -> Tensor:
-    logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0]
-    return F.cross_entropy(logits_LV[:-1], ids_L[1:], reduction="sum")
+def window_loss(model: nn.Module, ids_L: Tensor, draw: torch.Generator | None = None) -> Tensor:
+    """draw: of targets from the predictions; else they are the next tokens."""
+    logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0, :-1]
+    targets_L = ids_L[1:] if draw is None else torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=draw)[:, 0]
+    return F.cross_entropy(logits_LV, targets_L, reduction="sum")
+
+
+def drawing() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
 
 
 def of(matrix: Matrix, gradient: Tensor | None) -> Tensor:
@@ -135,8 +141,9 @@ def test_output_gradients_are_those_of_hooks(family: str, monkeypatch: pytest.Mo
                 out.register_hook(lambda g, name=name: grams.update({name: g.double().flatten(0, -2).T @ g.double().flatten(0, -2)}))
 
             module.register_forward_hook(watch)
+    draw = drawing()
     for ids_L in WINDOWS_NL:
-        window_loss(twin, ids_L).backward()
+        window_loss(twin, ids_L, draw).backward()
     monkeypatch.setattr(coupled_rows, "MOST_ROWS", 48)  # some matrices have several blocks of rows
     got = gradients(stream, "grad_out_sq", "grad_out_gram")
     for index, ms in selected(stream, EVERYTHING).items():
@@ -335,8 +342,9 @@ def test_the_metric_of_a_block_is_that_of_the_gradients_at_its_outputs(family: s
     for name in names:
         plain.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: kept(name, out))
     grams: dict[str, Tensor] = {}
+    draw = drawing()
     for ids_L in WINDOWS_NL:
-        window_loss(plain, ids_L).backward()
+        window_loss(plain, ids_L, draw).backward()
         for name in names:
             gradient_TD = seen[name].grad.flatten(0, -2).double()
             grams[name] = grams.get(name, 0) + gradient_TD.T @ gradient_TD
