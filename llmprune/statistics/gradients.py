@@ -127,7 +127,7 @@ def loss_gradients(
     shared = HandedOn()
     blocks = len(stream.names)
     entered = forward(flow, shared, listen)
-    draw = None if needs & PER_WEIGHT else torch.Generator(stream.device_of(blocks)).manual_seed(SEED)
+    draw = None if needs & PER_WEIGHT else torch.Generator().manual_seed(SEED)
     result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs, draw))
     for index in reversed(range(blocks)):
         with stream.block(index) as block, frozen(block):
@@ -190,8 +190,10 @@ def _window_gradient(flow: Flow, ids_1L: Tensor, hidden_1LD: Tensor, taps: Taps,
 
 @torch.no_grad()
 def drawn(logits_LV: Tensor, targets_L: Tensor, draw: torch.Generator) -> Tensor:
-    """Targets drawn from the predictions, in place of those that count."""
-    drawn_L = torch.multinomial(logits_LV.softmax(-1), 1, generator=draw).squeeze(1)
+    """Targets drawn from the predictions, in place of those that count: the same ones on any device."""
+    cumulative_LV = logits_LV.softmax(-1).cumsum_(-1)
+    at_L1 = torch.rand(len(logits_LV), 1, generator=draw).to(logits_LV.device) * cumulative_LV[:, -1:]
+    drawn_L = torch.searchsorted(cumulative_LV, at_L1).squeeze(1).clamp_(max=logits_LV.shape[-1] - 1)
     return torch.where(targets_L == IGNORED, targets_L, drawn_L)
 
 

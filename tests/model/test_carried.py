@@ -117,7 +117,8 @@ def gradients_by_hooks(model: Any, path: str) -> dict[tuple[int, str], Tensor]:
     draw = torch.Generator().manual_seed(SEED)  # of targets from the predictions
     for ids_1L in IDS.split(1):
         logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
-        targets_L = torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=draw)[:, 0]
+        at_L1 = torch.rand(len(logits_LV), 1, generator=draw)
+        targets_L = (logits_LV.detach().double().softmax(-1).cumsum(-1) < at_L1).sum(-1)
         F.cross_entropy(logits_LV, targets_L, reduction="sum").backward()
     return sums
 

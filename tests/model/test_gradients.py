@@ -25,8 +25,10 @@ from llmprune.errors import StoppedError
 from llmprune.maths import coupled_rows
 from llmprune.maths.coupled_rows import felt, rows_together
 from llmprune.model.matrices import Matrix, Selection
+from llmprune.model.pictures import IGNORED
 from llmprune.statistics.gradient_taps import Taps
 from llmprune.statistics.gradients import GRADIENTS, SEED, LossGradients, loss_gradients
+from llmprune.statistics.gradients import drawn as drawn_targets
 from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden
@@ -65,8 +67,25 @@ def gradients(stream: Stream, *needs: Stat, selection: Selection = EVERYTHING) -
 def window_loss(model: nn.Module, ids_L: Tensor, draw: torch.Generator | None = None) -> Tensor:
     """draw: of targets from the predictions; else they are the next tokens."""
     logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0, :-1]
-    targets_L = ids_L[1:] if draw is None else torch.multinomial(logits_LV.detach().softmax(-1), 1, generator=draw)[:, 0]
+    targets_L = ids_L[1:] if draw is None else drawn(logits_LV.detach(), draw)
     return F.cross_entropy(logits_LV, targets_L, reduction="sum")
+
+
+def drawn(logits_LV: Tensor, draw: torch.Generator) -> Tensor:
+    """Targets by the inverse of the distribution function."""
+    at_L1 = torch.rand(len(logits_LV), 1, generator=draw)
+    return (logits_LV.double().softmax(-1).cumsum(-1) < at_L1).sum(-1)
+
+
+def test_targets_are_drawn_as_predicted() -> None:
+    """The share of each token is its probability, and what is ignored stays so."""
+    logits_V = torch.tensor([2.0, -1.0, 0.5, -30.0, 1.0])
+    targets_L = torch.zeros(40_000, dtype=torch.long)
+    targets_L[::4] = IGNORED
+    found_L = drawn_targets(logits_V.expand(40_000, 5), targets_L, drawing())
+    assert bool((found_L[::4] == IGNORED).all())
+    shares_V = torch.bincount(found_L[found_L != IGNORED], minlength=5) / 30_000
+    torch.testing.assert_close(shares_V, logits_V.softmax(-1), rtol=0, atol=0.01)
 
 
 def drawing() -> torch.Generator:
