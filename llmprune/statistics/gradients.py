@@ -10,7 +10,7 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, R = output rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from llmprune.statistics.gradient_taps import LARGE, PER_WEIGHT, Taps
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
-from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, shape_of, statistics_of
+from llmprune.types import SILENT, STATISTICS, Listener, Stat, Stats, accumulate, shape_of, statistics_of
 
 GRADIENTS = statistics_of("loss", "window losses")
 SEED = 0  # of drawn targets
@@ -53,13 +53,15 @@ class LossGradients:
             self._held.add((index, stat, name))
         self._tokens |= {(index, name): tokens for name, tokens in taps.tokens.items()}
 
-    def put_output(self, index: int, gradient_NLD: Tensor) -> None:
-        """Add to G of a block's output, for ``metric``."""
-        gradient_TD = gradient_NLD.reshape(-1, gradient_NLD.shape[-1]).float()
-        gram_BQQ = gram_of_rows(gradient_TD)
-        place = index, "grad_out_gram", ""
-        self._weights[place] = gram_BQQ + self._weights[place].to(gram_BQQ.device) if index in self._outputs else gram_BQQ
-        self._outputs[index] = self._outputs.get(index, 0) + len(gradient_TD)
+    def put_output(self, index: int, gradients: Iterable[Tensor]) -> None:
+        """Sum G of a block's output, for ``metric``. gradients: [N, L, D] of each micro-batch."""
+        sums: dict[str, Tensor] = {}
+        self._outputs[index] = 0
+        for gradient_NLD in gradients:
+            gradient_TD = gradient_NLD.reshape(-1, gradient_NLD.shape[-1]).float()
+            accumulate(sums, "output", gram_of_rows(gradient_TD))
+            self._outputs[index] += len(gradient_TD)
+        self._weights[index, "grad_out_gram", ""] = sums["output"]
 
     def metric(self, index: int) -> Tensor | None:
         """[B, Q, Q] in float32: the Cholesky factor of G_d of a block's output (llmprune.maths.coupled_rows); None if it was not asked for, or no
@@ -132,9 +134,9 @@ def loss_gradients(
     for index in reversed(range(blocks)):
         with stream.block(index) as block, frozen(block):
             taps = Taps(block, matrices[index], needs)
+            if outputs:
+                result.put_output(index, (flow.outputs[batch] for batch in range(len(flow))))
             for batch in range(len(flow)):
-                if outputs:
-                    result.put_output(index, flow.outputs[batch])
                 flow.outputs[batch] = backward(flow, index, block, batch, entered[index, batch], taps, shared)
                 taps.next_batch()
             taps.close(stream.path_of(index))
