@@ -82,7 +82,7 @@ def in_blocks(matrix_BQQ: Tensor, value_RC: Tensor) -> Tensor:
     return (matrix_BQQ @ value_RC.view(blocks, size, -1)).view_as(value_RC)
 
 
-def with_identity(gram_BQQ: Tensor, tokens: int, least: float = LEAST) -> Tensor:
+def with_identity(gram_BQQ: Tensor, tokens: int, least: float) -> Tensor:
     """G_d, in float64. tokens: whose gradients are summed in G. least: share of the identity."""
     diagonal_BQ = gram_BQQ.diagonal(dim1=-2, dim2=-1).double()
     share = max(least, 1 / (1 + TRUST * tokens / gram_BQQ.shape[-1]))
@@ -97,12 +97,16 @@ def felt(value: Tensor, root_BQQ: Tensor) -> Tensor:
     return torch.einsum("...bq,bqk->...bk", value.to(root_BQQ.dtype).unflatten(-1, (blocks, size)), root_BQQ).flatten(-2)
 
 
+def known(stats: Stats) -> Tensor | None:
+    """[B, Q, Q]: G of a matrix; None where no gradient reached it."""
+    gram_BQQ = stats.grad_out_gram_BQQ
+    return gram_BQQ if gram_BQQ is not None and bool(gram_BQQ.any()) else None
+
+
 def root_of(stats: Stats, least: float) -> Tensor | None:
     """[B, Q, Q] in float64: the Cholesky factor of G_d of a matrix's outputs; None where no gradient reached it."""
-    gram_BQQ = stats.grad_out_gram_BQQ
-    if gram_BQQ is None or not bool(gram_BQQ.any()):
-        return None
-    return torch.linalg.cholesky(with_identity(gram_BQQ, stats.grad_tokens, least))
+    gram_BQQ = known(stats)
+    return None if gram_BQQ is None else torch.linalg.cholesky(with_identity(gram_BQQ, stats.grad_tokens, least))
 
 
 def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> Rows:
@@ -115,10 +119,8 @@ def coupled(gram_BQQ: Tensor, tokens: int, least: float, dtype: torch.dtype) -> 
 
 def rows_of(weight_RC: Tensor, stats: Stats, least: float) -> Rows:
     """A matrix's rows as its gradients couple them; each by itself where none reached it."""
-    gram_BQQ = stats.grad_out_gram_BQQ
-    if gram_BQQ is None or not bool(gram_BQQ.any()):
-        return uncoupled(weight_RC)
-    return coupled(gram_BQQ, stats.grad_tokens, least, weight_RC.dtype)
+    gram_BQQ = known(stats)
+    return uncoupled(weight_RC) if gram_BQQ is None else coupled(gram_BQQ, stats.grad_tokens, least, weight_RC.dtype)
 
 
 def coupled_refit(rows: Rows, target_RC: Tensor, matrix_CC: Tensor, keep_RC: Tensor, start_RC: Tensor, steps: int) -> Tensor:

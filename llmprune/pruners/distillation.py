@@ -91,7 +91,7 @@ def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor, *, mixed: boo
     ids_1L = ids_1L.to(device)
     with torch.no_grad():
         teacher_LV = stream.walk.logits(ids_1L, hidden_1LD.to(device))[0]
-    with mixed_precision(device, mixed):
+    with mixed_precision(device, hidden_1LD.dtype, mixed):
         logits_LV = stream.walk.model(input_ids=ids_1L, use_cache=False).logits[0]
     return kl(teacher_LV, logits_LV).mean()
 

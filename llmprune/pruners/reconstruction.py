@@ -49,8 +49,9 @@ def reconstruct_block(
     settle = partial(store, flow.stream, index, block, [*masked, *free])
 
     def outputs(batch: int) -> tuple[Tensor, Tensor]:
-        with mixed_precision(device, plan.mixed_precision and torch.is_grad_enabled()):  # errors are measured in float32
-            found, aim = flow.run(index, block, batch), wanted[batch].to(device)
+        aim = wanted[batch].to(device)
+        with mixed_precision(device, aim.dtype, plan.mixed_precision and torch.is_grad_enabled()):  # errors are measured in float32
+            found = flow.run(index, block, batch)
         return (found, aim) if root_BQQ is None else (felt(found, root_BQQ), felt(aim, root_BQQ))
 
     if not masked or not plan.reconstruct.fit(list(masked.values()), list(free.values()), outputs, len(flow), settle):

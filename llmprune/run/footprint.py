@@ -25,7 +25,7 @@ from llmprune.model.matrices import Matrix
 from llmprune.model.skeleton import count_parameters
 from llmprune.pruners.distillation import BYTES_PER_WEIGHT
 from llmprune.pruners.plan import Plan
-from llmprune.ratios.measured import windows_graded
+from llmprune.ratios.measured import needs_of, windows_graded
 from llmprune.statistics.gradient_taps import LARGE
 from llmprune.statistics.gradients import GRADIENTS, shape_at
 from llmprune.statistics.stages import GRAM_SHARE
@@ -135,10 +135,10 @@ class _Estimate:
         block = {"a block's weights": self.block(), "activations": self.activations()}
         waiting = answers | {"hidden states": (flows, self.hidden()), "the dense path's inputs": (1, self.kept())}
         yield "prunes a block", block | self.statistics(), waiting
-        if self.plan.needs & GRADIENTS:
+        if needs := needs_of(self.plan) & GRADIENTS:
             backward = {"activations": 4 * self.activations(), "gradients of a block": max(self.gradients(), default=0)}
             windows_NL = self.data.calibration.ids_NL
-            hidden = self.hidden() * windows_graded(windows_NL, self.plan.needs) // len(windows_NL)
+            hidden = self.hidden() * windows_graded(windows_NL, needs) // len(windows_NL)
             entered = len(self.stream.names) * hidden // 2  # of two, as statistics.gradients places them
             yield "takes gradients", block | backward, answers | {"hidden states": (3, hidden), "inputs of the blocks": (2, entered)}
             yield (

@@ -45,9 +45,8 @@ class Reconstruct:
         batches: int,
         settle: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Train parameters of a block in place. outputs: micro-batch -> (the block's output, the wanted one), in the metric
-        of the errors. settle: rounds the parameters to
-        their stored dtype. False: nothing was gained, and they are as before.
+        """Train parameters of a block in place. outputs: micro-batch -> (the block's output, the wanted one), in the metric of the
+        errors. settle: rounds the parameters to their stored dtype. False: nothing was gained, and they are as before.
         """
 
         def error() -> float:

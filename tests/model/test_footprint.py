@@ -56,6 +56,10 @@ def test_gradients_keep_the_inputs_of_all_blocks(tmp_path, monkeypatch):
             assert next(p.terms for p in found.phases if p.name == name)["inputs of the blocks"] == blocks * calibration
     sums = 4 * blocks * sum(m.out_features**2 for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
     assert found.spilled == sums
+    trained = planned(tmp_path / "model", solver="kfac+reconstruct", target="asymmetric", eval=[])
+    assert trained.spilled == sums + 4 * blocks * 32**2  # the metric of every block's outputs
+    ranked = planned(tmp_path / "model", method="wanda", allocation="fisher", eval=[])
+    assert "takes gradients" in {p.name for p in ranked.phases}
     monkeypatch.setattr("llmprune.run.footprint.memory_of", lambda device: 200 << 20)
     monkeypatch.setattr("llmprune.run.footprint._Estimate.hidden", lambda self: 60 << 20)
     assert planned(tmp_path / "model", quality="balanced", eval=[]).spilled >= sums + blocks * (60 << 20)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import llmprune
 from llmprune.errors import RequestError
 from llmprune.maths.masked_adam import SurvivorAdam, vectors
-from llmprune.maths.mixed_precision import CPU_SUPPORT
+from llmprune.maths.mixed_precision import CPU_SUPPORT, mixed_precision
 from llmprune.model.matrices import Selection
 from llmprune.solvers.reconstruct import Reconstruct
 
@@ -190,3 +190,12 @@ def test_training_steps_are_in_mixed_precision_where_the_cpu_is_faster_so(
     assert report.polish is not None
     assert report.polish.divergence_after < report.polish.divergence_before
     assert sum(row.zeros for row in report.rows) * 2 == sum(row.rows * row.columns for row in report.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_stays_as_it_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ask in CPU_SUPPORT:
+        monkeypatch.setattr(torch.cpu, ask, lambda: True, raising=False)
+    for given, enabled in ((dtype, False), (torch.float32, True)):
+        with mixed_precision(torch.device("cpu"), given, True):
+            assert torch.is_autocast_enabled("cpu") == enabled

@@ -140,7 +140,7 @@ def test_the_quick_relative_solves_for_the_mask_of_the_diagonal(blocks: int) -> 
     assert stats.grad_out_gram_BQQ is not None
     found = CoupledRefit(damping=0.01, steps=2000).solve(weight_RC, None, stats, Unstructured("matrix"), ROWS * COLUMNS // 2)
     h_CC = stats.gram_CC + 0.01 * stats.gram_CC.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
-    mixed_BQQ = with_identity(stats.grad_out_gram_BQQ, 400)
+    mixed_BQQ = with_identity(stats.grad_out_gram_BQQ, 400, 0.1)
     diagonal_R1 = mixed_BQQ.diagonal(dim1=-2, dim2=-1).reshape(-1, 1)
     saliency_RC = weight_RC.square() * diagonal_R1 * h_CC.diagonal()
     assert float(saliency_RC[found.keep_RC].min()) >= float(saliency_RC[~found.keep_RC].max())
