@@ -22,6 +22,7 @@ from llmprune.results import Trial
 from llmprune.statistics.gradient_taps import PER_WEIGHT
 from llmprune.statistics.gradients import GRADIENTS, LossGradients, loss_gradients
 from llmprune.statistics.stages import at_head, at_once
+from llmprune.statistics.sums import COLUMN_SUMS
 from llmprune.stream.clock import Clock
 from llmprune.stream.flow import Flow
 from llmprune.stream.stream import Stream
@@ -60,13 +61,15 @@ def needs_of(plan: Plan) -> frozenset[Stat]:
 
 
 def dense_gradients(
-    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], outputs: bool, listen: Listener
+    stream: Stream, windows_NL: Tensor, matrices: dict[int, list[Matrix]], plans: list[Plan], listen: Listener
 ) -> LossGradients | None:
-    """The loss gradients among ``needs``, of the model before it is pruned; None where there are none. outputs: with those at the blocks' outputs."""
+    """The loss gradients that plans need, of the model before it is pruned; None where there are none."""
+    needs, inputs = (frozenset[Stat]().union(*map(of, plans)) for of in (needs_of, seen_with_gradients))
+    outputs = any(plan.output_metric for plan in plans)
     needs &= GRADIENTS
     if not needs or not any(matrices.values()):
         return None
-    return loss_gradients(stream, windows_NL[: windows_graded(windows_NL, needs)], matrices, needs, listen, outputs)
+    return loss_gradients(stream, windows_NL[: windows_graded(windows_NL, needs)], matrices, needs, listen, outputs, inputs)
 
 
 def windows_graded(windows_NL: Tensor, needs: frozenset[Stat]) -> int:
@@ -85,11 +88,15 @@ def measure(work: Work, listen: Listener) -> Measured:
         levels = {name: thinned(cut.levels, MOST_COUNTS) for name, cut in structure.cut.items()}
         return dict.fromkeys(looking, expert_errors(work.stream, structure, work.windows_NL, levels, listen))
     needs = survey_needs(work.plan, list(looking.values()))
-    forward = any(a.looks_at != "weights" for a in looking.values())
+    inputs = work.gradients.inputs if work.gradients is not None and seen_with_gradients(work.plan) else None
+    forward = inputs is None and any(a.looks_at != "weights" for a in looking.values())
     flow = Flow(work.stream, work.windows_NL[:SURVEY_WINDOWS]) if forward else None
     for index, matrices in work.matrices.items() if looking else ():
         with work.stream.block(index) as block:
-            statistics = survey(flow, index, block, matrices, needs) if flow else {m.name: Stats() for m in matrices}
+            if flow is not None:
+                statistics = survey(flow, index, block, matrices, needs)
+            else:
+                statistics = {m.name: replace(inputs[index][m.name], factors={}) if inputs else Stats() for m in matrices}
             shrink(statistics.values(), work.plan.ours)  # as before a pruning
             if work.gradients is not None:
                 work.gradients.add_to(index, statistics)
@@ -111,6 +118,13 @@ def seen_of(work: Work, index: int, matrix: Matrix, weight_RC: Tensor, stats: St
     levels, units_UK = (thinned(cut.levels), cut.space.readers[0].columns_UK) if cut else ((), None)
     own = replace(plan, asymmetric=False)  # the dense path is the only one
     return Seen(weight_RC, stats, score_RC, partial(_pruned_at, weight_RC, stats, own, full), levels, units_UK)
+
+
+def seen_with_gradients(plan: Plan) -> frozenset[Stat]:
+    """The sums of inputs that the plan's allocations look at, where the gradients' forward gives them; none where they need one of their own."""
+    wanted = survey_needs(plan, [a for a in allocations(plan).values() if a.looks_at != "nothing"]) - GRADIENTS
+    graded = needs_of(plan) & GRADIENTS - {"first_grad"}  # that one's are of one window
+    return wanted if graded and wanted <= COLUMN_SUMS.keys() else frozenset()
 
 
 def survey_needs(plan: Plan, looking: list[Allocation]) -> frozenset[Stat]:

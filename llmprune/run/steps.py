@@ -14,7 +14,7 @@ from llmprune.pruners.choice import coarse_pruner, fine_pruner
 from llmprune.pruners.coarse import COARSE
 from llmprune.pruners.plan import Work
 from llmprune.pruners.unit_scores import graded
-from llmprune.ratios.measured import dense_gradients, needs_of
+from llmprune.ratios.measured import dense_gradients
 from llmprune.ratios.trials import Decision, decide
 from llmprune.recipe.recipe import Recipe
 from llmprune.report.fields import typed
@@ -41,7 +41,7 @@ def with_gradients(work: Work, listen: Listener) -> Work:
     """
     check_carried(work)
     plan, wanted = work.plan, graded(work.stream, work.matrices, work.plan)
-    return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, needs_of(plan), plan.output_metric, listen))
+    return replace(work, gradients=dense_gradients(work.stream, work.windows_NL, wanted, [plan], listen))
 
 
 def check_carried(work: Work) -> None:

@@ -155,8 +155,7 @@ class Common:
         if kind not in self._gradients:
             job = self._sweep.job
             plans = [plan for _, plan in self._sweep.rows if of_weights(plan) == kind]
-            needs, outputs = frozenset().union(*(needs_of(plan) for plan in plans)), any(plan.output_metric for plan in plans)
-            self._gradients[kind] = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, needs, outputs, self._listen)
+            self._gradients[kind] = dense_gradients(job.stream, job.data.calibration.ids_NL, job.matrices, plans, self._listen)
         return self._gradients[kind]
 
     def work(self, plan: Plan) -> Work:

@@ -11,7 +11,7 @@ Shapes: N = windows, L = tokens of a window, D = hidden width, R = output rows, 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from llmprune.model.carried import Call, Carried
 from llmprune.model.matrices import Matrix
 from llmprune.model.pictures import IGNORED
 from llmprune.statistics.gradient_taps import LARGE, PER_WEIGHT, Taps
+from llmprune.statistics.stages import at_head
+from llmprune.statistics.sums import Watch
 from llmprune.stream.flow import Flow
 from llmprune.stream.hidden_states import FileHidden, MemoryHidden, place_hidden
 from llmprune.stream.stream import Stream
@@ -39,6 +41,7 @@ class LossGradients:
     def __init__(self, stream: Stream, matrices: dict[int, list[Matrix]], needs: frozenset[Stat], windows: int) -> None:
         self.needs = needs
         self.windows = windows
+        self.inputs: dict[int, dict[str, Stats]] = {}  # of a block: what enters its matrices, where that was asked for
         self._devices = {index: stream.device_of(index) for index in matrices}
         self._matrices = {(index, m.name): m for index, ms in matrices.items() for m in ms}
         self._tokens: dict[tuple[int, str], int] = {}
@@ -112,13 +115,15 @@ def loss_gradients(
     needs: frozenset[Stat],
     listen: Listener = SILENT,
     outputs: bool = False,
+    inputs: frozenset[Stat] = frozenset(),
 ) -> LossGradients:
     """The gradient statistics among ``needs`` for the matrices of each block, in float32, of the stream's model as it is: dense, if nothing has
     been pruned yet (a stream that has a sink reads finished blocks from there).
 
     grad, grad_sq and first_grad are of [R, C], grad_out_sq of [R], grad_out_gram of [B, Q, Q]; types.Stats defines each. outputs: sum G of
-    the blocks' outputs too. ``listen`` hears of (blocks done, twice the number of blocks). Peak memory: a block, its activations for one
-    micro-batch, the requested sums of its matrices, and the inputs of the blocks unless they are kept in a file.
+    the blocks' outputs too. inputs: statistics of what enters the matrices, for ``LossGradients.inputs``. ``listen`` hears of (blocks done, twice
+    the number of blocks). Peak memory: a block, its activations for one micro-batch, the requested sums of its matrices, and the inputs of the
+    blocks unless they are kept in a file.
     Raises StoppedError when a gradient is not finite.
     """
     needs &= GRADIENTS
@@ -128,7 +133,10 @@ def loss_gradients(
     result = LossGradients(stream, matrices, needs, len(windows_NL))
     shared = HandedOn()
     blocks = len(stream.names)
-    entered = forward(flow, shared, listen)
+    entered, result.inputs = forward(flow, shared, listen, matrices if inputs else {}, inputs)
+    if inputs and matrices.get(blocks):
+        with stream.block(blocks) as head:
+            result.inputs[blocks] = at_head(flow, None, head, matrices[blocks], inputs)
     draw = None if needs & PER_WEIGHT else torch.Generator().manual_seed(SEED)
     result.put(blocks, from_loss(flow, matrices.get(blocks, []), needs, draw))
     for index in reversed(range(blocks)):
@@ -145,22 +153,31 @@ def loss_gradients(
     return result
 
 
-def forward(flow: Flow, shared: HandedOn, listen: Listener) -> MemoryHidden | FileHidden:
-    """The input of each block, by (block, micro-batch). The output of the last one is left in ``flow.hidden``."""
+def forward(
+    flow: Flow, shared: HandedOn, listen: Listener, matrices: dict[int, list[Matrix]], needs: frozenset[Stat]
+) -> tuple[MemoryHidden | FileHidden, dict[int, dict[str, Stats]]]:
+    """(the input of each block, by (block, micro-batch); what enters the matrices). The output of the last block is left in ``flow.hidden``."""
     blocks = len(flow.stream.names)
     # it may take half of the memory: place_hidden reckons with two generations
     entered = place_hidden(blocks * flow.size // 2, flow.stream.device_of(0), flow.stream.scratch)
     for handed in (call.handed for calls in flow.calls for call in calls if call.handed is not None):
         handed.keep = True  # blocks run once more, from the last to the first
+    inputs: dict[int, dict[str, Stats]] = {}
     for index in range(blocks):
         with flow.stream.block(index) as block:
+            watching = Watch(block, matrices[index], needs, path=flow.stream.path_of(index)) if index in matrices else None
             for batch in range(len(flow)):
                 entered[index, batch] = flow.hidden[batch]
-                with shared.written(index, flow.calls[batch][index]):
+                with shared.written(index, flow.calls[batch][index]), watching or nullcontext():
                     flow.outputs[batch] = flow.run(index, block, batch)
+                if watching is not None:
+                    watching.next_batch()
+        if watching is not None:
+            watching.close()
+            inputs[index] = watching.stats
         flow.advance()
         listen.progress("gradients", index + 1, 2 * blocks)
-    return entered
+    return entered, inputs
 
 
 def from_loss(flow: Flow, matrices: list[Matrix], needs: frozenset[Stat], draw: torch.Generator | None = None) -> Taps:
