@@ -157,6 +157,7 @@ class Polished:
     divergence_before: float
     divergence_after: float
     changed: tuple[str, ...]  # full names of the tensors that it changed
+    half: bool = False  # products of the steps were taken in bfloat16
 
 
 @dataclass(frozen=True)

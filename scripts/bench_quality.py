@@ -31,6 +31,7 @@ from llmprune.errors import LlmpruneError
 
 Ask = dict[str, Any]
 REFERENCE = "sparsegpt"
+TALLEST = 1.8  # bar of the picture
 CHOICES: list[Ask] = [{"method": m} for m in ("magnitude", "wanda", "ria", REFERENCE, "alps")] + [{"quality": q} for q in ("fast", "balanced", "max")]
 FLAP = "flap"
 STRUCTURED: list[Ask] = [{"method": m} for m in (FLAP, "taylor")] + [{"quality": q} for q in ("fast", "balanced", "max")]
@@ -65,8 +66,6 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.protocol and not (options.model and options.assets and options.record):
         parser.error("--protocol W needs --model, --assets and --record")
-    if options.protocol and options.plot:
-        parser.error("--plot draws the other tables; omit it with --protocol W")
     return options
 
 
@@ -205,11 +204,16 @@ def draw(ratios: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(ratios), figsize=(4 * len(ratios), 4), sharey=True, layout="constrained", squeeze=False)
     for axis, (where, values) in zip(axes[0], ratios.items(), strict=True):
-        axis.bar(list(values), list(values.values()))
+        bars = axis.bar(list(values), list(values.values()))
+        for bar, value in zip(bars, values.values(), strict=True):
+            cut = value > TALLEST
+            at = bar.get_x() + bar.get_width() / 2, TALLEST if cut else value
+            axis.annotate(f"{value:.2f}", at, fontsize=8, ha="center", va="top" if cut else "bottom", color="white" if cut else "black")
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.tick_params(axis="x", rotation=60)
         axis.set_title(where)
-    axes[0][0].set_ylabel(f"ratio to {REFERENCE}")
+    axes[0][0].set_ylim(0, TALLEST)  # higher bars are cut
+    axes[0][0].set_ylabel(f"excess, as a ratio to {REFERENCE}'s")
     figure.savefig(path)
 
 
@@ -217,9 +221,9 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.protocol:
-        protocol_w(options.model, options.assets, options.record, options.samples, options.seeds, options.only, with_biases)
-        return
-    ratios = (families if options.families else structured if options.structured else perplexities)(options)
+        ratios = protocol_w(options.model, options.assets, options.record, options.samples, options.seeds, options.only, with_biases)
+    else:
+        ratios = (families if options.families else structured if options.structured else perplexities)(options)
     if options.plot:
         draw(ratios, options.plot)
 

@@ -35,19 +35,21 @@ from llmprune.types import SILENT
 
 Plan = dict[str, Any]  # method, pattern, sparsity, samples, seed
 Row = dict[str, Any]  # a plan and what was measured
+Ratios = dict[str, dict[str, float]]  # shape -> method -> excess as a ratio to the reference's
 OWN, OTHERS = "WikiText", ("TinyStories", "bundled")
 WINDOW, OWN_BYTES, OWN_WINDOWS, OTHER_WINDOWS = 512, 125_000, 57, 16
 REFERENCE, FLAP = "sparsegpt", "flap"
-SHAPES = (("2:4", 0.5), ("unstructured", 0.5), ("unstructured", 0.7), ("unstructured", 0.6), ("4:8", 0.5))
+SHAPES = (("unstructured", 0.5), ("unstructured", 0.6), ("unstructured", 0.7), ("2:4", 0.5), ("4:8", 0.5))
 CUTS = (("channels", 0.25), ("structured", 0.2))
 METHODS, CUT_METHODS = (REFERENCE, "balanced", "fast", "wanda", "alps", "magnitude"), (FLAP, "taylor", "balanced")
+ORDER = ("magnitude", "wanda", REFERENCE, "alps", FLAP, "taylor", "fast", "balanced", "max")  # of the table
 DRAWN_AGAIN = (REFERENCE, "balanced")
 QUALITIES = ("fast", "balanced", "max")
 
 
-def protocol_w(model: str, assets: Path, record: Path, samples: int, seeds: int, only: list[str], biased: Callable[[str, Path], str]) -> None:
-    """Make the runs that the record lacks and print the tables. only: names of methods and patterns; all, if there are none. biased: copies a model
-    into a folder, with the biases that FLAP needs.
+def protocol_w(model: str, assets: Path, record: Path, samples: int, seeds: int, only: list[str], biased: Callable[[str, Path], str]) -> Ratios:
+    """Make the runs that the record lacks and print the table; its ratios, by shape and method. only: names of methods and patterns; all, if there
+    are none. biased: copies a model into a folder, with the biases that FLAP needs.
     """
     steady()  # as the command line, whose peak memory is meant
     known = {key(row) for row in rows_of(record)}
@@ -59,12 +61,12 @@ def protocol_w(model: str, assets: Path, record: Path, samples: int, seeds: int,
             with record.open("a") as file:
                 file.write(json.dumps(plan | measured(source, assets, plan, dense)) + "\n")
             print(rows_of(record)[-1], flush=True)
-    print_table([row for row in rows_of(record) if row["samples"] == samples])
+    return print_table([row for row in rows_of(record) if row["samples"] == samples])
 
 
 def plans(samples: int, seeds: int) -> list[Plan]:
     """The most telling runs first."""
-    first = [(method, shape, 0) for shape in SHAPES for method in METHODS] + [(method, cut, 0) for cut in CUTS for method in CUT_METHODS]
+    first = [(method, shape, 0) for method in METHODS for shape in SHAPES] + [(method, cut, 0) for cut in CUTS for method in CUT_METHODS]
     again = [(method, shape, seed) for seed in range(1, seeds) for shape in SHAPES for method in DRAWN_AGAIN]
     longest = [("max", shape, 0) for shape in SHAPES]
     return [
@@ -119,6 +121,7 @@ def measured(model: str, assets: Path, plan: Plan, dense: dict[str, Dense]) -> R
         except RequestError as error:
             return {"refused": error.message}
         spent: Row = {"cpu_seconds": round(seconds, 1), "peak_mib": (peak_resident() or 0) >> 20, "threads": torch.get_num_threads()}
+        spent["cpu"] = torch.backends.cpu.get_cpu_capability()
         stream = opened(output)
         for text, reference in dense.items():
             perplexity, apart = pruned_pass(reference, stream)
@@ -139,26 +142,40 @@ def excess(row: Row, text: str = OWN) -> float:
     return math.log(row[text]["perplexity"] / row[text]["dense"])
 
 
-def ratio(ours: list[Row], theirs: list[Row], value: Callable[[Row], float]) -> str:
-    """Of the means over the draws that both have."""
+def ratio(ours: list[Row], theirs: list[Row], value: Callable[[Row], float]) -> float | None:
+    """Of the means over the draws that both have; None if they have none in common."""
     seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
     mine, other = (sum(value(row) for row in rows if row["seed"] in seeds) for rows in (ours, theirs))
-    return f"{mine / other:.2f}" if other else ""
+    return mine / other if other else None
 
 
-def print_table(rows: list[Row]) -> None:
+def written(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def print_table(rows: list[Row]) -> Ratios:
     """Means over the draws, and ratios to sparsegpt's, or to FLAP's where units are cut out."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((shape_of(row), row["method"]), []).append(row)
     print(f"| | | draws | perplexity | excess | ratio | KL | top-1 | {' | '.join(OTHERS)} | CPU s | ratio | MiB |")
     print("|" + "---|" * (11 + len(OTHERS)))
-    for (shape, method), ours in found.items():
+    ratios: Ratios = {}
+    for (shape, method), ours in sorted(found.items(), key=place):
         if "refused" in ours[0]:
             print(f"| {method} | {shape} | | {ours[0]['refused']} |")
             continue
         measured_too = [row for row in found.get((shape, FLAP if ours[0]["pattern"] in dict(CUTS) else REFERENCE), []) if OWN in row]
         print("| " + " | ".join([method, shape, str(len(ours)), *cells(ours, measured_too)]) + " |")
+        if (beside := ratio(ours, measured_too, excess)) is not None:
+            ratios.setdefault(shape, {})[method] = beside
+    return ratios
+
+
+def place(item: tuple[tuple[str, str], list[Row]]) -> tuple[int, int]:
+    """Of a shape and method in the table."""
+    (_, method), rows = item
+    return [*SHAPES, *CUTS].index((rows[0]["pattern"], rows[0]["sparsity"])), ORDER.index(method)
 
 
 def cells(ours: list[Row], theirs: list[Row]) -> list[str]:
@@ -168,9 +185,10 @@ def cells(ours: list[Row], theirs: list[Row]) -> list[str]:
         for values in zip(*((t["kl"], t["top1"], r["cpu_seconds"], r["peak_mib"]) for t, r in zip(own, ours, strict=True)), strict=True)
     )
     beyond = statistics.mean(excess(row) for row in ours)
-    others = [f"{typical(ours, text):.2f} ({ratio(ours, theirs, partial(excess, text=text))})" for text in OTHERS]
-    quality = [f"{typical(ours, OWN):.2f}", f"{beyond:.3f}", ratio(ours, theirs, excess), f"{kl:.3f}", f"{top1:.1%}", *others]
-    return [*quality, f"{seconds:.0f}", ratio(ours, theirs, itemgetter("cpu_seconds")), f"{mib:.0f}"]
+    others = [f"{typical(ours, text):.2f} ({written(ratio(ours, theirs, partial(excess, text=text)))})" for text in OTHERS]
+    quality = [f"{typical(ours, OWN):.2f}", f"{beyond:.3f}", written(ratio(ours, theirs, excess)), f"{kl:.3f}", f"{top1:.1%}", *others]
+    alike = [row for row in theirs if all(row[kind] == ours[0][kind] for kind in ("cpu", "threads"))]
+    return [*quality, f"{seconds:.0f}", written(ratio(ours, alike, itemgetter("cpu_seconds"))), f"{mib:.0f}"]
 
 
 def typical(rows: list[Row], text: str) -> float:

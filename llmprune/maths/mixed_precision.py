@@ -17,6 +17,11 @@ def faster_in_half(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, ask, bool)() for ask in CPU_SUPPORT)
 
 
+def is_mixed(device: torch.device, dtype: torch.dtype, wanted: bool) -> bool:
+    """Whether products are taken in bfloat16: if that is ``wanted`` and faster. dtype: of the model; only float32 is changed."""
+    return wanted and dtype == torch.float32 and faster_in_half(device)
+
+
 def mixed_precision(device: torch.device, dtype: torch.dtype, wanted: bool) -> torch.autocast:
-    """The context of a forward pass, in mixed precision if that is ``wanted`` and faster. dtype: of the model; only float32 is changed."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and dtype == torch.float32 and faster_in_half(device))
+    """The context of a forward pass, in mixed precision if it is to be ``is_mixed``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_mixed(device, dtype, wanted))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmprune.evaluation.divergence import kl
 from llmprune.maths.masked_adam import SurvivorAdam
-from llmprune.maths.mixed_precision import mixed_precision
+from llmprune.maths.mixed_precision import is_mixed, mixed_precision
 from llmprune.model.matrices import Matrix
 from llmprune.pruners.plan import Plan
 from llmprune.pruners.reconstruction import store, trained_vectors, whole_parameters
@@ -82,7 +82,7 @@ def distill(
         after = mean_divergence(stream, windows)
         adam.keep = after < before
     changed = tuple(f"{stream.path_of(i)}.{name}" for i in masked for name in (*masked[i], *free[i])) if adam.keep else ()
-    return Polished(steps, before, min(before, after), changed)
+    return Polished(steps, before, min(before, after), changed, is_mixed(stream.device_of(0), windows[0][1].dtype, plan.mixed_precision))
 
 
 def divergence(stream: Stream, ids_1L: Tensor, hidden_1LD: Tensor, *, mixed: bool = False) -> Tensor:

@@ -194,6 +194,7 @@ def polish(found: Polished) -> Section:
         ("and after", number(found.divergence_after)),
         ("tensors changed", count(len(found.changed))),
     ]
+    rows += [("matrix products of the steps", say("bfloat16"))] if found.half else []
     return Section("polish", "Distillation of the whole model", table=_pairs(rows))
 
 

@@ -47,7 +47,8 @@ def print_report(report: Report, console: Console) -> None:
         say(console, f"frontier: sparsity {step.sparsity:.4f}, perplexity on held-back windows {step.perplexity:.4g} ({step.increase:+.2%})")
     if report.polish:
         was, now = report.polish.divergence_before, report.polish.divergence_after
-        say(console, f"polish: {report.polish.steps} steps, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
+        half = " with products in bfloat16" if report.polish.half else ""
+        say(console, f"polish: {report.polish.steps} steps{half}, mean KL from the dense model on the calibration windows {was:.4g} -> {now:.4g}")
     for pair in report.perplexity:
         say(console, f"perplexity, dense:  {pair.dense}")
         say(console, f"perplexity, pruned: {pair.pruned}")

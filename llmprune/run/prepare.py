@@ -25,7 +25,7 @@ from llmprune.data.store import load_windows
 from llmprune.data.windows import RunData, Windows
 from llmprune.errors import ConversionError
 from llmprune.maths.linalg import enough_tokens, few_tokens
-from llmprune.maths.mixed_precision import faster_in_half
+from llmprune.maths.mixed_precision import is_mixed
 from llmprune.model.matrices import Matrix, Selection, unrecognised
 from llmprune.model.skeleton import count_parameters
 from llmprune.model.wrappers import is_wrapper
@@ -120,9 +120,9 @@ class Job:
 
     def mixed(self) -> str:
         """Whether training steps will be in mixed precision."""
-        plan, trains = self.plan, self.plan.polish_steps or self.plan.reconstruct is not None
-        there = self.stream.dtype == torch.float32 and faster_in_half(self.stream.device)
-        return ", products of training steps in bfloat16" if trains and plan.mixed_precision and there else ""
+        trains = bool(self.plan.polish_steps) or self.plan.reconstruct is not None
+        half = trains and is_mixed(self.stream.device, self.stream.dtype, self.plan.mixed_precision)
+        return ", products of training steps in bfloat16" if half else ""
 
     def few_tokens(self) -> str:
         """A line about matrices that will rest on few tokens, where there are any."""

@@ -31,7 +31,7 @@ from llmprune.stream.checkpoint import CheckpointStream
 from llmprune.stream.devices import choose_device
 from llmprune.stream.hidden_states import memory_of
 from llmprune.stream.whole import WholeStream
-from llmprune.training.arguments import Settings, check_machine, micro_batch, training_arguments
+from llmprune.training.arguments import Settings, check_machine, in_half, micro_batch, training_arguments
 from llmprune.training.data import HELD_BACK, Packs, divided, packs_of
 from llmprune.training.request import Request
 
@@ -142,6 +142,8 @@ def prepare_recovery(request: Request, overwrite: bool = False, restart: bool = 
         (*notes, *said),
     )
     training_arguments(job.settings, output, device)  # refuses what it does not take
+    if in_half(job.settings, device):
+        job = replace(job, notes=(*job.notes, "products of the training's steps are taken in bfloat16; arguments={'bf16': False} prevents it"))
     fitted = with_memory(job)
     parameters = count_parameters(stream.skeleton)
     check_space(output, source.folder, source.bytes * 3 + 2 * 12 * parameters)
