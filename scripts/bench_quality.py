@@ -213,7 +213,7 @@ def draw(ratios: dict[str, dict[str, float]], path: Path) -> None:
         axis.tick_params(axis="x", rotation=60)
         axis.set_title(where)
     axes[0][0].set_ylim(0, TALLEST)  # higher bars are cut
-    axes[0][0].set_ylabel(f"excess, as a ratio to {REFERENCE}'s")
+    axes[0][0].set_ylabel(f"ratio to {REFERENCE}")
     figure.savefig(path)
 
 

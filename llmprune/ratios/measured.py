@@ -29,7 +29,7 @@ from llmprune.stream.stream import Stream
 from llmprune.types import Allocation, Listener, Seen, Stat, Stats, TriedAllocation
 
 Measured = dict[str, dict[str, Tensor]]  # allocation -> matrix -> its measures
-SURVEY_WINDOWS = 64  # of the dense model, for the measures of allocations
+SURVEY_WINDOWS = 64  # of the dense model, for measures of allocations that the gradients' forward does not give
 MOST_LEVELS = 9  # at which a matrix with its own levels is pruned to be measured
 MOST_COUNTS = 17  # of experts without which a block is run to be measured
 GRADIENT_TOKENS = 16384  # of the calibration, for sums over outputs; those of weights take all

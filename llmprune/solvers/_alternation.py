@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmprune.types import Mask
 
-CHECK_EVERY = 3  # iterations between two checks of the support, by the paper
+CHECK_EVERY = 3  # iterations between two checks of the support
 LEAST_ITERATIONS = 30
 # share of the support that changed -> growth of rho
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -50,16 +50,10 @@ def settle(
 
 
 def alternate(
-    product_RC: Tensor,
-    scaled_RC: Tensor,
-    project: Callable[[Tensor], Mask],
-    ridge: Callable[[float], Solve],
-    drop: int,
-    iterations: int,
-    check_every: int = CHECK_EVERY,
+    product_RC: Tensor, scaled_RC: Tensor, project: Callable[[Tensor], Mask], ridge: Callable[[float], Solve], drop: int, iterations: int
 ) -> tuple[Tensor, Mask]:
     """(the weights on the last support, the support). product: the operator applied to the scaled weights. ridge: of a rho, what solves
-    (operator + rho) X = value for X. check_every: iterations between two checks of the support, at which rho changes.
+    (operator + rho) X = value for X.
     """
     keep_RC = project(scaled_RC)
     kept = max(1, scaled_RC.numel() - drop)
@@ -74,7 +68,7 @@ def alternate(
         keep_RC = project(free_RC)
         primal_RC = free_RC.masked_fill(~keep_RC, 0)
         dual_RC = dual_RC + rho * (ridge_RC - primal_RC)
-        if iteration % check_every:
+        if iteration % CHECK_EVERY:
             continue
         changed = int((keep_RC ^ before_RC).sum()) / kept
         before_RC = keep_RC

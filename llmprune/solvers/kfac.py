@@ -27,7 +27,6 @@ class KFAC:
     damping: Damping = 0.01
     identity: Identity = LEAST
     iterations: Annotated[int, Field(ge=1, description="at most, of ADMM")] = 100
-    check_every: Annotated[int, Field(ge=1, description="iterations between two checks of the support, at which rho grows")] = 2
     refit_steps: Annotated[int, Field(ge=0, description="of conjugate gradients on the weights that stay")] = 10
     wide: Wide = 4096
     wide_rho: WideRho = 1.0
@@ -52,8 +51,7 @@ class KFAC:
         else:
             eigen = eigen_of(stats, self.damping)
             product_RC = rows.times(scaled_RC @ problem.matrix_CC)
-            ridge = ridge_of(rows.basis(), eigen)
-            start_RC, keep_RC = alternate(product_RC, scaled_RC, project, ridge, drop, self.iterations, self.check_every)
+            start_RC, keep_RC = alternate(product_RC, scaled_RC, project, ridge_of(rows.basis(), eigen), drop, self.iterations)
         refit_RC = coupled_refit(rows, scaled_RC, problem.matrix_CC, keep_RC, start_RC, self.refit_steps) / rows.scale_R1
         error_RC = refit_RC - weight_RC * problem.scale_C
         lost = float(((error_RC @ problem.matrix_CC) * error_RC).sum())
