@@ -176,6 +176,55 @@ def test_output_gradients_are_those_of_hooks(family: str, monkeypatch: pytest.Mo
             assert fields["grad_tokens"] == WINDOWS_NL.numel()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gpt_neox", "gemma2", "phi3", "bloom"])
+def test_sums_of_inputs_of_the_same_forward_are_those_of_hooks(family: str) -> None:
+    model = live(family)
+    stream = LiveStream(model)
+    matrices = selected(stream, EVERYTHING)
+    sums: Counter[str] = Counter()
+    twin = deepcopy(model)
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+
+            def watch(module: nn.Module, args: Any, name: str = f"{name}.weight") -> None:
+                sums.update({name: args[0].detach().double().square().flatten(0, -2).sum(0)})
+
+            module.register_forward_pre_hook(watch)
+    for ids_L in WINDOWS_NL:
+        window_loss(twin, ids_L)
+    alone = gradients(stream, "grad_out_sq")
+    got = loss_gradients(stream, WINDOWS_NL, matrices, frozenset({"grad_out_sq"}), inputs=frozenset({"input_sq"}))
+    assert alone.inputs == {}
+    check_same(stream, alone, got)
+    for index, ms in matrices.items():
+        for m in ms:
+            stats = got.inputs[index][m.name]
+            assert stats.input_sq_C is not None
+            check_close(stats.input_sq_C, sums[f"{stream.path_of(index)}.{m.name}"], m.name)
+            assert stats.tokens == WINDOWS_NL.numel()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sums_of_inputs_of_experts_are_of_the_tokens_that_reached_them(family: str) -> None:
+    """Every token goes from the router to as many experts as the model's configuration says."""
+    stream = LiveStream(live(family))
+    matrices = selected(stream, EVERYTHING)
+    got = loss_gradients(stream, WINDOWS_NL, matrices, frozenset({"grad_out_sq"}), inputs=frozenset({"input_sq"}))
+    chosen = stream.model.config.num_experts_per_tok
+    for index, ms in matrices.items():
+        first = [m for m in ms if m.expert is not None and m.columns == stream.model.config.hidden_size and m.whole.endswith("gate_up_proj")]
+        routers = [m for m in ms if m.rows == len({m.expert for m in first})]
+        if not first:
+            continue
+        (router,) = routers
+        stats = {m.expert: got.inputs[index][m.name] for m in first}
+        total_C = torch.stack([s.input_sq_C for s in stats.values() if s.input_sq_C is not None]).sum(0)
+        entered_C = got.inputs[index][router.name].input_sq_C
+        assert entered_C is not None
+        check_close(total_C, chosen * entered_C, router.name)
+        assert sum(s.tokens for s in stats.values()) == chosen * WINDOWS_NL.numel()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
 def test_tokens_are_those_that_reached_an_expert(family: str) -> None:
     stream = LiveStream(live(family))

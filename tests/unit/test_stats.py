@@ -18,7 +18,7 @@ from llmprune.methods import KINDS, build, names
 from llmprune.model.matrices import Selection
 from llmprune.pruners.matrix import solve_at
 from llmprune.pruners.plan import Work
-from llmprune.ratios.measured import measure
+from llmprune.ratios.measured import dense_gradients, measure, seen_with_gradients
 from llmprune.recipe.recipe import Recipe
 from llmprune.statistics.gradients import loss_gradients
 from llmprune.statistics.stages import accumulate_cross, at_once
@@ -144,3 +144,37 @@ def test_curves_of_few_tokens_rest_on_what_a_run_prunes_by(ask: dict[str, Any], 
                 apart_RC = (m.view(block) - solve_at(m.view(block).float(), stats, plan, ratio, name).weight_RC).double()
                 rows_R = ((apart_RC @ sums[m.name].double()) * apart_RC).sum(1)
                 assert error == pytest.approx(float((rows_R * stats.grad_out_sq_R / stats.grad_tokens).sum()), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ask", "with_gradients"),
+    [
+        ({}, True),
+        ({"method": "wanda", "allocation": "fisher"}, True),
+        ({"allocation": "owl"}, True),
+        ({"allocation": "sensitivity"}, False),  # prunes each matrix on trial, for which it needs the Gram matrix
+        ({"method": "sparsegpt", "allocation": "owl"}, False),  # no gradients, so there is no forward of theirs
+        ({"method": "sparsegpt"}, False),  # uniform ratios need nothing
+    ],
+)
+def test_an_allocation_takes_its_sums_of_inputs_from_the_forward_of_the_gradients(
+    ask: dict[str, Any], with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where column sums are all that it looks at: its measures are those of a forward of its own, which it then does not make."""
+    stream = LiveStream(tiny_model("llama"))
+    plan = Recipe(model="llama", sparsity=0.5, **ask).plan()
+    matrices = selected(stream, Selection())
+    assert bool(seen_with_gradients(plan)) == with_gradients
+    if not with_gradients:
+        return
+    gradients = dense_gradients(stream, IDS_NL, matrices, [plan], SILENT)
+    assert gradients is not None
+    with monkeypatch.context() as patch:
+        patch.delattr("llmprune.ratios.measured.survey")  # which goes forward
+        found = measure(Work(stream, IDS_NL, plan, matrices, gradients), SILENT)[""]
+    gradients.inputs = {}
+    monkeypatch.setattr("llmprune.ratios.measured.seen_with_gradients", lambda plan: frozenset())
+    expected = measure(Work(stream, IDS_NL, plan, matrices, gradients), SILENT)[""]
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=0, msg=name)
